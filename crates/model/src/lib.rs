@@ -1,0 +1,36 @@
+//! The words of Droveway: ids, specifications, the snapshot that agents hold, and what travels over its APIs.
+//!
+//! This room is data and rules about data. It does no input or output and holds no policy.
+//!
+//! Invariant: a value of these types has been validated. Text from outside is parsed once, at the edge.
+
+pub mod agent_api;
+pub mod api;
+mod catalog;
+mod endpoint;
+mod host;
+mod id;
+mod lease;
+mod mtu;
+mod network;
+mod token;
+
+pub use catalog::{Catalog, Change, Key, Object, Watch};
+pub use endpoint::{Endpoint, EndpointKind, Protocol, PublishedPort};
+pub use host::{Candidate, Host, Source};
+pub use id::{EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, Revision, RANDOM_LEN};
+pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET};
+pub use mtu::{vxlan_mtu, MTU_MIN, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6};
+pub use network::{
+    Driver, InvalidNetwork, Network, NetworkSpec, BLOCK_PREFIX_DEFAULT, MANAGED_CIDR, MANAGED_NETWORK, VXLAN_PORT,
+};
+pub use token::{Fingerprint, InvalidToken, JoinToken};
+
+/// The address of DNS and metadata in each router.
+pub const SERVICE_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 169, 250);
+
+/// The default domain of names.
+pub const DEFAULT_DOMAIN: &str = "droveway.internal";
+
+/// Milliseconds since the Unix epoch: the only form in which time is stored or sent.
+pub type UnixMillis = u64;
