@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::{Candidate, Endpoint, EndpointId, Epoch, HostId, Name, NetworkId, PublishedPort, Revision, UnixMillis};
+use crate::{
+    Candidate, Endpoint, EndpointId, Epoch, HostId, Name, NetworkId, PublishedPort, Revision, UnixMillis,
+};
 
 /// Where the agent listens unless told otherwise.
 pub const SOCKET: &str = "/run/droveway/agent.sock";

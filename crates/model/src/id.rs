@@ -203,7 +203,18 @@ id!(@text Epoch);
 
 /// The number of the store's state: it grows by one with each transaction that changes something.
 #[derive(
-    Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, utoipa::ToSchema,
+    Debug,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    utoipa::ToSchema,
 )]
 #[serde(transparent)]
 pub struct Revision(pub u64);
@@ -231,7 +242,11 @@ impl Mac {
 impl FromStr for Mac {
     type Err = InvalidId;
     fn from_str(text: &str) -> Result<Self, InvalidId> {
-        let bad = || InvalidId { what: "MAC address", text: shorten(text), rule: "write six hexadecimal octets, as in 02:1f:00:aa:bb:cc" };
+        let bad = || InvalidId {
+            what: "MAC address",
+            text: shorten(text),
+            rule: "write six hexadecimal octets, as in 02:1f:00:aa:bb:cc",
+        };
         let mut octets = [0; 6];
         let mut parts = text.split(':');
         for octet in &mut octets {
@@ -283,7 +298,11 @@ fn random_part(random: [u8; 8]) -> String {
 
 /// Bad text is quoted in errors: never more of it than a person needs to recognise it.
 fn shorten(text: &str) -> String {
-    if text.chars().count() <= 64 { text.to_owned() } else { text.chars().take(61).chain("...".chars()).collect() }
+    if text.chars().count() <= 64 {
+        text.to_owned()
+    } else {
+        text.chars().take(61).chain("...".chars()).collect()
+    }
 }
 
 #[cfg(test)]

@@ -170,7 +170,11 @@ mod tests {
         }
         assert!(g.assignable("10.42.0.2".parse().unwrap()));
         assert_eq!(g.addresses(g.block(64).unwrap()).count(), 64);
-        assert_eq!(g.addresses(g.block(1023).unwrap()).count(), 63, "the last block holds the broadcast address");
+        assert_eq!(
+            g.addresses(g.block(1023).unwrap()).count(),
+            63,
+            "the last block holds the broadcast address"
+        );
     }
 
     #[test]

@@ -18,11 +18,14 @@ mod token;
 pub use catalog::{Catalog, Change, Key, Object, Watch};
 pub use endpoint::{Endpoint, EndpointKind, Protocol, PublishedPort};
 pub use host::{Candidate, Host, Source};
-pub use id::{EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, Revision, RANDOM_LEN};
+pub use id::{
+    EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, RANDOM_LEN, Revision,
+};
 pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET};
-pub use mtu::{vxlan_mtu, MTU_MIN, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6};
+pub use mtu::{MTU_MIN, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, vxlan_mtu};
 pub use network::{
-    Driver, InvalidNetwork, Network, NetworkSpec, BLOCK_PREFIX_DEFAULT, MANAGED_CIDR, MANAGED_NETWORK, VXLAN_PORT,
+    BLOCK_PREFIX_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network, NetworkSpec,
+    VXLAN_PORT,
 };
 pub use token::{Fingerprint, InvalidToken, JoinToken};
 

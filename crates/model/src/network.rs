@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, Name, NetworkId, UnixMillis, MTU_MIN};
+use crate::{Geometry, MTU_MIN, Name, NetworkId, UnixMillis};
 
 /// The network that is there from the first start.
 pub const MANAGED_NETWORK: &str = "managed";
@@ -140,10 +140,14 @@ pub enum InvalidNetwork {
         meant: IpNet,
     },
     /// Multicast, loopback and the like.
-    #[error("network {0:?}: {1} is not usable for hosts ({2}); choose another --subnet, for example 10.43.0.0/16")]
+    #[error(
+        "network {0:?}: {1} is not usable for hosts ({2}); choose another --subnet, for example 10.43.0.0/16"
+    )]
     Unusable(String, IpNet, &'static str),
     /// Too few blocks.
-    #[error("network {name:?}: {cidr} has room for {blocks} blocks of /{block}, and at least 4 are needed; choose a larger --subnet or smaller blocks with --block-size")]
+    #[error(
+        "network {name:?}: {cidr} has room for {blocks} blocks of /{block}, and at least 4 are needed; choose a larger --subnet or smaller blocks with --block-size"
+    )]
     TooSmall {
         /// The network.
         name: String,
@@ -167,7 +171,9 @@ pub enum InvalidNetwork {
     #[error("network {0:?}: UDP port 0 is not possible; choose 1 to 65535, or leave --port out for 4789")]
     Port(String),
     /// MTU out of range.
-    #[error("network {0:?}: an MTU of {1} is out of range; choose 576 to 65000, or leave --mtu out to have it worked out")]
+    #[error(
+        "network {0:?}: an MTU of {1} is out of range; choose 576 to 65000, or leave --mtu out to have it worked out"
+    )]
     Mtu(String, u32),
 }
 

@@ -33,7 +33,9 @@ pub struct JoinToken {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidToken {
     /// Not of the form of a token.
-    #[error("the join token is not of the form dwj1.ID.SECRET.FINGERPRINT ({0}); copy it whole from `droveway token create`")]
+    #[error(
+        "the join token is not of the form dwj1.ID.SECRET.FINGERPRINT ({0}); copy it whole from `droveway token create`"
+    )]
     Form(&'static str),
     /// Not a fingerprint.
     #[error("a fingerprint is 64 hexadecimal digits (SHA-256)")]
@@ -57,17 +59,21 @@ impl FromStr for JoinToken {
     type Err = InvalidToken;
     fn from_str(text: &str) -> Result<Self, InvalidToken> {
         let parts: Vec<&str> = text.trim().split('.').collect();
-        let [version, id, secret, ca] = parts[..] else { return Err(InvalidToken::Form("four parts are expected")) };
+        let [version, id, secret, ca] = parts[..] else {
+            return Err(InvalidToken::Form("four parts are expected"));
+        };
         if version != VERSION {
             return Err(InvalidToken::Form("it does not begin with dwj1"));
         }
         let plain = |part: &str, max| {
-            (1..=max).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
+            (1..=max).contains(&part.len())
+                && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b))
         };
         if !plain(id, 32) || !plain(secret, 128) {
             return Err(InvalidToken::Form("a part is empty, too long, or has a foreign character"));
         }
-        let ca = ca.parse().map_err(|_| InvalidToken::Form("its fingerprint is not 64 hexadecimal digits"))?;
+        let ca =
+            ca.parse().map_err(|_| InvalidToken::Form("its fingerprint is not 64 hexadecimal digits"))?;
         Ok(Self { id: id.to_owned(), secret: secret.to_owned(), ca })
     }
 }

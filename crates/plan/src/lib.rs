@@ -6,8 +6,8 @@
 //!
 //! Invariant: applying a diff and diffing again yields nothing.
 
-pub mod object;
 mod diff;
+pub mod object;
 
-pub use diff::{diff, Scope, Step};
+pub use diff::{Scope, Step, diff};
 pub use object::{Key, Object, Place, State};

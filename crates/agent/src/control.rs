@@ -1,0 +1,301 @@
+//! The handle by which the agent's asynchronous parts (socket, Docker, reporter) ask the reconciler for something.
+//!
+//! Each request is one message to the reconciler's thread and one answer. The reconciler never waits for the server:
+//! where it lacks a block or a claim it says so, and this handle asks the server and tries again.
+//!
+//! Invariant: when a request that changes something is answered, the ledger holds it on disk.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use model::agent_api::{AttachRequest, Attached};
+use model::api::{ApiError, ErrorCode};
+use model::{Endpoint, EndpointId, Mac, Name, NetworkId, PublishedPort};
+use tokio::sync::{oneshot, watch};
+
+use crate::View;
+
+/// Asks the reconciler. Cheap to clone.
+#[derive(Clone)]
+pub struct Control {
+    sender: std::sync::mpsc::Sender<Command>,
+    wake: Arc<dyn Fn() + Send + Sync>,
+    view: watch::Receiver<Arc<View>>,
+    lessor: Arc<dyn Lessor>,
+}
+
+/// Who leases blocks and grants claims: the server. Apart, so that control needs no HTTP.
+pub trait Lessor: Send + Sync {
+    /// Gets one more block of the network for this host, which has `held` of them.
+    fn lease(&self, network: NetworkId, held: usize) -> BoxFuture<Result<model::Block, ApiError>>;
+    /// Gets one given address for an endpoint.
+    fn claim(
+        &self,
+        network: NetworkId,
+        address: IpAddr,
+        endpoint: EndpointId,
+    ) -> BoxFuture<Result<model::Claim, ApiError>>;
+}
+
+/// A future in a box.
+pub type BoxFuture<T> = std::pin::Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// What Docker has to tell a container about its interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Handed {
+    /// The device to be moved into the container, in the host's namespace.
+    pub ifname: String,
+    /// The default gateway, unless the network is internal.
+    pub gateway: Option<IpAddr>,
+    /// Destinations on link besides the network itself.
+    pub on_link: Vec<ipnet::IpNet>,
+}
+
+/// What is learned of a container after it was attached.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Description {
+    /// Its name.
+    pub name: Option<Name>,
+    /// Its stack.
+    pub stack: Option<Name>,
+    /// Its service.
+    pub service: Option<Name>,
+    /// Its other names on this network.
+    pub aliases: Vec<Name>,
+    /// Its id in its engine.
+    pub container: Option<String>,
+    /// Its labels.
+    pub labels: BTreeMap<String, String>,
+    /// Whether names may answer with it.
+    pub healthy: bool,
+}
+
+/// An endpoint with what the ledger keeps about it for this host alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalEndpoint {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// What its engine calls it (libnetwork's endpoint id).
+    pub foreign: Option<String>,
+    /// The namespace of its container, once joined.
+    pub sandbox: Option<PathBuf>,
+}
+
+/// Requests to the reconciler's thread.
+pub(crate) enum Command {
+    /// Keep an address that no endpoint has yet.
+    Reserve { network: NetworkId, wish: Option<IpAddr>, reply: Reply<IpAddr> },
+    /// Give such an address back.
+    Unreserve { network: NetworkId, address: IpAddr, reply: Reply<()> },
+    /// Make an endpoint of a reserved address.
+    Create { network: NetworkId, foreign: String, address: IpAddr, mac: Option<Mac>, reply: Reply<Endpoint> },
+    /// Make its device.
+    Join { foreign: String, sandbox: PathBuf, reply: Reply<Handed> },
+    /// Take its device away.
+    Leave { foreign: String, reply: Reply<()> },
+    /// Forget it; its address is a reserved one again.
+    Delete { foreign: String, reply: Reply<()> },
+    /// Publish exactly these ports of it.
+    Publish { foreign: String, ports: Vec<PublishedPort>, reply: Reply<Vec<PublishedPort>> },
+    /// Tell what was learned of it.
+    Describe { foreign: String, description: Box<Description>, reply: Reply<()> },
+    /// Attach a namespace.
+    Attach { id: EndpointId, request: Box<AttachRequest>, reply: Reply<Attached> },
+    /// Detach it.
+    Detach { id: EndpointId, reply: Reply<()> },
+    /// Everything the ledger holds of endpoints.
+    List { reply: Reply<Vec<LocalEndpoint>> },
+    /// Addresses kept for no endpoint.
+    Reservations { reply: Reply<Vec<(NetworkId, IpAddr)>> },
+    /// The server leased a block.
+    Leased { block: model::Block },
+    /// The server granted a claim.
+    Claimed { claim: model::Claim },
+    /// A message of the watch stream.
+    Watch(Box<model::Watch>),
+    /// The host's own addresses or settings changed.
+    Underlay(Vec<model::Candidate>),
+    /// End the thread; the kernel stays as it is.
+    Stop,
+}
+
+/// How the reconciler answers.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
+
+/// Why not.
+#[derive(Debug)]
+pub(crate) enum Refusal {
+    /// A block is needed: this host has so many.
+    NeedBlock { network: NetworkId, held: usize },
+    /// A claim is needed: the address is in none of this host's blocks.
+    NeedClaim { network: NetworkId, address: IpAddr },
+    /// Anything else.
+    Error(ApiError),
+}
+
+impl From<ApiError> for Refusal {
+    fn from(error: ApiError) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl Control {
+    pub(crate) fn new(
+        sender: std::sync::mpsc::Sender<Command>,
+        wake: Arc<dyn Fn() + Send + Sync>,
+        view: watch::Receiver<Arc<View>>,
+        lessor: Arc<dyn Lessor>,
+    ) -> Self {
+        Self { sender, wake, view, lessor }
+    }
+
+    /// What the agent knows now.
+    pub fn view(&self) -> Arc<View> {
+        self.view.borrow().clone()
+    }
+
+    /// Tells of each change of the view.
+    pub fn views(&self) -> watch::Receiver<Arc<View>> {
+        self.view.clone()
+    }
+
+    /// Keeps an address of the network for an endpoint to come: `wish`, or one of this host's blocks.
+    pub async fn reserve(&self, network: &NetworkId, wish: Option<IpAddr>) -> Result<IpAddr, ApiError> {
+        // A claim is made for an endpoint; one that has no id yet gets a random one.
+        let id = crate::random_endpoint_id();
+        self.with_addresses(&id, |reply| Command::Reserve { network: network.clone(), wish, reply }).await
+    }
+
+    /// Gives a reserved address back. One that an endpoint has, or nobody, stays as it is.
+    pub async fn unreserve(&self, network: &NetworkId, address: IpAddr) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Unreserve { network: network.clone(), address, reply }).await
+    }
+
+    /// Makes an endpoint of a reserved address for an engine that calls it `foreign`.
+    pub async fn create(
+        &self,
+        network: &NetworkId,
+        foreign: &str,
+        address: IpAddr,
+        mac: Option<Mac>,
+    ) -> Result<Endpoint, ApiError> {
+        self.ask(|reply| Command::Create {
+            network: network.clone(),
+            foreign: foreign.to_owned(),
+            address,
+            mac,
+            reply,
+        })
+        .await
+    }
+
+    /// Makes the endpoint's device; the engine moves it into `sandbox`.
+    pub async fn join(&self, foreign: &str, sandbox: PathBuf) -> Result<Handed, ApiError> {
+        self.ask(|reply| Command::Join { foreign: foreign.to_owned(), sandbox, reply }).await
+    }
+
+    /// Takes the endpoint's device away. No such endpoint is fine.
+    pub async fn leave(&self, foreign: &str) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Leave { foreign: foreign.to_owned(), reply }).await
+    }
+
+    /// Forgets the endpoint; its address is a reserved one until [`Control::unreserve`]. No such endpoint is fine.
+    pub async fn delete(&self, foreign: &str) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Delete { foreign: foreign.to_owned(), reply }).await
+    }
+
+    /// Publishes exactly these ports of the endpoint; a host port of 0 is chosen. Answers what was published.
+    pub async fn publish(
+        &self,
+        foreign: &str,
+        ports: Vec<PublishedPort>,
+    ) -> Result<Vec<PublishedPort>, ApiError> {
+        self.ask(|reply| Command::Publish { foreign: foreign.to_owned(), ports, reply }).await
+    }
+
+    /// Tells what was learned of the endpoint's container.
+    pub async fn describe(&self, foreign: &str, description: Description) -> Result<(), ApiError> {
+        let description = Box::new(description);
+        self.ask(|reply| Command::Describe { foreign: foreign.to_owned(), description, reply }).await
+    }
+
+    /// Attaches a network namespace.
+    pub async fn attach(&self, request: AttachRequest) -> Result<Attached, ApiError> {
+        let id = crate::random_endpoint_id();
+        self.with_addresses(&id, |reply| Command::Attach {
+            id: id.clone(),
+            request: Box::new(request.clone()),
+            reply,
+        })
+        .await
+    }
+
+    /// Detaches an endpoint that was attached by [`Control::attach`].
+    pub async fn detach(&self, id: &EndpointId) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Detach { id: id.clone(), reply }).await
+    }
+
+    /// This host's endpoints.
+    pub async fn list(&self) -> Result<Vec<LocalEndpoint>, ApiError> {
+        self.ask(|reply| Command::List { reply }).await
+    }
+
+    /// Addresses that are kept and belong to no endpoint.
+    pub async fn reservations(&self) -> Result<Vec<(NetworkId, IpAddr)>, ApiError> {
+        self.ask(|reply| Command::Reservations { reply }).await
+    }
+
+    pub(crate) fn send(&self, command: Command) {
+        // A reconciler that has ended takes nothing more; whoever waits for an answer learns it from its reply.
+        drop(self.sender.send(command));
+        (self.wake)();
+    }
+
+    /// Asks, and gets from the server what the reconciler says it lacks, a few times at most: others take addresses too.
+    async fn with_addresses<T>(
+        &self,
+        id: &EndpointId,
+        command: impl Fn(Reply<T>) -> Command,
+    ) -> Result<T, ApiError> {
+        for _ in 0..4 {
+            match self.once(&command).await? {
+                Ok(value) => return Ok(value),
+                Err(Refusal::NeedBlock { network, held }) => {
+                    let block = self.lessor.lease(network, held).await?;
+                    self.send(Command::Leased { block });
+                }
+                Err(Refusal::NeedClaim { network, address }) => {
+                    let claim = self.lessor.claim(network, address, id.clone()).await?;
+                    self.send(Command::Claimed { claim });
+                }
+                Err(Refusal::Error(error)) => return Err(error),
+            }
+        }
+        Err(ApiError::new(
+            ErrorCode::Unavailable,
+            "addresses were taken by others faster than they could be leased; try again",
+        ))
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ApiError> {
+        match self.once(command).await? {
+            Ok(value) => Ok(value),
+            Err(Refusal::Error(error)) => Err(error),
+            Err(Refusal::NeedBlock { .. } | Refusal::NeedClaim { .. }) => Err(ApiError::new(
+                ErrorCode::Internal,
+                "the reconciler asked for addresses where none are needed",
+            )),
+        }
+    }
+
+    async fn once<T>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command,
+    ) -> Result<Result<T, Refusal>, ApiError> {
+        let (reply, answer) = oneshot::channel();
+        self.send(command(reply));
+        answer.await.map_err(|_| ApiError::new(ErrorCode::Unavailable, "the agent is stopping; try again"))
+    }
+}
