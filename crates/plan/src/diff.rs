@@ -44,7 +44,7 @@ pub fn diff(observed: &State, desired: &State, scope: &Scope) -> Vec<Step> {
             (Some(_), None) if !goes_with_namespace(place, key, desired) => {
                 removals.push(Step::Remove(place.clone(), key.clone()));
             }
-            (Some(_), Some(_)) | (None, Some(_)) | (Some(_), None) | (None, None) => {}
+            (Some(_) | None, Some(_) | None) => {}
         }
     };
     match scope {

@@ -6,8 +6,26 @@
 //!
 //! Invariant: applying a diff and diffing again yields nothing.
 
+mod desired;
 mod diff;
+mod firewall;
 pub mod object;
+pub mod transit;
 
+pub use desired::{
+    Attachment, End, Local, ROUTER_PREFIX, desired, desired_attachment, gateway_mac, handed_name,
+    network_mtu, overlay_mac, port_name,
+};
 pub use diff::{Scope, Step, diff};
 pub use object::{Key, Object, Place, State};
+
+/// FNV-1a, 64 bits: a stable spread for device addresses and digests; nothing that security rests on.
+pub(crate) fn hash(parts: &[&str]) -> u64 {
+    let mut value = 0xcbf2_9ce4_8422_2325_u64;
+    for part in parts {
+        for byte in part.bytes().chain([0xff]) {
+            value = (value ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
+    value
+}
