@@ -25,15 +25,15 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     map publish {{
         type inet_proto . inet_service : ipv4_addr . inet_service
     }}
-    chain raw {{
+    chain untracked {{
         type filter hook prerouting priority raw; policy accept;
         iifname {{ "br0", "vxlan0" }} ip saddr POOL ip daddr POOL notrack
     }}
-    chain dnat {{
+    chain publish_in {{
         type nat hook prerouting priority dstnat; policy accept;
         iifname "up0" dnat ip to meta l4proto . th dport map @publish
     }}
-    chain snat {{
+    chain source_nat {{
         type nat hook postrouting priority srcnat; policy accept;
         oifname "up0" masquerade
     }}
@@ -90,15 +90,15 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
     set vtep {{
         type ipv4_addr . inet_service
     }}
-    chain dnat {{
+    chain publish_in {{
         type nat hook prerouting priority dstnat; policy accept;
         fib daddr type local dnat ip to meta l4proto . th dport map @publish
     }}
-    chain dnat_own {{
+    chain publish_own {{
         type nat hook output priority -100; policy accept;
         fib daddr type local dnat ip to meta l4proto . th dport map @publish
     }}
-    chain snat {{
+    chain source_nat {{
         type nat hook postrouting priority srcnat; policy accept;
         iifname "DEV*" oifname "DEV*" masquerade
         oifname "DEV*" ip saddr 127.0.0.0/8 masquerade
@@ -113,11 +113,11 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
     if !overlay_ports.is_empty() {
         let _ = write!(
             text,
-            r"    chain raw_in {{
+            r"    chain untracked_in {{
         type filter hook prerouting priority raw; policy accept;
         udp dport {{ {ports} }} notrack
     }}
-    chain raw_out {{
+    chain untracked_out {{
         type filter hook output priority raw; policy accept;
         udp dport {{ {ports} }} notrack
     }}
