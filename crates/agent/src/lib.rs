@@ -1,10 +1,250 @@
 //! The agent of one host: reconcile, attach, names, metadata, ledger, Docker.
+//!
+//! One thread, the [`reconcile`]r, owns the kernel and the [`book`]s. Everything else is asynchronous and asks it by
+//! [`Control`]: the Unix [`socket`], the [`docker`] plugin, the [`link`] to the server. What it knows is published as
+//! an immutable [`View`], from which [`names`] and [`metadata`] answer.
+//!
+//! Invariant: losing the server loses changes, never traffic.
 
+mod book;
+mod chores;
 pub mod control;
+mod ipam;
+mod ledger;
+mod link;
+mod reconcile;
+mod routers;
+pub mod server;
+pub mod socket;
+pub mod tls;
+pub mod underlay;
 pub mod view;
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::agent_api::{Connection, DockerStatus};
+use model::api::{ApiError, ErrorCode, HostReport};
+use model::{EnvironmentId, JoinToken, Name, UnixMillis};
+use tokio::sync::watch;
 
 pub use control::Control;
 pub use view::View;
+
+use crate::book::Book;
+use crate::control::Command;
+use crate::ledger::{Identity, Ledger};
+use crate::reconcile::Reconciler;
+use crate::server::Server;
+
+/// The version of the program.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// How often the host's own addresses are looked at.
+const UNDERLAY_EVERY: Duration = Duration::from_secs(2);
+
+/// How an agent is to be.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The server's URL; needed for the first start only.
+    pub server: Option<String>,
+    /// The join token; needed for the first start only.
+    pub token: Option<JoinToken>,
+    /// The environment to join.
+    pub environment: EnvironmentId,
+    /// Where other hosts reach this one, as a person says.
+    pub underlay: underlay::Wish,
+    /// The name to join with; the machine's host name if left out.
+    pub name: Option<Name>,
+    /// Labels to join with.
+    pub labels: BTreeMap<String, String>,
+    /// Where the ledger lives.
+    pub state_dir: PathBuf,
+    /// Where the agent listens.
+    pub socket: PathBuf,
+    /// Docker's socket; `None` leaves Docker alone.
+    pub docker: Option<PathBuf>,
+    /// Where the agent listens for Docker's plugin calls.
+    pub docker_plugin: PathBuf,
+    /// Resolvers for names that are not ours; those of `/etc/resolv.conf` if empty.
+    pub forwarders: Vec<IpAddr>,
+}
+
+/// Runs the agent until `shutdown`. Networks go on as they are when it ends.
+pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ApiError> {
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
+    let identity = match ledger.identity().map_err(internal)? {
+        Some(identity) => identity,
+        None => tokio::select! {
+            joined = join(&config) => {
+                let identity = joined?;
+                ledger.set_identity(&identity).map_err(internal)?;
+                identity
+            }
+            () = &mut shutdown => return Ok(()),
+        },
+    };
+    tracing::info!(host = %identity.host, name = %identity.name, server = identity.server, "this host");
+
+    let candidates = underlay::candidates(&config.underlay, Some(&identity.server))?;
+    let server = Server::of(&identity).map_err(internal)?;
+    let kernel = linux::Kernel::open(std::path::Path::new(NETNS_DIR)).map_err(internal)?;
+    let waker = kernel.waker();
+    let mut book = Book::open(ledger, identity.host.clone(), identity.name.clone()).map_err(internal)?;
+    book.candidates.clone_from(&candidates);
+
+    let (requests, inbox) = std::sync::mpsc::channel();
+    let (chores_tx, chores) = watch::channel(Arc::default());
+    let (view_tx, view) = watch::channel(Arc::new(View::from_book(&book)));
+    let control = Control::new(requests, Arc::new(move || waker.wake()), view, Arc::new(server.clone()));
+    let (ended_tx, ended) = tokio::sync::oneshot::channel();
+    let reconciler = Reconciler::new(kernel, book, inbox, view_tx, chores_tx);
+    let thread = std::thread::Builder::new()
+        .name("reconcile".to_owned())
+        .spawn(move || drop(ended_tx.send(reconciler.run())))
+        .map_err(internal)?;
+
+    let report = HostReport {
+        candidates: candidates.clone(),
+        routes: underlay::routes()?,
+        version: VERSION.to_owned(),
+    };
+    let (report_tx, report) = watch::channel(report);
+    let (candidates_tx, candidates) = watch::channel(candidates);
+    let (connection_tx, connection) =
+        watch::channel(Connection::Down { since: now_millis(), why: "connecting for the first time".to_owned() });
+    let (docker_tx, docker) = watch::channel(DockerStatus::Off);
+    let listener = socket::listen(&config.socket).map_err(internal)?;
+    let context = socket::Context {
+        control: control.clone(),
+        server: identity.server.clone(),
+        connection: connection.clone(),
+        candidates,
+        docker,
+    };
+
+    let outcome = tokio::select! {
+        served = socket::serve(listener, context) => served.map_err(internal),
+        () = link::follow(server.clone(), control.clone(), connection_tx) => Ok(()),
+        () = link::tell(server, control.clone(), chores, report, connection) => Ok(()),
+        () = routers::serve(control.clone(), config.forwarders.clone()) => Ok(()),
+        () = follow_underlay(&config, &identity, &control, &candidates_tx, &report_tx) => Ok(()),
+        () = follow_docker(&config, control.clone(), docker_tx) => Ok(()),
+        ended = ended => match ended {
+            Ok(Err(error)) => Err(internal(error)),
+            Ok(Ok(())) | Err(_) => Err(internal("the reconciler ended unexpectedly; its log says why")),
+        },
+        () = &mut shutdown => Ok(()),
+    };
+    control.send(Command::Stop);
+    drop(tokio::task::spawn_blocking(move || thread.join()).await);
+    outcome
+}
+
+/// Where namespaces are bound, as `ip netns` has it.
+const NETNS_DIR: &str = "/run/netns";
+
+/// Joins, for as long as it takes to reach the server; a refusal ends it.
+async fn join(config: &Config) -> Result<Identity, ApiError> {
+    let missing = |what: &str| {
+        let message = format!(
+            "this host has not joined yet and {what} is missing; run the line that `droveway token create` prints on \
+             the server"
+        );
+        ApiError::new(ErrorCode::Invalid, message)
+    };
+    let url = config.server.as_deref().ok_or_else(|| missing("--server"))?.trim_end_matches('/');
+    let token = config.token.as_ref().ok_or_else(|| missing("the join token"))?;
+    let name = match &config.name {
+        Some(name) => name.clone(),
+        None => host_name()?,
+    };
+    let mut backoff = link::Backoff::new();
+    loop {
+        let attempt = server::join(server::Join {
+            url,
+            token,
+            environment: &config.environment,
+            name: &name,
+            candidates: underlay::candidates(&config.underlay, Some(url))?,
+            labels: config.labels.clone(),
+            routes: underlay::routes()?,
+        });
+        match attempt.await {
+            // A server with another CA does not become the right one by waiting.
+            Err(error) if error.code == ErrorCode::Unavailable && !error.message.contains("fingerprint") => {
+                tracing::warn!("{}; trying again", error.message);
+                tokio::time::sleep(backoff.next()).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+fn host_name() -> Result<Name, ApiError> {
+    let text = nix::unistd::gethostname().map_err(internal)?;
+    let text = text.to_string_lossy();
+    let first = text.split('.').next().unwrap_or_default();
+    first.parse().map_err(|e| {
+        ApiError::new(ErrorCode::Invalid, format!("this machine's host name is no name for a host: {e}; give one with --name"))
+    })
+}
+
+/// Notices when the host's addresses or routes change.
+async fn follow_underlay(
+    config: &Config,
+    identity: &Identity,
+    control: &Control,
+    candidates: &watch::Sender<Vec<model::Candidate>>,
+    report: &watch::Sender<HostReport>,
+) {
+    let mut every = tokio::time::interval(UNDERLAY_EVERY);
+    every.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        every.tick().await;
+        // No address at all, while a cable is out, is no news worth acting on: the last ones stay.
+        let Ok(found) = underlay::candidates(&config.underlay, Some(&identity.server)) else { continue };
+        let changed = candidates.send_if_modified(|known| {
+            let changed = *known != found;
+            known.clone_from(&found);
+            changed
+        });
+        if changed {
+            tracing::info!(?found, "this host's addresses changed");
+            control.send(Command::Underlay(found.clone()));
+        }
+        let routes = underlay::routes().unwrap_or_default();
+        report.send_if_modified(|said| {
+            let changed = said.candidates != found || said.routes != routes;
+            said.candidates.clone_from(&found);
+            said.routes = routes;
+            changed
+        });
+    }
+}
+
+async fn follow_docker(config: &Config, control: Control, status: watch::Sender<DockerStatus>) {
+    match &config.docker {
+        None => std::future::pending().await,
+        Some(_) => {
+            let _ = (control, status);
+            std::future::pending().await
+        }
+    }
+}
+
+fn internal(error: impl std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorCode::Internal, error.to_string())
+}
+
+/// The time, for what is stored or sent.
+pub(crate) fn now_millis() -> UnixMillis {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// A new endpoint's id.
 pub(crate) fn random_endpoint_id() -> model::EndpointId {

@@ -7,6 +7,8 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use model::{Catalog, Endpoint, EndpointId, Epoch, HostId, Name, Network, NetworkId, Revision, agent_api};
 
+use crate::book::Book;
+
 /// What the agent knows.
 #[derive(Debug, Clone)]
 pub struct View {
@@ -48,6 +50,21 @@ pub struct Router {
 }
 
 impl View {
+    /// What the books say; nothing of the kernel.
+    pub(crate) fn from_book(book: &Book) -> Self {
+        Self {
+            host: book.host.clone(),
+            host_name: book.host_name.clone(),
+            domain: book.domain.clone(),
+            epoch: book.epoch.clone(),
+            revision: book.revision,
+            catalog: book.catalog.clone(),
+            local: book.records().map(|r| (r.endpoint.id.clone(), r.endpoint.clone())).collect(),
+            routers: BTreeMap::new(),
+            troubles: Vec::new(),
+        }
+    }
+
     /// The network with that name or id.
     pub fn network(&self, name_or_id: &str) -> Option<&Network> {
         match name_or_id.parse::<NetworkId>() {

@@ -1,0 +1,63 @@
+//! What this host still has to tell the server. Pure: the difference between the ledger and the snapshot, so nothing
+//! has to be remembered, and nothing is lost by a restart of either side.
+
+use model::{Block, Claim, Endpoint, EndpointId, NetworkId};
+
+use crate::View;
+use crate::book::Book;
+
+/// What to tell the server.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Chores {
+    /// Endpoints it does not know, or knows otherwise.
+    pub(crate) put: Vec<Endpoint>,
+    /// Endpoints of this host that are gone.
+    pub(crate) delete: Vec<EndpointId>,
+    /// Claims no endpoint has.
+    pub(crate) release: Vec<Claim>,
+    /// Blocks of networks that are not used here any more.
+    pub(crate) give_back: Vec<Block>,
+    /// Networks of which another block should be fetched before it is needed, with how many there are.
+    pub(crate) lease: Vec<(NetworkId, usize)>,
+}
+
+impl Chores {
+    pub(crate) fn of(view: &View, book: &Book, lingers: impl Fn(&NetworkId) -> bool) -> Self {
+        if view.epoch.is_none() {
+            return Self::default();
+        }
+        let catalog = &view.catalog;
+        let known = |endpoint: &&Endpoint| catalog.networks.contains_key(&endpoint.network);
+        let put = view.local.values().filter(known).filter(|e| catalog.endpoints.get(&e.id) != Some(e)).cloned();
+        let delete = catalog
+            .endpoints
+            .values()
+            .filter(|endpoint| endpoint.host == view.host && !view.local.contains_key(&endpoint.id))
+            .map(|endpoint| endpoint.id.clone());
+        let release = catalog
+            .claims
+            .values()
+            .filter(|claim| claim.host == view.host && !book.is_used(&claim.network, claim.address))
+            .cloned();
+        let idle = |network: &NetworkId| !book.uses_addresses(network) && !lingers(network);
+        let mut give_back: Vec<Block> = catalog
+            .blocks
+            .values()
+            .filter(|block| block.host == view.host && idle(&block.network) && !view.routers.contains_key(&block.network))
+            .cloned()
+            .collect();
+        // The oldest block holds the router's address: it goes last.
+        give_back.sort_by_key(|block| std::cmp::Reverse(block.leased));
+        let lease = view
+            .routers
+            .keys()
+            .filter(|network| book.uses_addresses(network))
+            .filter_map(|network| Some((network.clone(), book.low(network)?)))
+            .collect();
+        Self { put: put.collect(), delete: delete.collect(), release: release.collect(), give_back, lease }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}

@@ -1,0 +1,142 @@
+//! Which address an endpoint gets. Pure: the reconciler knows what is in use, and writes down what was given.
+//!
+//! Invariant: an address is given only from a block of this host, and only when nobody has it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use model::{Geometry, NetworkId, UnixMillis};
+
+/// How long a released address rests before it is given again, in milliseconds: others may still have it in a cache.
+pub const QUARANTINE: UnixMillis = 60_000;
+
+/// What there is to choose from in one network.
+pub struct Pool<'a> {
+    /// The network.
+    pub network: &'a NetworkId,
+    /// The pool's layout.
+    pub geometry: Geometry,
+    /// This host's blocks.
+    pub blocks: &'a [IpNet],
+    /// What endpoints, reservations and the router have.
+    pub used: &'a BTreeSet<IpAddr>,
+    /// When addresses were last released.
+    pub released: &'a BTreeMap<(NetworkId, IpAddr), UnixMillis>,
+}
+
+impl Pool<'_> {
+    /// The next address to give at `now`: one never used, else the one that has rested longest; none if all are in use
+    /// or resting.
+    pub fn pick(&self, now: UnixMillis) -> Option<IpAddr> {
+        let mut best: Option<(UnixMillis, IpAddr)> = None;
+        for address in self.free() {
+            match self.released.get(&(self.network.clone(), address)) {
+                None => return Some(address),
+                // A clock that was set back must not hold an address for ever.
+                Some(at) if now >= *at && now - at < QUARANTINE => {}
+                Some(at) if best.is_none_or(|(oldest, _)| *at < oldest) => best = Some((*at, address)),
+                Some(_) => {}
+            }
+        }
+        best.map(|(_, address)| address)
+    }
+
+    /// Whether so little is left that another block should be fetched before it is needed.
+    pub fn is_low(&self) -> bool {
+        let Some(block) = self.blocks.first() else { return false };
+        let size = self.geometry.addresses(*block).count();
+        self.free().take(size / 4).count() < size / 4
+    }
+
+    fn free(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        self.blocks
+            .iter()
+            .flat_map(|block| self.geometry.addresses(*block))
+            .filter(|address| !self.used.contains(address) && !odd(*address))
+    }
+}
+
+/// Addresses that end in .0 or .255 are legal inside a larger prefix, but enough software refuses them: they are given
+/// only on request.
+fn odd(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => matches!(address.octets()[3], 0 | 255),
+        IpAddr::V6(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Scene {
+        network: NetworkId,
+        geometry: Geometry,
+        blocks: Vec<IpNet>,
+        used: BTreeSet<IpAddr>,
+        released: BTreeMap<(NetworkId, IpAddr), UnixMillis>,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let geometry = Geometry::new("10.42.0.0/16".parse().unwrap(), 29);
+            let network = NetworkId::from_random([1; 8]);
+            let blocks = vec!["10.42.64.8/29".parse().unwrap()];
+            Self { network, geometry, blocks, used: BTreeSet::new(), released: BTreeMap::new() }
+        }
+
+        fn pool(&self) -> Pool<'_> {
+            Pool {
+                network: &self.network,
+                geometry: self.geometry,
+                blocks: &self.blocks,
+                used: &self.used,
+                released: &self.released,
+            }
+        }
+
+        fn give(&mut self, now: UnixMillis) -> Option<IpAddr> {
+            let address = self.pool().pick(now)?;
+            self.used.insert(address);
+            Some(address)
+        }
+
+        fn take_back(&mut self, address: IpAddr, now: UnixMillis) {
+            self.used.remove(&address);
+            self.released.insert((self.network.clone(), address), now);
+        }
+    }
+
+    #[test]
+    fn every_address_is_given_once_and_then_none() {
+        let mut scene = Scene::new();
+        let given: BTreeSet<IpAddr> = std::iter::from_fn(|| scene.give(0)).collect();
+        assert_eq!(given.len(), 8);
+        assert!(given.iter().all(|address| scene.blocks[0].contains(address)));
+    }
+
+    #[test]
+    fn a_released_address_rests_and_the_one_that_rested_longest_comes_first() {
+        let mut scene = Scene::new();
+        let given: Vec<IpAddr> = std::iter::from_fn(|| scene.give(0)).collect();
+        scene.take_back(given[3], 1_000);
+        scene.take_back(given[1], 2_000);
+        assert_eq!(scene.pool().pick(30_000), None);
+        assert_eq!(scene.pool().pick(1_000 + QUARANTINE), Some(given[3]));
+        assert_eq!(scene.pool().pick(2_000 + QUARANTINE), Some(given[3]));
+        assert_eq!(scene.pool().pick(500), Some(given[3]), "a clock set back holds nothing for ever");
+    }
+
+    #[test]
+    fn the_pool_is_low_when_less_than_a_quarter_of_a_block_is_free() {
+        let mut scene = Scene::new();
+        assert!(!scene.pool().is_low());
+        for _ in 0..6 {
+            scene.give(0);
+        }
+        assert!(!scene.pool().is_low());
+        scene.give(0);
+        assert!(scene.pool().is_low());
+    }
+}

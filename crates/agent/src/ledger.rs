@@ -1,0 +1,455 @@
+//! The agent's own durable record: who it is, the last snapshot, its endpoints and addresses.
+//!
+//! An SQLite file in WAL mode. What an attach or detach depends on is on disk before the kernel is touched
+//! (`synchronous=FULL`: the commit waits for fsync); the snapshot, which the server has anyway, does not wait.
+//!
+//! Invariant: what was written by a call that returned is there after a power loss, or the call concerned the
+//! snapshot only.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use model::{Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Name, NetworkId, Object, Revision, UnixMillis};
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use serde::{Deserialize, Serialize};
+
+/// "DWAL": this file is a Droveway agent's ledger.
+const APPLICATION_ID: i64 = 0x4457_414c;
+const FORMAT: i64 = 1;
+
+/// The open ledger.
+pub struct Ledger {
+    db: Connection,
+    path: PathBuf,
+}
+
+/// Who this host is, as the server knows it.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its id.
+    pub host: HostId,
+    /// Its name.
+    pub name: Name,
+    /// Its environment.
+    pub environment: EnvironmentId,
+    /// The server's URL.
+    pub server: String,
+    /// The environment's CA certificate, PEM.
+    pub ca: String,
+    /// Its own certificate, PEM.
+    pub certificate: String,
+    /// Its private key, PEM. It leaves this file for nothing but TLS.
+    pub key: String,
+}
+
+/// One endpoint, with what matters on this host alone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// The endpoint, as all may know it.
+    pub endpoint: Endpoint,
+    /// What its engine calls it.
+    #[serde(default)]
+    pub foreign: Option<String>,
+    /// The namespace of its container, once it has one.
+    #[serde(default)]
+    pub sandbox: Option<Sandbox>,
+}
+
+/// The namespace of a container.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sandbox {
+    /// A file for `setns(2)`.
+    pub path: PathBuf,
+    /// The interface's name inside, where we put it there ourselves.
+    #[serde(default)]
+    pub ifname: Option<String>,
+    /// The namespace's inode, where it was there at the attach: a path like `/proc/PID/ns/net` may come to mean another.
+    #[serde(default)]
+    pub inode: Option<(u64, u64)>,
+}
+
+/// What a ledger says at start.
+#[derive(Default)]
+pub struct Contents {
+    /// The life of the store that the catalog is from.
+    pub epoch: Option<Epoch>,
+    /// The catalog's revision.
+    pub revision: Revision,
+    /// The domain of names.
+    pub domain: Option<String>,
+    /// The last snapshot.
+    pub catalog: Catalog,
+    /// This host's endpoints.
+    pub records: Vec<Record>,
+    /// Addresses kept for no endpoint yet.
+    pub reservations: Vec<(NetworkId, IpAddr)>,
+    /// When addresses were last released.
+    pub released: BTreeMap<(NetworkId, IpAddr), UnixMillis>,
+    /// Transit slots of networks.
+    pub slots: BTreeMap<NetworkId, u16>,
+}
+
+/// Why the ledger cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// The file is something else.
+    #[error(
+        "{0} is not a ledger of this agent ({1}); move it away to join as a new host, or restore it from a backup"
+    )]
+    Foreign(PathBuf, String),
+    /// Another agent has it.
+    #[error("{0} is in use by another agent; stop that one, or choose another --state-dir")]
+    InUse(PathBuf),
+    /// The disk, or SQLite.
+    #[error("ledger {0}: {1}; nothing was changed")]
+    Write(PathBuf, String),
+}
+
+impl Ledger {
+    /// Opens the ledger in `directory`, making both where they are missing.
+    pub fn open(directory: &Path) -> Result<Self, LedgerError> {
+        let path = directory.join("ledger.sqlite");
+        let broken = |why: String| LedgerError::Write(path.clone(), why);
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(directory)
+            .map_err(|e| broken(e.to_string()))?;
+        // SQLite gives its journals the mode of the file they belong to.
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| broken(e.to_string()))?;
+        let db = Connection::open(&path).map_err(|e| broken(e.to_string()))?;
+        Self::prepare(&db).map_err(|error| match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
+                LedgerError::InUse(path.clone())
+            }
+            Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) | None => {
+                LedgerError::Foreign(path.clone(), error.to_string())
+            }
+            Some(_) => broken(error.to_string()),
+        })?;
+        Ok(Self { db, path })
+    }
+
+    fn prepare(db: &Connection) -> rusqlite::Result<()> {
+        db.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
+        let (application, format): (i64, i64) = (
+            db.query_row("PRAGMA application_id", [], |row| row.get(0))?,
+            db.query_row("PRAGMA user_version", [], |row| row.get(0))?,
+        );
+        let tables: i64 = db.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0))?;
+        if (tables > 0 || application != 0) && (application != APPLICATION_ID || format != FORMAT) {
+            return Err(rusqlite::Error::InvalidParameterName(format!(
+                "application {application:#x}, format {format}"
+            )));
+        }
+        db.pragma_update(None, "journal_mode", "WAL")?;
+        db.pragma_update(None, "synchronous", "FULL")?;
+        db.pragma_update(None, "cache_size", -1024)?;
+        db.execute_batch(&format!(
+            "BEGIN IMMEDIATE;
+             PRAGMA application_id = {APPLICATION_ID};
+             PRAGMA user_version = {FORMAT};
+             CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS object (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS reservation (network TEXT, address TEXT, PRIMARY KEY (network, address))
+                 WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS released (network TEXT, address TEXT, at INTEGER NOT NULL,
+                 PRIMARY KEY (network, address)) WITHOUT ROWID;
+             CREATE TABLE IF NOT EXISTS slot (network TEXT PRIMARY KEY, slot INTEGER NOT NULL) WITHOUT ROWID;
+             COMMIT;"
+        ))
+    }
+
+    /// Who this host is, if it has joined.
+    pub fn identity(&self) -> Result<Option<Identity>, LedgerError> {
+        let text: Option<String> = self
+            .db
+            .query_row("SELECT value FROM meta WHERE key = 'identity'", [], |row| row.get(0))
+            .optional()
+            .map_err(|e| self.failed(e))?;
+        text.map(|text| self.parse(&text)).transpose()
+    }
+
+    /// Writes down who this host is from now on, and forgets what belonged to another identity.
+    pub fn set_identity(&mut self, identity: &Identity) -> Result<(), LedgerError> {
+        let text = json(identity);
+        self.write(true, |tx| {
+            for table in ["object", "record", "reservation", "released", "slot", "meta"] {
+                tx.execute(&format!("DELETE FROM {table}"), [])?;
+            }
+            tx.execute("INSERT INTO meta VALUES ('identity', ?1)", [text])?;
+            Ok(())
+        })
+    }
+
+    /// Everything but the identity.
+    pub fn load(&self) -> Result<Contents, LedgerError> {
+        let mut contents = Contents::default();
+        let meta = |key: &str| {
+            self.db
+                .query_row("SELECT value FROM meta WHERE key = ?1", [key], |row| row.get::<_, String>(0))
+                .optional()
+                .map_err(|e| self.failed(e))
+        };
+        contents.epoch = meta("epoch")?.and_then(|text| text.parse().ok());
+        contents.revision = Revision(meta("revision")?.and_then(|text| text.parse().ok()).unwrap_or_default());
+        contents.domain = meta("domain")?;
+        for text in self.texts("SELECT value FROM object")? {
+            contents.catalog.put(self.parse::<Object>(&text)?);
+        }
+        for text in self.texts("SELECT value FROM record")? {
+            contents.records.push(self.parse(&text)?);
+        }
+        for text in self.texts("SELECT json_array(network, address) FROM reservation")? {
+            contents.reservations.push(self.parse(&text)?);
+        }
+        for text in self.texts("SELECT json_array(network, address, at) FROM released")? {
+            let (network, address, at) = self.parse(&text)?;
+            contents.released.insert((network, address), at);
+        }
+        for text in self.texts("SELECT json_array(network, slot) FROM slot")? {
+            let (network, slot) = self.parse(&text)?;
+            contents.slots.insert(network, slot);
+        }
+        Ok(contents)
+    }
+
+    /// Adds or replaces an endpoint; its addresses are no longer merely reserved.
+    pub fn put_record(&mut self, record: &Record) -> Result<(), LedgerError> {
+        let text = json(record);
+        self.write(true, |tx| {
+            let endpoint = &record.endpoint;
+            tx.execute("INSERT OR REPLACE INTO record VALUES (?1, ?2)", params![endpoint.id.as_str(), text])?;
+            for address in &endpoint.addresses {
+                unreserve(tx, &endpoint.network, *address)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Forgets an endpoint. Its addresses are kept reserved, or rest from `now` on.
+    pub fn delete_record(&mut self, record: &Record, keep: bool, now: UnixMillis) -> Result<(), LedgerError> {
+        self.write(true, |tx| {
+            let endpoint = &record.endpoint;
+            tx.execute("DELETE FROM record WHERE id = ?1", [endpoint.id.as_str()])?;
+            for address in &endpoint.addresses {
+                if keep { reserve(tx, &endpoint.network, *address)? } else { release(tx, &endpoint.network, *address, now)? }
+            }
+            Ok(())
+        })
+    }
+
+    /// Keeps an address for an endpoint to come.
+    pub fn reserve(&mut self, network: &NetworkId, address: IpAddr) -> Result<(), LedgerError> {
+        self.write(true, |tx| reserve(tx, network, address))
+    }
+
+    /// Gives a reserved address back; it rests from `now` on.
+    pub fn unreserve(&mut self, network: &NetworkId, address: IpAddr, now: UnixMillis) -> Result<(), LedgerError> {
+        self.write(true, |tx| {
+            unreserve(tx, network, address)?;
+            release(tx, network, address, now)
+        })
+    }
+
+    /// Writes a network's transit slot down.
+    pub fn set_slot(&mut self, network: &NetworkId, slot: u16) -> Result<(), LedgerError> {
+        self.write(true, |tx| {
+            tx.execute("INSERT OR REPLACE INTO slot VALUES (?1, ?2)", params![network.as_str(), slot]).map(drop)
+        })
+    }
+
+    /// Forgets what is kept of a network that is gone.
+    pub fn forget_network(&mut self, network: &NetworkId) -> Result<(), LedgerError> {
+        self.write(true, |tx| {
+            for table in ["slot", "released", "reservation"] {
+                tx.execute(&format!("DELETE FROM {table} WHERE network = ?1"), [network.as_str()])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Keeps objects that addresses depend on at once (a leased block, a granted claim).
+    pub fn put_object(&mut self, object: &Object) -> Result<(), LedgerError> {
+        let (key, value) = (json(&object.key()), json(object));
+        self.write(true, |tx| tx.execute("INSERT OR REPLACE INTO object VALUES (?1, ?2)", [key, value]).map(drop))
+    }
+
+    /// Replaces the snapshot.
+    pub fn set_snapshot(
+        &mut self,
+        epoch: &Epoch,
+        revision: Revision,
+        domain: &str,
+        catalog: &Catalog,
+    ) -> Result<(), LedgerError> {
+        self.write(false, |tx| {
+            tx.execute("DELETE FROM object", [])?;
+            let mut insert = tx.prepare_cached("INSERT INTO object VALUES (?1, ?2)")?;
+            for object in catalog.objects() {
+                insert.execute([json(&object.key()), json(&object)])?;
+            }
+            for (key, value) in [("epoch", epoch.to_string()), ("revision", revision.to_string()), ("domain", domain.to_owned())] {
+                tx.execute("INSERT OR REPLACE INTO meta VALUES (?1, ?2)", [key, &value])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Brings the snapshot forward.
+    pub fn apply(&mut self, revision: Revision, changes: &[Change]) -> Result<(), LedgerError> {
+        self.write(false, |tx| {
+            for change in changes {
+                match change {
+                    Change::Put(object) => tx
+                        .prepare_cached("INSERT OR REPLACE INTO object VALUES (?1, ?2)")?
+                        .execute([json(&object.key()), json(object)])?,
+                    Change::Delete(key) => {
+                        tx.prepare_cached("DELETE FROM object WHERE key = ?1")?.execute([json(key)])?
+                    }
+                };
+            }
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?1)", [revision.to_string()]).map(drop)
+        })
+    }
+
+    fn write(
+        &mut self,
+        durable: bool,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
+    ) -> Result<(), LedgerError> {
+        let level = if durable { "FULL" } else { "NORMAL" };
+        let outcome = self.db.pragma_update(None, "synchronous", level).and_then(|()| {
+            let tx = self.db.transaction()?;
+            work(&tx)?;
+            tx.commit()
+        });
+        outcome.map_err(|e| self.failed(e))
+    }
+
+    fn texts(&self, query: &str) -> Result<Vec<String>, LedgerError> {
+        let read = || -> rusqlite::Result<Vec<String>> {
+            let mut statement = self.db.prepare(query)?;
+            statement.query_map([], |row| row.get(0))?.collect()
+        };
+        read().map_err(|e| self.failed(e))
+    }
+
+    fn parse<T: serde::de::DeserializeOwned>(&self, text: &str) -> Result<T, LedgerError> {
+        serde_json::from_str(text).map_err(|e| LedgerError::Foreign(self.path.clone(), e.to_string()))
+    }
+
+    fn failed(&self, error: rusqlite::Error) -> LedgerError {
+        LedgerError::Write(self.path.clone(), error.to_string())
+    }
+}
+
+fn reserve(tx: &Transaction<'_>, network: &NetworkId, address: IpAddr) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT OR IGNORE INTO reservation VALUES (?1, ?2)",
+        params![network.as_str(), address.to_string()],
+    )
+    .map(drop)
+}
+
+fn unreserve(tx: &Transaction<'_>, network: &NetworkId, address: IpAddr) -> rusqlite::Result<()> {
+    tx.execute(
+        "DELETE FROM reservation WHERE network = ?1 AND address = ?2",
+        params![network.as_str(), address.to_string()],
+    )
+    .map(drop)
+}
+
+fn release(tx: &Transaction<'_>, network: &NetworkId, address: IpAddr, now: UnixMillis) -> rusqlite::Result<()> {
+    tx.execute(
+        "INSERT OR REPLACE INTO released VALUES (?1, ?2, ?3)",
+        params![network.as_str(), address.to_string(), i64::try_from(now).unwrap_or(i64::MAX)],
+    )
+    .map(drop)
+}
+
+/// Our own types have no map with foreign keys and no failing serialiser.
+fn json<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use model::{EndpointId, EndpointKind, Mac};
+
+    fn record(seed: u8, address: &str) -> Record {
+        Record {
+            endpoint: Endpoint {
+                id: EndpointId::from_random([seed; 8]),
+                network: NetworkId::from_random([1; 8]),
+                host: HostId::from_random([2; 8]),
+                name: None,
+                stack: None,
+                service: None,
+                aliases: vec![],
+                addresses: vec![address.parse().unwrap()],
+                mac: Mac([2, 0, 0, 0, 0, seed]),
+                kind: EndpointKind::Socket,
+                container: None,
+                labels: BTreeMap::new(),
+                ports: vec![],
+                healthy: true,
+                created: 7,
+            },
+            foreign: None,
+            sandbox: None,
+        }
+    }
+
+    #[test]
+    fn what_was_written_is_there_when_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let network = NetworkId::from_random([1; 8]);
+        let (one, two) = (record(1, "10.42.16.2"), record(2, "10.42.16.3"));
+        {
+            let mut ledger = Ledger::open(dir.path()).unwrap();
+            ledger.reserve(&network, "10.42.16.2".parse().unwrap()).unwrap();
+            ledger.put_record(&one).unwrap();
+            ledger.put_record(&two).unwrap();
+            ledger.delete_record(&two, false, 99).unwrap();
+            ledger.set_slot(&network, 3).unwrap();
+        }
+        let contents = Ledger::open(dir.path()).unwrap().load().unwrap();
+        assert_eq!(contents.records, [one]);
+        assert_eq!(contents.reservations, [], "an endpoint's address is not merely reserved");
+        assert_eq!(contents.released[&(network.clone(), "10.42.16.3".parse().unwrap())], 99);
+        assert_eq!(contents.slots[&network], 3);
+    }
+
+    #[test]
+    fn a_foreign_file_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ledger.sqlite");
+        let garbage = b"this is no database at all, but long enough to be looked at as one".repeat(40);
+        std::fs::write(&path, &garbage).unwrap();
+        let error = Ledger::open(dir.path()).err().unwrap();
+        assert!(error.to_string().contains("move it away"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), garbage);
+
+        std::fs::remove_file(&path).unwrap();
+        Connection::open(&path).unwrap().execute_batch("CREATE TABLE theirs (x)").unwrap();
+        assert!(matches!(Ledger::open(dir.path()), Err(LedgerError::Foreign(..))));
+    }
+
+    #[test]
+    fn two_agents_cannot_share_a_ledger() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = Ledger::open(dir.path()).unwrap();
+        let error = Ledger::open(dir.path()).err().unwrap();
+        assert!(matches!(error, LedgerError::InUse(_)), "{error}");
+    }
+}

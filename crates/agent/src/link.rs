@@ -1,0 +1,208 @@
+//! Two tasks that keep server and agent in step: one follows the watch stream, the other tells what happened here.
+//!
+//! Both try again for ever, with pauses that grow and jitter, so that a server that comes back is not stormed.
+//!
+//! Invariant: nothing here keeps state that a restart would lose; chores are computed from ledger and snapshot.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::agent_api::Connection;
+use model::api::{ApiError, ErrorCode, HostReport};
+use model::{Endpoint, EndpointId};
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use crate::chores::Chores;
+use crate::control::{Command, Control, Lessor};
+use crate::server::Server;
+use crate::{now_millis, random};
+
+/// How long a claim or block must have been idle before it is given back: an attach may be on its way to use it.
+const IDLE: Duration = Duration::from_secs(5);
+/// How long to wait for the snapshot to show what was told before telling it again.
+const ECHO: Duration = Duration::from_secs(10);
+
+/// Pauses that double from a quarter of a second to half a minute, each cut by up to a half.
+pub(crate) struct Backoff(u32);
+
+impl Backoff {
+    pub(crate) fn new() -> Self {
+        Self(0)
+    }
+
+    pub(crate) fn next(&mut self) -> Duration {
+        let full = Duration::from_millis(250 << self.0.min(7)).min(Duration::from_secs(30));
+        self.0 += 1;
+        let [byte] = random::<1>();
+        full.mul_f64(0.5 + f64::from(byte) / 512.0)
+    }
+}
+
+/// Follows the watch stream and hands its messages to the reconciler.
+pub(crate) async fn follow(server: Server, control: Control, state: watch::Sender<Connection>) {
+    let mut backoff = Backoff::new();
+    loop {
+        let view = control.view();
+        let resume = view.epoch.as_ref().map(|epoch| (epoch, view.revision));
+        let mut outcome = server.watch(resume).await;
+        if matches!(&outcome, Err(error) if error.code == ErrorCode::Compacted) {
+            outcome = server.watch(None).await;
+        }
+        let error = match outcome {
+            Ok(mut stream) => loop {
+                match stream.next().await {
+                    Ok(message) => {
+                        state.send_if_modified(|connection| {
+                            let was_down = matches!(connection, Connection::Down { .. });
+                            if was_down {
+                                tracing::info!(server = server.url(), "connected");
+                                *connection = Connection::Up { since: now_millis() };
+                            }
+                            was_down
+                        });
+                        backoff = Backoff::new();
+                        control.send(Command::Watch(Box::new(message)));
+                    }
+                    Err(error) => break error,
+                }
+            },
+            Err(error) => error,
+        };
+        down(&state, &error);
+        tokio::time::sleep(backoff.next()).await;
+    }
+}
+
+fn down(state: &watch::Sender<Connection>, error: &ApiError) {
+    state.send_if_modified(|connection| {
+        let since = match connection {
+            Connection::Down { since, why } if *why == error.message => return false,
+            Connection::Down { since, .. } => *since,
+            Connection::Up { .. } => now_millis(),
+        };
+        tracing::warn!("{}; what runs goes on, changes wait", error.message);
+        *connection = Connection::Down { since, why: error.message.clone() };
+        true
+    });
+}
+
+/// Tells the server what happened here.
+pub(crate) async fn tell(
+    server: Server,
+    control: Control,
+    mut chores: watch::Receiver<Arc<Chores>>,
+    mut report: watch::Receiver<HostReport>,
+    mut connection: watch::Receiver<Connection>,
+) {
+    let mut teller = Teller { server, control, told: BTreeMap::new(), idle: BTreeMap::new() };
+    let mut backoff = Backoff::new();
+    report.mark_changed();
+    loop {
+        // While the watch is down there is nobody to tell; it comes up by itself.
+        if connection.wait_for(|state| matches!(state, Connection::Up { .. })).await.is_err() {
+            return;
+        }
+        let now = chores.borrow_and_update().clone();
+        let mut outcome = Ok(());
+        if report.has_changed().unwrap_or(false) {
+            let said = report.borrow_and_update().clone();
+            outcome = teller.server.report(&said).await;
+            if outcome.is_err() {
+                report.mark_changed();
+            }
+        }
+        if outcome.is_ok() {
+            outcome = teller.work(&now).await;
+        }
+        if let Err(error) = outcome {
+            tracing::warn!("telling the server: {}", error.message);
+            tokio::time::sleep(backoff.next()).await;
+            continue;
+        }
+        backoff = Backoff::new();
+        let again = if now.is_empty() { Duration::from_secs(3600) } else { Duration::from_secs(1) };
+        tokio::select! {
+            changed = chores.changed() => if changed.is_err() { return },
+            changed = report.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(again) => {}
+        }
+    }
+}
+
+struct Teller {
+    server: Server,
+    control: Control,
+    /// What was told and is not in the snapshot yet.
+    told: BTreeMap<EndpointId, (Instant, Option<Endpoint>)>,
+    /// Since when something has been idle, by its name.
+    idle: BTreeMap<String, Instant>,
+}
+
+impl Teller {
+    async fn work(&mut self, chores: &Chores) -> Result<(), ApiError> {
+        self.told.retain(|_, (at, _)| at.elapsed() < ECHO);
+        for endpoint in &chores.put {
+            if self.told.get(&endpoint.id).is_none_or(|(_, told)| told.as_ref() != Some(endpoint)) {
+                self.server.put_endpoint(endpoint).await?;
+                self.told.insert(endpoint.id.clone(), (Instant::now(), Some(endpoint.clone())));
+            }
+        }
+        for id in &chores.delete {
+            if self.told.get(id).is_none_or(|(_, told)| told.is_some()) {
+                missing_is_fine(self.server.delete_endpoint(id).await)?;
+                self.told.insert(id.clone(), (Instant::now(), None));
+            }
+        }
+        for (network, held) in &chores.lease {
+            match self.server.lease(network.clone(), *held).await {
+                Ok(block) => self.control.send(Command::Leased { block }),
+                // What is free is enough for now; an attach that finds none says so.
+                Err(error) if error.code == ErrorCode::Exhausted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let mut still_idle = BTreeMap::new();
+        for claim in &chores.release {
+            let name = format!("{} {}", claim.network, claim.address);
+            if self.has_been_idle(name, &mut still_idle) {
+                missing_is_fine(self.server.release(claim).await)?;
+            }
+        }
+        for block in &chores.give_back {
+            let name = format!("{} {}", block.network, block.cidr);
+            if self.has_been_idle(name, &mut still_idle) {
+                missing_is_fine(self.server.give_back(block).await)?;
+            }
+        }
+        self.idle = still_idle;
+        Ok(())
+    }
+
+    fn has_been_idle(&self, name: String, still_idle: &mut BTreeMap<String, Instant>) -> bool {
+        let since = self.idle.get(&name).copied().unwrap_or_else(Instant::now);
+        still_idle.insert(name, since);
+        since.elapsed() >= IDLE
+    }
+}
+
+fn missing_is_fine(outcome: Result<(), ApiError>) -> Result<(), ApiError> {
+    match outcome {
+        Err(error) if error.code == ErrorCode::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_half_a_minute_and_differ() {
+        let mut backoff = Backoff::new();
+        let pauses: Vec<Duration> = (0..12).map(|_| backoff.next()).collect();
+        assert!(pauses[0] <= Duration::from_millis(250));
+        assert!(pauses[11] >= Duration::from_secs(15) && pauses[11] <= Duration::from_secs(30));
+    }
+}

@@ -1,0 +1,484 @@
+//! The reconciler: one thread that makes the kernel what the plan says, and the only one that changes it.
+//!
+//! It waits for three things: requests (by [`crate::Control`]), the kernel's own events, and its deadlines. After each
+//! it compares what the kernel shows with what should be and applies the difference until none is left. A step that
+//! the kernel refuses is told, kept as a trouble, and tried again with growing pauses.
+//!
+//! Invariant: only this thread applies steps, and only steps that `plan::diff` gave.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use linux::{Kernel, Woken};
+use model::api::{ApiError, ErrorCode};
+use model::{EndpointId, NetworkId, Object};
+use plan::{End, Key, Place, Scope, State, Step};
+use tokio::sync::watch;
+
+use crate::book::{Book, handed};
+use crate::chores::Chores;
+use crate::control::{Command, Handed, Refusal};
+use crate::ledger::Sandbox;
+use crate::view::{Router, View};
+
+/// How long a router stays after its last endpoint.
+pub(crate) const LINGER: Duration = Duration::from_secs(60);
+/// How often a busy reconciler tells others what it knows.
+const PUBLISH_EVERY: Duration = Duration::from_millis(20);
+/// Diffs that may follow each other before the rest is left to the next wake-up.
+const ROUNDS: usize = 6;
+const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+const TROUBLES_KEPT: usize = 20;
+
+/// The reconciler's thread.
+pub(crate) struct Reconciler {
+    kernel: Kernel,
+    book: Book,
+    requests: Receiver<Command>,
+    published: watch::Sender<Arc<View>>,
+    chores: watch::Sender<Arc<Chores>>,
+    /// Networks without endpoints whose routers stay until then.
+    lingering: BTreeMap<NetworkId, Instant>,
+    generations: BTreeMap<NetworkId, u64>,
+    unconverged: BTreeSet<Place>,
+    troubles: VecDeque<String>,
+    /// Something changed that the kernel may have to follow.
+    stale: bool,
+    /// Something changed that others should know.
+    unpublished: bool,
+    last_published: Instant,
+    retry: Option<(Instant, Duration)>,
+}
+
+impl Reconciler {
+    pub(crate) fn new(
+        kernel: Kernel,
+        book: Book,
+        requests: Receiver<Command>,
+        published: watch::Sender<Arc<View>>,
+        chores: watch::Sender<Arc<Chores>>,
+    ) -> Self {
+        Self {
+            kernel,
+            book,
+            requests,
+            published,
+            chores,
+            lingering: BTreeMap::new(),
+            generations: BTreeMap::new(),
+            unconverged: BTreeSet::new(),
+            troubles: VecDeque::new(),
+            stale: true,
+            unpublished: true,
+            last_published: Instant::now(),
+            retry: None,
+        }
+    }
+
+    /// Runs until told to stop, or until the kernel cannot be listened to any more.
+    pub(crate) fn run(mut self) -> Result<(), linux::Error> {
+        self.adopt()?;
+        loop {
+            loop {
+                match self.requests.try_recv() {
+                    Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return Ok(()),
+                    Ok(command) => self.handle(command),
+                    Err(TryRecvError::Empty) => break,
+                }
+            }
+            self.drop_lingered();
+            if self.stale {
+                self.stale = false;
+                self.converge(&Scope::Everything, None);
+                self.unpublished = true;
+            }
+            self.publish();
+            match self.kernel.wait(self.deadline())? {
+                Woken::Kernel => self.stale = true,
+                Woken::Waker => {}
+                Woken::Timeout => {
+                    if self.retry.is_some_and(|(at, _)| Instant::now() >= at) {
+                        self.stale = true;
+                    }
+                }
+            }
+        }
+    }
+
+    /// A router that is there at start and has no endpoint lingers, as if its last one had just gone.
+    fn adopt(&mut self) -> Result<(), linux::Error> {
+        let observed = self.kernel.observe(&State::new())?;
+        let until = Instant::now() + LINGER;
+        for (place, key) in observed.keys() {
+            if let (Place::Router(network), Key::Netns) = (place, key) {
+                self.lingering.insert(network.clone(), until);
+            }
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, command: Command) {
+        // Whoever asked may have gone away; then there is nobody to answer, and what was done stays done.
+        match command {
+            Command::Reserve { network, wish, reply } => drop(reply.send(self.book.reserve(&network, wish))),
+            Command::Unreserve { network, address, reply } => {
+                drop(reply.send(self.book.unreserve(&network, address)));
+                self.unpublished = true;
+            }
+            Command::Create { network, foreign, address, mac, reply } => {
+                drop(reply.send(self.book.create(&network, &foreign, address, mac)));
+                self.unpublished = true;
+            }
+            Command::Join { foreign, sandbox, reply } => drop(reply.send(self.join(&foreign, sandbox))),
+            Command::Leave { foreign, reply } => drop(reply.send(self.leave(&foreign))),
+            Command::Delete { foreign, reply } => {
+                let outcome = match self.book.by_foreign(&foreign).cloned() {
+                    Some(id) => self.forget(&id, true),
+                    None => Ok(()),
+                };
+                drop(reply.send(outcome));
+            }
+            Command::Publish { foreign, ports, reply } => drop(reply.send(self.publish_ports(&foreign, ports))),
+            Command::Describe { foreign, description, reply } => {
+                let outcome = match self.book.by_foreign(&foreign).cloned() {
+                    Some(id) => self.book.describe(&id, *description).map_err(Refusal::from),
+                    None => Err(unknown(&foreign).into()),
+                };
+                self.unpublished = true;
+                drop(reply.send(outcome));
+            }
+            Command::Attach { id, request, reply } => {
+                let outcome = self.book.attach(&id, *request).and_then(|attached| {
+                    self.put_up(&id, None)?;
+                    Ok(attached)
+                });
+                drop(reply.send(outcome));
+            }
+            Command::Detach { id, reply } => {
+                let outcome = match self.book.record(&id) {
+                    Some(record) if record.foreign.is_some() => {
+                        let message = format!("endpoint {id} belongs to Docker; stop its container instead");
+                        Err(ApiError::new(ErrorCode::Forbidden, message).into())
+                    }
+                    Some(_) => self.forget(&id, false),
+                    None => {
+                        let message = format!("endpoint {id} does not exist on this host");
+                        Err(ApiError::new(ErrorCode::NotFound, message).into())
+                    }
+                };
+                drop(reply.send(outcome));
+            }
+            Command::List { reply } => drop(reply.send(Ok(self.book.list()))),
+            Command::Reservations { reply } => drop(reply.send(Ok(self.book.reservations()))),
+            Command::Leased { block } => self.keep(Object::Block(block)),
+            Command::Claimed { claim } => self.keep(Object::Claim(claim)),
+            Command::Watch(message) => {
+                if let Err(error) = self.book.watch(*message) {
+                    self.trouble(error.to_string());
+                }
+                self.stale = true;
+            }
+            Command::Underlay(candidates) => {
+                self.stale |= self.book.candidates != candidates;
+                self.book.candidates = candidates;
+            }
+            Command::Stop => {}
+        }
+    }
+
+    // ---- requests that touch the kernel ----
+
+    fn join(&mut self, foreign: &str, sandbox: PathBuf) -> Result<Handed, Refusal> {
+        let id = self.book.by_foreign(foreign).cloned().ok_or_else(|| unknown(foreign))?;
+        self.book.set_sandbox(&id, Some(Sandbox { path: sandbox, ifname: None, inode: None }))?;
+        self.put_up(&id, Some(End::Handed))?;
+        let record = self.book.record(&id).ok_or_else(|| unknown(foreign))?;
+        let network = self.book.network(record.endpoint.network.as_str())?;
+        Ok(handed(network, &id))
+    }
+
+    fn leave(&mut self, foreign: &str) -> Result<(), Refusal> {
+        let Some(id) = self.book.by_foreign(foreign).cloned() else { return Ok(()) };
+        let names = self.names_of(&id);
+        self.book.set_sandbox(&id, None)?;
+        self.converge(&Scope::Only(names), None);
+        self.unpublished = true;
+        Ok(())
+    }
+
+    fn publish_ports(
+        &mut self,
+        foreign: &str,
+        ports: Vec<model::PublishedPort>,
+    ) -> Result<Vec<model::PublishedPort>, Refusal> {
+        let id = self.book.by_foreign(foreign).cloned().ok_or_else(|| unknown(foreign))?;
+        let mut names = self.names_of(&id);
+        let ports = self.book.set_ports(&id, ports)?;
+        names.extend(self.names_of(&id));
+        self.converge(&Scope::Only(names), None);
+        self.unpublished = true;
+        Ok(ports)
+    }
+
+    /// Makes what a new attachment needs. If the kernel refuses, the attachment is undone.
+    fn put_up(&mut self, id: &EndpointId, end: Option<End>) -> Result<(), Refusal> {
+        let Some(network) = self.book.record(id).map(|record| record.endpoint.network.clone()) else {
+            return Ok(());
+        };
+        let outcome = self.try_put_up(id, &network, end);
+        self.unpublished = true;
+        if outcome.is_err() {
+            let names = self.names_of(id);
+            let undone = match self.book.record(id).is_some_and(|record| record.foreign.is_some()) {
+                true => self.book.set_sandbox(id, None),
+                false => self.book.forget(id, false),
+            };
+            if let Err(error) = undone {
+                self.trouble(error.message);
+            }
+            self.converge(&Scope::Only(names), None);
+        }
+        outcome.map_err(Refusal::from)
+    }
+
+    fn try_put_up(&mut self, id: &EndpointId, network: &NetworkId, end: Option<End>) -> Result<(), ApiError> {
+        self.book.slot(network)?;
+        self.lingering.remove(network);
+        let has_router = self
+            .kernel
+            .observe(&State::new())
+            .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
+            .contains_key(&(Place::Router(network.clone()), Key::Link(plan::object::Ifname::new("br0"))));
+        if !has_router || self.stale {
+            // The router first, and all else with it; this attachment is not looked at yet where its end is special.
+            self.stale = false;
+            self.converge(&Scope::Everything, end.is_some().then_some(id));
+        }
+        let end = end.or_else(|| self.inside(id)).unwrap_or(End::Nowhere);
+        let wanted = plan::desired_attachment(&self.book.catalog, &self.book.local_of(Some((id, end))), id);
+        self.apply_until_there(&wanted)
+            .map_err(|why| ApiError::new(ErrorCode::Internal, format!("the kernel refused the attachment: {why}")))
+    }
+
+    fn inside(&self, id: &EndpointId) -> Option<End> {
+        let sandbox = self.book.record(id)?.sandbox.as_ref()?;
+        Some(End::Inside { netns: sandbox.path.clone(), ifname: sandbox.ifname.clone()? })
+    }
+
+    fn forget(&mut self, id: &EndpointId, keep: bool) -> Result<(), Refusal> {
+        let names = self.names_of(id);
+        let network = self.book.record(id).map(|record| record.endpoint.network.clone());
+        self.book.forget(id, keep)?;
+        self.converge(&Scope::Only(names), None);
+        if let Some(network) = network.filter(|network| !self.book.has_endpoints(network)) {
+            self.lingering.insert(network, Instant::now() + LINGER);
+        }
+        self.unpublished = true;
+        Ok(())
+    }
+
+    fn keep(&mut self, object: Object) {
+        if let Err(error) = self.book.granted(object) {
+            self.trouble(error.to_string());
+        }
+        self.stale = true;
+    }
+
+    // ---- towards the kernel ----
+
+    /// Makes `wanted` and nothing else; a refusal is the caller's.
+    fn apply_until_there(&mut self, wanted: &State) -> Result<(), String> {
+        let scope = Scope::Only(wanted.keys().cloned().collect());
+        for _ in 0..ROUNDS {
+            let observed = self.kernel.observe(wanted).map_err(|error| error.to_string())?;
+            let steps = plan::diff(observed, wanted, &scope);
+            if steps.is_empty() {
+                return Ok(());
+            }
+            for step in &steps {
+                self.kernel.apply(step).map_err(|error| error.to_string())?;
+            }
+        }
+        Err(format!("it was not there after {ROUNDS} tries"))
+    }
+
+    /// Diffs and applies until nothing is left or nothing helps.
+    fn converge(&mut self, scope: &Scope, except: Option<&EndpointId>) {
+        let mut refused = Vec::new();
+        for round in 0..ROUNDS {
+            let observed = match self.kernel.observe(&State::new()) {
+                Ok(observed) => observed,
+                Err(error) => return self.trouble(error.to_string()),
+            };
+            if round == 0 {
+                let orphans = self.book.orphans(|id| port_is_there(observed, &self.book, id));
+                for id in orphans {
+                    tracing::info!(endpoint = %id, "its namespace is gone: detached");
+                    if let Err(error) = self.book.forget(&id, false) {
+                        self.troubles.push_back(error.message);
+                    }
+                }
+            }
+            let wanted = self.wanted(except);
+            let steps = match self.kernel.observe(&wanted) {
+                Ok(observed) => plan::diff(observed, &wanted, scope),
+                Err(error) => return self.trouble(error.to_string()),
+            };
+            let steps: Vec<Step> = steps.into_iter().filter(|step| !touches(step, except)).collect();
+            if *scope == Scope::Everything {
+                self.unconverged = steps.iter().map(|step| place_of(step).clone()).collect();
+            }
+            if steps.is_empty() {
+                self.retry = None;
+                return;
+            }
+            refused.clear();
+            for step in &steps {
+                tracing::debug!(?step, "apply");
+                match self.kernel.apply(step) {
+                    Ok(()) => {
+                        if let Step::Add(Place::Router(network), Key::Netns, _) = step {
+                            *self.generations.entry(network.clone()).or_default() += 1;
+                        }
+                    }
+                    Err(error) => refused.push(error.to_string()),
+                }
+            }
+            if refused.len() == steps.len() {
+                break;
+            }
+        }
+        let pause = self.retry.map_or(RETRY.0, |(_, pause)| (pause * 2).min(RETRY.1));
+        self.retry = Some((Instant::now() + pause, pause));
+        for why in refused {
+            self.trouble(why);
+        }
+    }
+
+    fn wanted(&mut self, except: Option<&EndpointId>) -> State {
+        if let Err(error) = self.book.forget_gone_networks() {
+            self.trouble(error.to_string());
+        }
+        let routers: BTreeSet<NetworkId> = self
+            .book
+            .records()
+            .map(|record| record.endpoint.network.clone())
+            .chain(self.lingering.keys().cloned())
+            .collect();
+        for network in &routers {
+            if self.book.catalog.networks.contains_key(network)
+                && let Err(error) = self.book.slot(network)
+            {
+                self.trouble(error.message);
+            }
+        }
+        let observed = self.kernel.state();
+        let mut local = self.book.local(&routers, |id| port_is_there(observed, &self.book, id));
+        if let Some(id) = except {
+            local.attachments.remove(id);
+        }
+        plan::desired(&self.book.catalog, &local)
+    }
+
+    /// The names of everything an attachment has, or would have.
+    fn names_of(&self, id: &EndpointId) -> BTreeSet<(Place, Key)> {
+        let local = self.book.local_of(Some((id, End::Handed)));
+        plan::desired_attachment(&self.book.catalog, &local, id).into_keys().collect()
+    }
+
+    fn trouble(&mut self, why: String) {
+        if self.troubles.back() != Some(&why) {
+            tracing::warn!("{why}");
+            self.troubles.push_back(why);
+            while self.troubles.len() > TROUBLES_KEPT {
+                self.troubles.pop_front();
+            }
+            self.unpublished = true;
+        }
+    }
+
+    // ---- time ----
+
+    fn drop_lingered(&mut self) {
+        let now = Instant::now();
+        let before = self.lingering.len();
+        self.lingering.retain(|network, until| now < *until && !self.book.has_endpoints(network));
+        self.stale |= self.lingering.len() != before;
+    }
+
+    fn deadline(&self) -> Option<Duration> {
+        let publish = self.unpublished.then(|| self.last_published + PUBLISH_EVERY);
+        let retry = self.retry.map(|(at, _)| at);
+        let linger = self.lingering.values().min().copied();
+        let next = [publish, retry, linger].into_iter().flatten().min()?;
+        Some(next.saturating_duration_since(Instant::now()))
+    }
+
+    // ---- towards the others ----
+
+    fn publish(&mut self) {
+        if !self.unpublished || self.last_published.elapsed() < PUBLISH_EVERY {
+            return;
+        }
+        self.unpublished = false;
+        self.last_published = Instant::now();
+        let view = self.view();
+        let chores = Chores::of(&view, &self.book, |network| self.lingering.contains_key(network));
+        self.published.send_replace(Arc::new(view));
+        self.chores.send_replace(Arc::new(chores));
+    }
+
+    fn view(&self) -> View {
+        let book = &self.book;
+        let local = book.local_of(None);
+        let observed = self.kernel.state();
+        let routers = observed
+            .iter()
+            .filter_map(|((place, _), object)| match (place, object) {
+                (Place::Router(network), plan::Object::Netns { name }) => Some((network.clone(), name.clone())),
+                _ => None,
+            })
+            .filter_map(|(id, netns)| {
+                let network = book.catalog.networks.get(&id)?;
+                let slot = local.routers.get(&id).copied()?;
+                let router = Router {
+                    netns,
+                    generation: self.generations.get(&id).copied().unwrap_or_default(),
+                    address: book.catalog.router_address(&id, &book.host),
+                    transit: plan::transit::pair(slot).1,
+                    mtu: plan::network_mtu(&book.catalog, &local, network),
+                    converged: !self.unconverged.contains(&Place::Router(id.clone())),
+                };
+                Some((id, router))
+            })
+            .collect();
+        let troubles = self.troubles.iter().cloned().collect();
+        View { routers, troubles, ..View::from_book(book) }
+    }
+}
+
+fn port_is_there(observed: &State, book: &Book, id: &EndpointId) -> bool {
+    book.record(id).is_some_and(|record| {
+        let place = Place::Router(record.endpoint.network.clone());
+        observed.contains_key(&(place, Key::Link(plan::port_name(id))))
+    })
+}
+
+fn touches(step: &Step, except: Option<&EndpointId>) -> bool {
+    let (Step::Remove(_, key) | Step::Add(_, key, _) | Step::Change(_, key, ..)) = step;
+    except.is_some_and(|id| *key == Key::Link(plan::port_name(id)))
+}
+
+fn place_of(step: &Step) -> &Place {
+    let (Step::Remove(place, _) | Step::Add(place, ..) | Step::Change(place, ..)) = step;
+    place
+}
+
+fn unknown(foreign: &str) -> ApiError {
+    let message = format!("endpoint {foreign} is not known on this host; the engine must create it first");
+    ApiError::new(ErrorCode::NotFound, message)
+}
+

@@ -1,0 +1,100 @@
+//! Names and metadata in each router: opens their sockets inside the router's namespace when it appears, and drops
+//! them when it goes or is made anew.
+//!
+//! Invariant: a changed zone never closes a socket.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use linux::netns::Netns;
+use model::{NetworkId, SERVICE_ADDRESS};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::names::{Forwarder, Zone};
+use crate::view::View;
+use crate::{Control, NETNS_DIR, metadata, names};
+
+/// Sockets that could not be opened are tried again after this.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Serves names and metadata in every router until dropped.
+pub(crate) async fn serve(control: Control, forwarder: Arc<Forwarder>) {
+    let mut views = control.views();
+    let mut running: BTreeMap<NetworkId, Running> = BTreeMap::new();
+    loop {
+        let view = views.borrow_and_update().clone();
+        running.retain(|id, one| view.routers.get(id).is_some_and(|router| router.generation == one.generation));
+        let mut failed = false;
+        for (id, router) in &view.routers {
+            if let Some(one) = running.get(id) {
+                one.zone.send_replace(Arc::new(Zone::new(&view, id)));
+                continue;
+            }
+            match Running::start(&view, id, router.generation, &router.netns, &forwarder, &views) {
+                Ok(one) => drop(running.insert(id.clone(), one)),
+                Err(error) => {
+                    // The namespace may be half made still; the next look is soon.
+                    tracing::debug!(netns = router.netns, "names: {error}");
+                    failed = true;
+                }
+            }
+        }
+        let pause = async {
+            if failed { tokio::time::sleep(RETRY).await } else { std::future::pending().await }
+        };
+        tokio::select! {
+            changed = views.changed() => if changed.is_err() { return },
+            () = pause => {}
+        }
+    }
+}
+
+struct Running {
+    generation: u64,
+    zone: watch::Sender<Arc<Zone>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl Running {
+    fn start(
+        view: &Arc<View>,
+        id: &NetworkId,
+        generation: u64,
+        netns: &str,
+        forwarder: &Arc<Forwarder>,
+        views: &watch::Receiver<Arc<View>>,
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        let netns = Netns::open(&std::path::Path::new(NETNS_DIR).join(netns))?;
+        let dns = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 53));
+        let udp = linux::socket::udp_transparent(&netns, dns)?;
+        let tcp = linux::socket::tcp_listener_transparent(&netns, dns)?;
+        let http = netns.run(|| std::net::TcpListener::bind((SERVICE_ADDRESS, 80)))??;
+        let (zone, zones) = watch::channel(Arc::new(Zone::new(view, id)));
+        let names = names::serve(udp, tcp, zones, forwarder.clone());
+        let metadata = metadata::serve(http, id.clone(), views.clone());
+        let tasks = vec![
+            tokio::spawn(async move {
+                if let Err(error) = names.await {
+                    tracing::warn!("names: {error}");
+                }
+            }),
+            tokio::spawn(async move {
+                if let Err(error) = metadata.await {
+                    tracing::warn!("metadata: {error}");
+                }
+            }),
+        ];
+        Ok(Self { generation, zone, tasks })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for task in &self.tasks {
+            task.abort();
+        }
+    }
+}

@@ -1,0 +1,245 @@
+//! The agent's side of the server's API: join, watch, leases, and telling it what happened here.
+//!
+//! Every call has a deadline. A refusal is the server's [`ApiError`]; an unreachable server is `Unavailable`, and what
+//! it would have changed is tried again by whoever keeps it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use model::api::{
+    ApiError, ClaimRequest, ErrorCode, GiveBack, HostReport, HostRoute, JoinAnswer, JoinRequest, LeaseRequest,
+    ReleaseClaim, path,
+};
+use model::{Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId, Revision, Watch};
+use reqwest::{Client, Method, RequestBuilder, Response};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::control::{BoxFuture, Lessor};
+use crate::ledger::Identity;
+use crate::tls::{ClientIdentity, TlsError, Trust, client_config};
+
+const CONNECT: Duration = Duration::from_secs(5);
+const REQUEST: Duration = Duration::from_secs(20);
+/// The server sends a heartbeat every 10 s: a stream silent for longer than this is dead.
+const SILENCE: Duration = Duration::from_secs(35);
+/// A line of the watch stream is not longer than this, in bytes: a snapshot of a very large environment.
+const LINE_MAX: usize = 256 << 20;
+
+/// A connection to the server, made when it is needed.
+#[derive(Clone)]
+pub struct Server {
+    client: Client,
+    url: String,
+    environment: EnvironmentId,
+}
+
+impl Server {
+    /// The server that this host has joined.
+    pub fn of(identity: &Identity) -> Result<Self, TlsError> {
+        let own = ClientIdentity { certificate: identity.certificate.clone(), key: identity.key.clone() };
+        let client = client(Trust::Ca(identity.ca.clone()), Some(own))?;
+        Ok(Self { client, url: identity.server.clone(), environment: identity.environment.clone() })
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Opens the watch stream.
+    pub async fn watch(&self, resume: Option<(&Epoch, Revision)>) -> Result<WatchStream, ApiError> {
+        let mut request = self.request(Method::GET, path::WATCH);
+        if let Some((epoch, revision)) = resume {
+            request = request.query(&[("epoch", epoch.to_string()), ("revision", revision.to_string())]);
+        }
+        let answer = tokio::time::timeout(REQUEST, request.send())
+            .await
+            .map_err(|_| unavailable(&self.url, "no answer in 20 s"))?
+            .map_err(|e| unreachable_because(&self.url, &e))?;
+        let answer = refused(&self.url, answer).await?;
+        Ok(WatchStream { answer, buffer: Vec::new(), url: self.url.clone() })
+    }
+
+    /// Says what this host is.
+    pub async fn report(&self, report: &HostReport) -> Result<(), ApiError> {
+        self.send(self.request(Method::PUT, path::SELF), report).await.map(drop)
+    }
+
+    /// Tells an endpoint.
+    pub async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<(), ApiError> {
+        let path = format!("{}/{}", path::ENDPOINTS, endpoint.id);
+        self.send(self.request(Method::PUT, &path), endpoint).await.map(drop)
+    }
+
+    /// Tells that an endpoint is gone.
+    pub async fn delete_endpoint(&self, id: &EndpointId) -> Result<(), ApiError> {
+        let path = format!("{}/{id}", path::ENDPOINTS);
+        self.send(self.request(Method::DELETE, &path), &()).await.map(drop)
+    }
+
+    /// Gives a block back.
+    pub async fn give_back(&self, block: &Block) -> Result<(), ApiError> {
+        let body = GiveBack { network: block.network.to_string(), cidr: block.cidr };
+        self.send(self.request(Method::DELETE, path::BLOCKS), &body).await.map(drop)
+    }
+
+    /// Gives a claimed address back.
+    pub async fn release(&self, claim: &Claim) -> Result<(), ApiError> {
+        let body = ReleaseClaim { network: claim.network.to_string(), address: claim.address };
+        self.send(self.request(Method::DELETE, path::CLAIMS), &body).await.map(drop)
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        self.client.request(method, format!("{}{}/{}{path}", self.url, path::PREFIX, self.environment))
+    }
+
+    async fn send<B: Serialize + ?Sized>(&self, request: RequestBuilder, body: &B) -> Result<Response, ApiError> {
+        let answer =
+            request.timeout(REQUEST).json(body).send().await.map_err(|e| unreachable_because(&self.url, &e))?;
+        refused(&self.url, answer).await
+    }
+}
+
+impl Lessor for Server {
+    fn lease(&self, network: NetworkId, held: usize) -> BoxFuture<Result<Block, ApiError>> {
+        let this = self.clone();
+        Box::pin(async move {
+            let body = LeaseRequest { network: network.to_string(), held };
+            decode(&this.url, this.send(this.request(Method::POST, path::BLOCKS), &body).await?).await
+        })
+    }
+
+    fn claim(&self, network: NetworkId, address: IpAddr, endpoint: EndpointId) -> BoxFuture<Result<Claim, ApiError>> {
+        let this = self.clone();
+        Box::pin(async move {
+            let body = ClaimRequest { network: network.to_string(), address, endpoint };
+            decode(&this.url, this.send(this.request(Method::POST, path::CLAIMS), &body).await?).await
+        })
+    }
+}
+
+/// What a host joins with.
+pub struct Join<'a> {
+    /// The server's URL.
+    pub url: &'a str,
+    /// The token.
+    pub token: &'a JoinToken,
+    /// The environment.
+    pub environment: &'a EnvironmentId,
+    /// The name it would like.
+    pub name: &'a Name,
+    /// Where it may be reached.
+    pub candidates: Vec<Candidate>,
+    /// What its owner says of it.
+    pub labels: BTreeMap<String, String>,
+    /// Its own routes.
+    pub routes: Vec<HostRoute>,
+}
+
+/// Joins: makes a key, has it certified, and answers the identity to be kept.
+pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
+    let internal = |why: String| ApiError::new(ErrorCode::Internal, why);
+    let key = rcgen::KeyPair::generate().map_err(|e| internal(e.to_string()))?;
+    let csr = rcgen::CertificateParams::default()
+        .serialize_request(&key)
+        .and_then(|csr| csr.pem())
+        .map_err(|e| internal(e.to_string()))?;
+    let client = client(Trust::Fingerprint(join.token.ca), None).map_err(|e| internal(e.to_string()))?;
+    let body = JoinRequest {
+        token: join.token.reveal(),
+        csr,
+        name: join.name.clone(),
+        candidates: join.candidates,
+        labels: join.labels,
+        routes: join.routes,
+    };
+    let answer = client
+        .post(format!("{}{}/{}{}", join.url, path::PREFIX, join.environment, path::JOIN))
+        .timeout(REQUEST)
+        .json(&body)
+        .send()
+        .await
+        .map_err(|e| unreachable_because(join.url, &e))?;
+    let answer: JoinAnswer = decode(join.url, refused(join.url, answer).await?).await?;
+    Ok(Identity {
+        host: answer.host,
+        name: join.name.clone(),
+        environment: answer.environment,
+        server: join.url.to_owned(),
+        ca: answer.ca,
+        certificate: answer.certificate,
+        key: key.serialize_pem(),
+    })
+}
+
+/// The watch stream, line by line.
+pub struct WatchStream {
+    answer: Response,
+    buffer: Vec<u8>,
+    url: String,
+}
+
+impl WatchStream {
+    /// The next message; an error is the stream's end.
+    pub async fn next(&mut self) -> Result<Watch, ApiError> {
+        let mut searched = 0;
+        loop {
+            if let Some(end) = self.buffer[searched..].iter().position(|byte| *byte == b'\n').map(|at| searched + at) {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return serde_json::from_slice(&line)
+                    .map_err(|e| unavailable(&self.url, &format!("its watch stream is not understood: {e}")));
+            }
+            searched = self.buffer.len();
+            if searched > LINE_MAX {
+                return Err(unavailable(&self.url, "its watch stream sent a line of more than 256 MiB"));
+            }
+            let chunk = tokio::time::timeout(SILENCE, self.answer.chunk())
+                .await
+                .map_err(|_| unavailable(&self.url, "its watch stream was silent for 35 s"))?
+                .map_err(|e| unreachable_because(&self.url, &e))?
+                .ok_or_else(|| unavailable(&self.url, "it closed the watch stream"))?;
+            self.buffer.extend_from_slice(&chunk);
+        }
+    }
+}
+
+fn client(trust: Trust, identity: Option<ClientIdentity>) -> Result<Client, TlsError> {
+    Client::builder()
+        .tls_backend_preconfigured(client_config(trust, identity)?)
+        .connect_timeout(CONNECT)
+        .http2_keep_alive_interval(Duration::from_secs(10))
+        .http2_keep_alive_timeout(Duration::from_secs(10))
+        .http2_keep_alive_while_idle(true)
+        .no_proxy()
+        .build()
+        .map_err(|e| TlsError::Material { what: "the HTTP client", why: e.to_string() })
+}
+
+/// Turns an answer that is a refusal into its error.
+async fn refused(url: &str, answer: Response) -> Result<Response, ApiError> {
+    let status = answer.status();
+    if status.is_success() {
+        return Ok(answer);
+    }
+    let text = answer.bytes().await.unwrap_or_default();
+    Err(serde_json::from_slice(&text).unwrap_or_else(|_| unavailable(url, &format!("it answered HTTP {status}"))))
+}
+
+async fn decode<T: DeserializeOwned>(url: &str, answer: Response) -> Result<T, ApiError> {
+    answer.json().await.map_err(|e| unreachable_because(url, &e))
+}
+
+fn unavailable(url: &str, why: &str) -> ApiError {
+    ApiError::new(ErrorCode::Unavailable, format!("server {url}: {why}"))
+}
+
+/// The innermost cause says most: "connection refused" rather than "error sending request".
+fn unreachable_because(url: &str, error: &reqwest::Error) -> ApiError {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    unavailable(url, &format!("{cause} (is it running and reachable from this host?)"))
+}
