@@ -1,0 +1,124 @@
+//! The container's end of an endpoint: all that is set up inside of the container's namespace.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use plan::State;
+use plan::object::{ContainerEnd, Ifname};
+
+use crate::address;
+use crate::error::Error;
+use crate::link;
+use crate::namespace::{Namespace, get_link, index_of};
+use crate::netlink::{Protocol, Requests};
+use crate::netns::Netns;
+use crate::route::{self, Hop};
+use crate::uapi::{
+    IFF_UP, IFLA_ADDRESS, IFLA_IFNAME, NLM_F_CREATE, NLM_F_EXCL, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE,
+    RTM_SETLINK,
+};
+
+/// How long a bridge may take to let frames through a new port.
+const PORT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Sets up the interface: sysctls, addresses, up, routes.
+pub(crate) fn configure(ns: &Netns, end: &ContainerEnd) -> Result<(), Error> {
+    ns.run(|| {
+        let attempted = |what: &str| format!("set up {} in {}: {what}", end.ifname, end.netns.display());
+        let mut requests = Requests::open(Protocol::Route)?;
+        let index = index_of(&mut requests, &end.ifname)
+            .map_err(|refusal| refusal.to_error(attempted("find the device")))?;
+        // No IPv6 of its own on this interface, so no wait for duplicate address detection.
+        if !end.addresses.iter().any(|address| address.addr().is_ipv6()) {
+            write_if_there(&format!("ipv6/conf/{}/disable_ipv6", end.ifname), "1")?;
+        }
+        // From now on a change of its MAC, even to the same, is announced by gratuitous ARP.
+        write_if_there(&format!("ipv4/conf/{}/arp_notify", end.ifname), "1")?;
+
+        let mut steps = vec![("bring up lo".to_owned(), up(&Ifname::new("lo")))];
+        for address in &end.addresses {
+            steps.push((format!("add {address}"), address::request(index, *address, 0)));
+        }
+        steps.push(("bring it up".to_owned(), up(&end.ifname)));
+        for destination in &end.on_link {
+            let hop = Hop { via: None, index: Some(index), scope: RT_SCOPE_LINK };
+            steps.push((
+                format!("route {destination}"),
+                route::request(*destination, &hop, NLM_F_CREATE | NLM_F_EXCL),
+            ));
+        }
+        if let Some(gateway) = end.gateway {
+            let hop = Hop { via: Some(gateway), index: Some(index), scope: RT_SCOPE_UNIVERSE };
+            let any = route::default_of(gateway);
+            steps.push((format!("route by {gateway}"), route::request(any, &hop, NLM_F_CREATE | NLM_F_EXCL)));
+        }
+        let (names, messages): (Vec<_>, Vec<_>) = steps.into_iter().unzip();
+        for (name, answer) in names.iter().zip(requests.requests(messages)) {
+            answer.map_err(|refusal| refusal.to_error(attempted(name)))?;
+        }
+        Ok(())
+    })?
+}
+
+/// Waits until the bridge lets frames through the port `name`, then announces the addresses by gratuitous ARP.
+pub(crate) fn announce(
+    home: &mut Namespace,
+    state: &mut State,
+    name: &Ifname,
+    bridged: bool,
+    ns: &Netns,
+    end: &ContainerEnd,
+) -> Result<(), Error> {
+    if bridged {
+        wait_for_port(home, state, name)?;
+    }
+    ns.run(|| {
+        let mut requests = Requests::open(Protocol::Route)?;
+        let again = link::request(RTM_SETLINK, 0, 0, 0)
+            .put_text(IFLA_IFNAME, end.ifname.as_str())
+            .put(IFLA_ADDRESS, &end.mac.0);
+        let attempted = || format!("announce {} in {}", end.ifname, end.netns.display());
+        requests.request(again).map(drop).map_err(|refusal| refusal.to_error(attempted()))
+    })?
+}
+
+/// A port lets frames through when its carrier was noticed: the kernel does that by itself, some time, or on being
+/// asked for the device.
+fn wait_for_port(home: &mut Namespace, state: &mut State, name: &Ifname) -> Result<(), Error> {
+    let attempted = || format!("wait for port {name}");
+    let deadline = Instant::now() + PORT_DEADLINE;
+    get_link(&mut home.route, name).map_err(|refusal| refusal.to_error(attempted()))?;
+    loop {
+        home.drain(state)?;
+        if home.mirror.forwarding(name) == Some(true) {
+            return Ok(());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            // Not an error: the port is made and will do its work; only its first frames may be lost.
+            tracing::warn!(%name, "the bridge does not let frames through its new port yet");
+            return Ok(());
+        }
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(home.route_events.as_fd(), PollFlags::POLLIN)], timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(Error::errno(attempted(), errno)),
+        }
+    }
+}
+
+fn up(name: &Ifname) -> crate::message::Request {
+    link::request(RTM_SETLINK, 0, IFF_UP, IFF_UP).put_text(IFLA_IFNAME, name.as_str())
+}
+
+fn write_if_there(path: &str, value: &str) -> Result<(), Error> {
+    match fs::write(format!("/proc/sys/net/{path}"), value) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io(format!("set sysctl {path} to {value}"), &error)),
+    }
+}

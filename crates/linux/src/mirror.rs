@@ -1,0 +1,355 @@
+//! The mirror of one namespace: what its kernel was last heard to have, kept up by events.
+//!
+//! The mirror writes what is in scope into the [`State`] that all namespaces share, and keeps to itself what names and
+//! indices are needed for that.
+//!
+//! Invariant: after all events were read and nothing is stale, the state shows what the kernel has. What the kernel
+//! does without an event is known and leads to `stale`: it drops IPv4 routes in silence when their device goes down or
+//! their source address goes away.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use ipnet::IpNet;
+use plan::object::{Family, HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Route, Rule};
+use plan::{Key, Object, Place, State};
+
+use crate::message::Message;
+use crate::nft::Fingerprint;
+use crate::parse::{self, Parsed};
+use crate::uapi::{
+    IFF_UP, NLM_F_REPLACE, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_DELRULE, RTM_NEWADDR,
+    RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE,
+};
+
+/// What must be read anew before the state can be believed.
+#[derive(Debug, Default)]
+pub(crate) struct Stale {
+    /// Everything that rtnetlink tells.
+    pub(crate) all: bool,
+    /// The routes.
+    pub(crate) routes: bool,
+    /// The rules.
+    pub(crate) rules: bool,
+    /// These nft tables.
+    pub(crate) tables: BTreeSet<Family>,
+}
+
+/// The mirror of one namespace.
+#[derive(Debug)]
+pub(crate) struct Mirror {
+    place: Place,
+    devices: BTreeMap<u32, Device>,
+    indices: BTreeMap<Ifname, u32>,
+    routes: BTreeMap<(u32, IpNet), Vec<Held>>,
+    rules: BTreeMap<u32, Vec<Rule>>,
+    /// What our tables were made of when they were last applied or first seen.
+    pub(crate) fingerprints: BTreeMap<Family, Fingerprint>,
+    pub(crate) stale: Stale,
+}
+
+#[derive(Debug)]
+struct Device {
+    name: Ifname,
+    /// `None` for a device of a kind that is not ours to judge: loopback, say.
+    link: Option<Link>,
+    /// Whether its bridge lets frames through its port.
+    forwarding: bool,
+    /// Addresses, neighbours and forwarding entries on it.
+    hanging: BTreeSet<Key>,
+}
+
+#[derive(Debug, PartialEq)]
+struct Held {
+    route: Route,
+    index: Option<u32>,
+}
+
+impl Mirror {
+    pub(crate) fn new(place: Place) -> Self {
+        Self {
+            place,
+            devices: BTreeMap::new(),
+            indices: BTreeMap::new(),
+            routes: BTreeMap::new(),
+            rules: BTreeMap::new(),
+            fingerprints: BTreeMap::new(),
+            stale: Stale {
+                all: true,
+                routes: false,
+                rules: false,
+                tables: [Family::Inet, Family::Bridge].into(),
+            },
+        }
+    }
+
+    /// The index of a device.
+    pub(crate) fn index(&self, name: &Ifname) -> Option<u32> {
+        self.indices.get(name).copied()
+    }
+
+    /// Whether the device's bridge lets frames through; `None` if there is no such device.
+    pub(crate) fn forwarding(&self, name: &Ifname) -> Option<bool> {
+        self.devices.get(self.indices.get(name)?).map(|device| device.forwarding)
+    }
+
+    /// All routes held under a table and destination.
+    pub(crate) fn routes_to(&self, table: u32, destination: IpNet) -> impl Iterator<Item = &Route> {
+        self.routes.get(&(table, destination)).into_iter().flatten().map(|held| &held.route)
+    }
+
+    /// Takes in an rtnetlink message: an event, or part of a dump.
+    pub(crate) fn take(&mut self, state: &mut State, message: &Message<'_>) {
+        let payload = message.payload;
+        match message.kind {
+            RTM_NEWLINK | RTM_DELLINK => self.link(state, payload, message.kind == RTM_NEWLINK),
+            RTM_NEWADDR | RTM_DELADDR => self.address(state, payload, message.kind == RTM_NEWADDR),
+            RTM_NEWNEIGH | RTM_DELNEIGH => self.neighbour(state, payload, message.kind == RTM_NEWNEIGH),
+            RTM_NEWROUTE => self.new_route(state, payload, message.flags & NLM_F_REPLACE != 0),
+            RTM_DELROUTE => self.lost_route(state, payload),
+            RTM_NEWRULE | RTM_DELRULE => self.rule(state, payload, message.kind == RTM_NEWRULE),
+            _ => {}
+        }
+    }
+
+    /// Forgets all that rtnetlink tells, and the sysctls: a device's may be another device's by now.
+    pub(crate) fn forget_all(&mut self, state: &mut State) {
+        self.devices.clear();
+        self.indices.clear();
+        self.routes.clear();
+        self.rules.clear();
+        self.stale.routes = false;
+        self.stale.rules = false;
+        self.drop_from(state, |key| !matches!(key, Key::Netns | Key::Table(_) | Key::Element(..)));
+    }
+
+    /// Forgets the routes.
+    pub(crate) fn forget_routes(&mut self, state: &mut State) {
+        self.routes.clear();
+        self.drop_from(state, |key| matches!(key, Key::Route(..)));
+    }
+
+    /// Forgets the rules.
+    pub(crate) fn forget_rules(&mut self, state: &mut State) {
+        self.rules.clear();
+        self.drop_from(state, |key| matches!(key, Key::Rule(_)));
+    }
+
+    /// Removes from the state what is in this place and to be dropped.
+    pub(crate) fn drop_from(&self, state: &mut State, drop: impl Fn(&Key) -> bool) {
+        let names: Vec<_> = state
+            .range((self.place.clone(), Key::Netns)..)
+            .take_while(|((place, _), _)| *place == self.place)
+            .filter(|((_, key), _)| drop(key))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in names {
+            state.remove(&name);
+        }
+    }
+
+    pub(crate) fn set(&self, state: &mut State, key: Key, object: Option<Object>) {
+        let name = (self.place.clone(), key);
+        match object {
+            Some(object) => state.insert(name, object),
+            None => state.remove(&name),
+        };
+    }
+
+    fn in_scope(&self, name: &Ifname) -> bool {
+        self.place != Place::Host || name.as_str().starts_with(HOST_DEVICE_PREFIX)
+    }
+
+    fn link(&mut self, state: &mut State, payload: &[u8], present: bool) {
+        let parsed = match parse::link(payload) {
+            Some(Parsed::Link(parsed)) => parsed,
+            Some(Parsed::Port { index, forwarding }) => {
+                if let Some(device) = self.devices.get_mut(&index) {
+                    device.forwarding = present && forwarding;
+                }
+                return;
+            }
+            None => return,
+        };
+        if !present {
+            self.forget_device(state, parsed.index);
+            return;
+        }
+        let name = parsed.name;
+        let up = parsed.flags & IFF_UP != 0;
+        let mut device = match self.devices.remove(&parsed.index) {
+            Some(known) if known.name == name => known,
+            Some(known) => {
+                // Renamed: everything that hangs on it has another name now.
+                self.indices.remove(&known.name);
+                self.set(state, Key::Link(known.name), None);
+                self.stale.all = true;
+                Device { name: name.clone(), link: None, forwarding: false, hanging: BTreeSet::new() }
+            }
+            None => Device { name: name.clone(), link: None, forwarding: false, hanging: BTreeSet::new() },
+        };
+        let was_up = device.link.as_ref().is_some_and(|link| link.up);
+        device.link = parsed.kind.map(|kind| Link {
+            kind,
+            mac: parsed.mac,
+            mtu: parsed.mtu,
+            master: parsed.master.map(|index| self.name(index)),
+            up,
+            peer: None,
+        });
+        if was_up && !up && self.routes.values().flatten().any(|held| held.index == Some(parsed.index)) {
+            self.stale.routes = true;
+        }
+        if self.in_scope(&name) {
+            self.set(state, Key::Link(name.clone()), device.link.clone().map(Object::Link));
+        }
+        self.indices.insert(name, parsed.index);
+        self.devices.insert(parsed.index, device);
+    }
+
+    fn forget_device(&mut self, state: &mut State, index: u32) {
+        let Some(device) = self.devices.remove(&index) else { return };
+        if self.indices.get(&device.name) == Some(&index) {
+            self.indices.remove(&device.name);
+        }
+        for key in device.hanging {
+            self.set(state, key, None);
+        }
+        let routes: Vec<_> = self
+            .routes
+            .iter_mut()
+            .filter_map(|(key, held)| {
+                let before = held.len();
+                held.retain(|held| held.index != Some(index));
+                (held.len() != before).then_some(*key)
+            })
+            .collect();
+        for (table, destination) in routes {
+            self.show_route(state, table, destination);
+        }
+        let name = device.name.as_str();
+        self.drop_from(
+            state,
+            |key| matches!(key, Key::Sysctl(path) if path.split('/').any(|part| part == name)),
+        );
+        self.set(state, Key::Link(device.name), None);
+    }
+
+    /// The device's name, or a stand-in for one in another namespace or not yet heard of.
+    fn name(&self, index: u32) -> Ifname {
+        self.devices
+            .get(&index)
+            .map_or_else(|| Ifname::new(&format!("if{index}")), |device| device.name.clone())
+    }
+
+    fn address(&mut self, state: &mut State, payload: &[u8], present: bool) {
+        let Some((index, address)) = parse::address(payload) else { return };
+        if !present && self.routes.values().flatten().any(|held| held.route.src == Some(address.addr())) {
+            self.stale.routes = true;
+        }
+        let key = |name| Key::Address(name, address);
+        self.hang(state, index, key, present.then_some(Object::Address));
+    }
+
+    fn neighbour(&mut self, state: &mut State, payload: &[u8], present: bool) {
+        let Some(entry) = parse::neighbour(payload) else { return };
+        match entry {
+            parse::Entry::Neighbour { index, address, mac } => {
+                let object = mac.filter(|_| present).map(Object::Neighbour);
+                self.hang(state, index, |name| Key::Neighbour(name, address), object);
+            }
+            parse::Entry::Fdb { index, mac, via, permanent } => {
+                let Some(device) = self.devices.get(&index) else { return };
+                if !matches!(device.link, Some(Link { kind: LinkKind::Vxlan { .. }, .. })) {
+                    return;
+                }
+                let key = Key::Fdb(device.name.clone(), mac);
+                let known = state.get(&(self.place.clone(), key.clone()));
+                // The end of one of several destinations of a MAC is not the end of the entry.
+                if present && permanent || known == Some(&Object::Fdb(via)) {
+                    self.hang(state, index, |_| key, (present && permanent).then_some(Object::Fdb(via)));
+                }
+            }
+        }
+    }
+
+    /// Shows, or no longer shows, something that hangs on a device.
+    fn hang(
+        &mut self,
+        state: &mut State,
+        index: u32,
+        key: impl FnOnce(Ifname) -> Key,
+        object: Option<Object>,
+    ) {
+        let Some(device) = self.devices.get(&index) else { return };
+        if !self.in_scope(&device.name) {
+            return;
+        }
+        let key = key(device.name.clone());
+        let Some(device) = self.devices.get_mut(&index) else { return };
+        if object.is_some() {
+            device.hanging.insert(key.clone())
+        } else {
+            device.hanging.remove(&key)
+        };
+        self.set(state, key, object);
+    }
+
+    fn route(&self, payload: &[u8]) -> Option<(u32, IpNet, Held)> {
+        let parsed = parse::route(payload)?;
+        let dev = parsed.index.map(|index| self.name(index));
+        if self.place == Place::Host && !dev.as_ref().is_some_and(|dev| self.in_scope(dev)) {
+            return None;
+        }
+        let route = Route { kind: parsed.kind, via: parsed.via, dev, src: parsed.src, metric: parsed.metric };
+        Some((parsed.table, parsed.destination, Held { route, index: parsed.index }))
+    }
+
+    fn new_route(&mut self, state: &mut State, payload: &[u8], replaces: bool) {
+        let Some((table, destination, new)) = self.route(payload) else { return };
+        let held = self.routes.entry((table, destination)).or_default();
+        if replaces {
+            held.retain(|old| old.route.metric != new.route.metric);
+        }
+        if !held.contains(&new) {
+            held.push(new);
+        }
+        // The one with the lowest metric is the one that counts.
+        held.sort_by_key(|held| held.route.metric);
+        self.show_route(state, table, destination);
+    }
+
+    fn lost_route(&mut self, state: &mut State, payload: &[u8]) {
+        let Some((table, destination, gone)) = self.route(payload) else { return };
+        let held = self.routes.entry((table, destination)).or_default();
+        match held.iter().position(|held| *held == gone) {
+            Some(position) => drop(held.remove(position)),
+            None => self.stale.routes |= !held.is_empty(),
+        }
+        self.show_route(state, table, destination);
+    }
+
+    fn show_route(&mut self, state: &mut State, table: u32, destination: IpNet) {
+        let first = self.routes.get(&(table, destination)).and_then(|held| held.first());
+        let object = first.map(|held| Object::Route(held.route.clone()));
+        if object.is_none() {
+            self.routes.remove(&(table, destination));
+        }
+        self.set(state, Key::Route(table, destination), object);
+    }
+
+    fn rule(&mut self, state: &mut State, payload: &[u8], present: bool) {
+        if self.place == Place::Host {
+            return;
+        }
+        let Some((priority, rule)) = parse::rule(payload) else { return };
+        let held = self.rules.entry(priority).or_default();
+        match held.iter().position(|held| *held == rule) {
+            Some(_) if present => {}
+            Some(position) => drop(held.remove(position)),
+            None if present => held.push(rule),
+            None => self.stale.rules |= !held.is_empty(),
+        }
+        let object = held.first().cloned().map(Object::Rule);
+        self.set(state, Key::Rule(priority), object);
+    }
+}
