@@ -14,8 +14,8 @@ use linux::netns::Netns;
 use model::agent_api::{AttachRequest, Attached};
 use model::api::{ApiError, ErrorCode};
 use model::{
-    Candidate, Catalog, Endpoint, EndpointId, EndpointKind, Epoch, HostId, Mac, Name, Network, NetworkId, Object,
-    PublishedPort, Revision, UnixMillis, Watch,
+    Candidate, Catalog, Endpoint, EndpointId, EndpointKind, Epoch, HostId, Mac, Name, Network, NetworkId,
+    Object, PublishedPort, Revision, UnixMillis, Watch,
 };
 use plan::{Attachment, End, Local};
 
@@ -118,10 +118,12 @@ impl Book {
             Err(_) => self.catalog.network_named(name_or_id),
         };
         found.ok_or_else(|| {
-            let names: Vec<&str> = self.catalog.networks.values().map(|network| network.name.as_str()).collect();
+            let names: Vec<&str> =
+                self.catalog.networks.values().map(|network| network.name.as_str()).collect();
             let known = if names.is_empty() { "none yet".to_owned() } else { names.join(", ") };
-            let message =
-                format!("network {name_or_id:?} does not exist; this host knows: {known} (droveway network ls)");
+            let message = format!(
+                "network {name_or_id:?} does not exist; this host knows: {known} (droveway network ls)"
+            );
             ApiError::new(ErrorCode::NotFound, message)
         })
     }
@@ -186,7 +188,10 @@ impl Book {
         }
         let taken: BTreeSet<u16> = self.slots.values().copied().collect();
         let slot = (0..plan::transit::SLOTS).find(|slot| !taken.contains(slot)).ok_or_else(|| {
-            ApiError::new(ErrorCode::Exhausted, "this host has a router in 2048 networks already; detach from some")
+            ApiError::new(
+                ErrorCode::Exhausted,
+                "this host has a router in 2048 networks already; detach from some",
+            )
         })?;
         self.ledger.set_slot(network, slot).map_err(unwritten)?;
         self.slots.insert(network.clone(), slot);
@@ -205,7 +210,9 @@ impl Book {
             .collect();
         let need_block = Refusal::NeedBlock { network: network.id.clone(), held: blocks.len() };
         // The router's address comes from a block, so a host with only claimed addresses needs one too.
-        let Some(router) = self.catalog.router_address(&network.id, &self.host) else { return Err(need_block) };
+        let Some(router) = self.catalog.router_address(&network.id, &self.host) else {
+            return Err(need_block);
+        };
         let Some(wish) = wish else {
             let mut used = self.used.get(&network.id).cloned().unwrap_or_default();
             used.insert(router);
@@ -221,17 +228,25 @@ impl Book {
         if !network.geometry().assignable(wish) {
             let (pool, name) = (network.pool(), &network.name);
             let message = if pool.contains(&wish) {
-                format!("address {wish} is the network's, broadcast or gateway address of network \"{name}\"; choose another")
+                format!(
+                    "address {wish} is the network's, broadcast or gateway address of network \"{name}\"; choose another"
+                )
             } else {
                 format!("address {wish} is not in the pool {pool} of network \"{name}\"; choose one that is")
             };
             return Err(ApiError::new(ErrorCode::Invalid, message).into());
         }
-        if let Some(holder) = self.holder(&network.id, wish).or((wish == router).then(|| "this host's router".to_owned())) {
-            let message = format!("address {wish} of network \"{}\" is in use by {holder}; choose another", network.name);
+        if let Some(holder) =
+            self.holder(&network.id, wish).or((wish == router).then(|| "this host's router".to_owned()))
+        {
+            let message = format!(
+                "address {wish} of network \"{}\" is in use by {holder}; choose another",
+                network.name
+            );
             return Err(ApiError::new(ErrorCode::Conflict, message).into());
         }
-        let claimed = self.catalog.claims.get(&(network.id.clone(), wish)).is_some_and(|claim| claim.host == self.host);
+        let claimed =
+            self.catalog.claims.get(&(network.id.clone(), wish)).is_some_and(|claim| claim.host == self.host);
         if claimed || blocks.iter().any(|block| block.contains(&wish)) {
             Ok(wish)
         } else {
@@ -248,7 +263,9 @@ impl Book {
                 Some(name) => format!("container {name} on this host"),
                 None => format!("endpoint {} on this host", record.endpoint.id),
             }),
-            None => self.is_used(network, address).then(|| "a container that is being started on this host".to_owned()),
+            None => self
+                .is_used(network, address)
+                .then(|| "a container that is being started on this host".to_owned()),
         }
     }
 
@@ -312,7 +329,9 @@ impl Book {
             return Ok(record.endpoint.clone());
         }
         if !self.reservations.contains(&(network.clone(), address)) {
-            let message = format!("address {address} was not reserved on this host before; the engine must ask for it first");
+            let message = format!(
+                "address {address} was not reserved on this host before; the engine must ask for it first"
+            );
             return Err(ApiError::new(ErrorCode::Conflict, message).into());
         }
         let endpoint = Endpoint {
@@ -342,7 +361,11 @@ impl Book {
         self.update(id, |record| record.sandbox = sandbox)
     }
 
-    pub(crate) fn set_ports(&mut self, id: &EndpointId, ports: Vec<PublishedPort>) -> Result<Vec<PublishedPort>, ApiError> {
+    pub(crate) fn set_ports(
+        &mut self,
+        id: &EndpointId,
+        ports: Vec<PublishedPort>,
+    ) -> Result<Vec<PublishedPort>, ApiError> {
         let ports = self.check_ports(Some(id), ports)?;
         self.update(id, |record| record.endpoint.ports.clone_from(&ports))?;
         Ok(ports)
@@ -404,7 +427,9 @@ impl Book {
         self.ledger.put_record(&record).map_err(unwritten)?;
         self.remember(record);
         Ok(Attached {
-            addresses: vec![IpNet::new(address, network.pool().prefix_len()).unwrap_or_else(|_| address.into())],
+            addresses: vec![
+                IpNet::new(address, network.pool().prefix_len()).unwrap_or_else(|_| address.into()),
+            ],
             gateway: (!network.internal).then(|| network.gateway()),
             mtu: plan::network_mtu(&self.catalog, &self.local_of(None), &network),
             resolv_conf: String::new(),
@@ -497,7 +522,8 @@ impl Book {
 
     fn inode(netns: &Path) -> Result<(u64, u64), ApiError> {
         Netns::open(netns).and_then(|netns| netns.inode()).map_err(|error| {
-            let message = format!("{} is not a network namespace that can be opened: {error}", netns.display());
+            let message =
+                format!("{} is not a network namespace that can be opened: {error}", netns.display());
             ApiError::new(ErrorCode::Invalid, message)
         })
     }
@@ -530,7 +556,8 @@ impl Book {
             } else if !free(port.host_port, &taken) {
                 let holder = taken.get(&(port.protocol, port.host_port)).cloned();
                 let holder = holder.unwrap_or_else(|| "another program of this host".to_owned());
-                let message = format!("port {} is published by {holder} already; choose another", port.host_port);
+                let message =
+                    format!("port {} is published by {holder} already; choose another", port.host_port);
                 return Err(ApiError::new(ErrorCode::Conflict, message));
             }
             taken.insert((port.protocol, port.host_port), "this container".to_owned());
@@ -540,7 +567,10 @@ impl Book {
 
     fn update(&mut self, id: &EndpointId, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
         let Some(record) = self.records.get_mut(id) else {
-            return Err(ApiError::new(ErrorCode::NotFound, format!("endpoint {id} does not exist on this host")));
+            return Err(ApiError::new(
+                ErrorCode::NotFound,
+                format!("endpoint {id} does not exist on this host"),
+            ));
         };
         let mut changed = record.clone();
         change(&mut changed);
@@ -604,7 +634,8 @@ fn check_ifname(name: &str) -> Result<(), ApiError> {
     if good {
         Ok(())
     } else {
-        let message = format!("{name:?} is no interface name; use 1 to 15 printable characters without / and :");
+        let message =
+            format!("{name:?} is no interface name; use 1 to 15 printable characters without / and :");
         Err(ApiError::new(ErrorCode::Invalid, message))
     }
 }
@@ -612,8 +643,12 @@ fn check_ifname(name: &str) -> Result<(), ApiError> {
 /// The first `ethN` that is free in a namespace; none if it cannot be looked at.
 fn free_ifname(netns: &PathBuf) -> Option<String> {
     let netns = Netns::open(netns).ok()?;
-    let names: Vec<String> =
-        netns.run(|| linux::host::addresses().map(|all| all.into_iter().map(|a| a.ifname).collect())).ok()?.ok()?;
+    let names: Vec<String> = netns
+        .run(|| {
+            let devices = nix::net::if_::if_nameindex().ok()?;
+            Some(devices.iter().map(|device| device.name().to_string_lossy().into_owned()).collect())
+        })
+        .ok()??;
     (0..64).map(|n| format!("eth{n}")).find(|name| !names.contains(name))
 }
 

@@ -28,7 +28,8 @@ impl Chores {
         }
         let catalog = &view.catalog;
         let known = |endpoint: &&Endpoint| catalog.networks.contains_key(&endpoint.network);
-        let put = view.local.values().filter(known).filter(|e| catalog.endpoints.get(&e.id) != Some(e)).cloned();
+        let put =
+            view.local.values().filter(known).filter(|e| catalog.endpoints.get(&e.id) != Some(e)).cloned();
         let delete = catalog
             .endpoints
             .values()
@@ -43,7 +44,9 @@ impl Chores {
         let mut give_back: Vec<Block> = catalog
             .blocks
             .values()
-            .filter(|block| block.host == view.host && idle(&block.network) && !view.routers.contains_key(&block.network))
+            .filter(|block| {
+                block.host == view.host && idle(&block.network) && !view.routers.contains_key(&block.network)
+            })
             .cloned()
             .collect();
         // The oldest block holds the router's address: it goes last.

@@ -11,7 +11,9 @@ use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use model::{Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Name, NetworkId, Object, Revision, UnixMillis};
+use model::{
+    Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Name, NetworkId, Object, Revision, UnixMillis,
+};
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde::{Deserialize, Serialize};
 
@@ -200,7 +202,8 @@ impl Ledger {
                 .map_err(|e| self.failed(e))
         };
         contents.epoch = meta("epoch")?.and_then(|text| text.parse().ok());
-        contents.revision = Revision(meta("revision")?.and_then(|text| text.parse().ok()).unwrap_or_default());
+        contents.revision =
+            Revision(meta("revision")?.and_then(|text| text.parse().ok()).unwrap_or_default());
         contents.domain = meta("domain")?;
         for text in self.texts("SELECT value FROM object")? {
             contents.catalog.put(self.parse::<Object>(&text)?);
@@ -241,7 +244,11 @@ impl Ledger {
             let endpoint = &record.endpoint;
             tx.execute("DELETE FROM record WHERE id = ?1", [endpoint.id.as_str()])?;
             for address in &endpoint.addresses {
-                if keep { reserve(tx, &endpoint.network, *address)? } else { release(tx, &endpoint.network, *address, now)? }
+                if keep {
+                    reserve(tx, &endpoint.network, *address)?
+                } else {
+                    release(tx, &endpoint.network, *address, now)?
+                }
             }
             Ok(())
         })
@@ -253,7 +260,12 @@ impl Ledger {
     }
 
     /// Gives a reserved address back; it rests from `now` on.
-    pub fn unreserve(&mut self, network: &NetworkId, address: IpAddr, now: UnixMillis) -> Result<(), LedgerError> {
+    pub fn unreserve(
+        &mut self,
+        network: &NetworkId,
+        address: IpAddr,
+        now: UnixMillis,
+    ) -> Result<(), LedgerError> {
         self.write(true, |tx| {
             unreserve(tx, network, address)?;
             release(tx, network, address, now)
@@ -263,7 +275,8 @@ impl Ledger {
     /// Writes a network's transit slot down.
     pub fn set_slot(&mut self, network: &NetworkId, slot: u16) -> Result<(), LedgerError> {
         self.write(true, |tx| {
-            tx.execute("INSERT OR REPLACE INTO slot VALUES (?1, ?2)", params![network.as_str(), slot]).map(drop)
+            tx.execute("INSERT OR REPLACE INTO slot VALUES (?1, ?2)", params![network.as_str(), slot])
+                .map(drop)
         })
     }
 
@@ -280,7 +293,9 @@ impl Ledger {
     /// Keeps objects that addresses depend on at once (a leased block, a granted claim).
     pub fn put_object(&mut self, object: &Object) -> Result<(), LedgerError> {
         let (key, value) = (json(&object.key()), json(object));
-        self.write(true, |tx| tx.execute("INSERT OR REPLACE INTO object VALUES (?1, ?2)", [key, value]).map(drop))
+        self.write(true, |tx| {
+            tx.execute("INSERT OR REPLACE INTO object VALUES (?1, ?2)", [key, value]).map(drop)
+        })
     }
 
     /// Replaces the snapshot.
@@ -297,7 +312,11 @@ impl Ledger {
             for object in catalog.objects() {
                 insert.execute([json(&object.key()), json(&object)])?;
             }
-            for (key, value) in [("epoch", epoch.to_string()), ("revision", revision.to_string()), ("domain", domain.to_owned())] {
+            for (key, value) in [
+                ("epoch", epoch.to_string()),
+                ("revision", revision.to_string()),
+                ("domain", domain.to_owned()),
+            ] {
                 tx.execute("INSERT OR REPLACE INTO meta VALUES (?1, ?2)", [key, &value])?;
             }
             Ok(())
@@ -317,7 +336,8 @@ impl Ledger {
                     }
                 };
             }
-            tx.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?1)", [revision.to_string()]).map(drop)
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('revision', ?1)", [revision.to_string()])
+                .map(drop)
         })
     }
 
@@ -368,7 +388,12 @@ fn unreserve(tx: &Transaction<'_>, network: &NetworkId, address: IpAddr) -> rusq
     .map(drop)
 }
 
-fn release(tx: &Transaction<'_>, network: &NetworkId, address: IpAddr, now: UnixMillis) -> rusqlite::Result<()> {
+fn release(
+    tx: &Transaction<'_>,
+    network: &NetworkId,
+    address: IpAddr,
+    now: UnixMillis,
+) -> rusqlite::Result<()> {
     tx.execute(
         "INSERT OR REPLACE INTO released VALUES (?1, ?2, ?3)",
         params![network.as_str(), address.to_string(), i64::try_from(now).unwrap_or(i64::MAX)],

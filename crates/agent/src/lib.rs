@@ -13,7 +13,7 @@ mod ipam;
 mod ledger;
 mod link;
 mod reconcile;
-mod routers;
+//mod routers;
 pub mod server;
 pub mod socket;
 pub mod tls;
@@ -114,8 +114,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     };
     let (report_tx, report) = watch::channel(report);
     let (candidates_tx, candidates) = watch::channel(candidates);
-    let (connection_tx, connection) =
-        watch::channel(Connection::Down { since: now_millis(), why: "connecting for the first time".to_owned() });
+    let (connection_tx, connection) = watch::channel(Connection::Down {
+        since: now_millis(),
+        why: "connecting for the first time".to_owned(),
+    });
     let (docker_tx, docker) = watch::channel(DockerStatus::Off);
     let listener = socket::listen(&config.socket).map_err(internal)?;
     let context = socket::Context {
@@ -130,7 +132,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         served = socket::serve(listener, context) => served.map_err(internal),
         () = link::follow(server.clone(), control.clone(), connection_tx) => Ok(()),
         () = link::tell(server, control.clone(), chores, report, connection) => Ok(()),
-        () = routers::serve(control.clone(), config.forwarders.clone()) => Ok(()),
+        //routers
         () = follow_underlay(&config, &identity, &control, &candidates_tx, &report_tx) => Ok(()),
         () = follow_docker(&config, control.clone(), docker_tx) => Ok(()),
         ended = ended => match ended {
@@ -189,7 +191,10 @@ fn host_name() -> Result<Name, ApiError> {
     let text = text.to_string_lossy();
     let first = text.split('.').next().unwrap_or_default();
     first.parse().map_err(|e| {
-        ApiError::new(ErrorCode::Invalid, format!("this machine's host name is no name for a host: {e}; give one with --name"))
+        ApiError::new(
+            ErrorCode::Invalid,
+            format!("this machine's host name is no name for a host: {e}; give one with --name"),
+        )
     })
 }
 

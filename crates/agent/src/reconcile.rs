@@ -141,7 +141,9 @@ impl Reconciler {
                 };
                 drop(reply.send(outcome));
             }
-            Command::Publish { foreign, ports, reply } => drop(reply.send(self.publish_ports(&foreign, ports))),
+            Command::Publish { foreign, ports, reply } => {
+                drop(reply.send(self.publish_ports(&foreign, ports)))
+            }
             Command::Describe { foreign, description, reply } => {
                 let outcome = match self.book.by_foreign(&foreign).cloned() {
                     Some(id) => self.book.describe(&id, *description).map_err(Refusal::from),
@@ -259,8 +261,9 @@ impl Reconciler {
         }
         let end = end.or_else(|| self.inside(id)).unwrap_or(End::Nowhere);
         let wanted = plan::desired_attachment(&self.book.catalog, &self.book.local_of(Some((id, end))), id);
-        self.apply_until_there(&wanted)
-            .map_err(|why| ApiError::new(ErrorCode::Internal, format!("the kernel refused the attachment: {why}")))
+        self.apply_until_there(&wanted).map_err(|why| {
+            ApiError::new(ErrorCode::Internal, format!("the kernel refused the attachment: {why}"))
+        })
     }
 
     fn inside(&self, id: &EndpointId) -> Option<End> {
@@ -438,7 +441,9 @@ impl Reconciler {
         let routers = observed
             .iter()
             .filter_map(|((place, _), object)| match (place, object) {
-                (Place::Router(network), plan::Object::Netns { name }) => Some((network.clone(), name.clone())),
+                (Place::Router(network), plan::Object::Netns { name }) => {
+                    Some((network.clone(), name.clone()))
+                }
                 _ => None,
             })
             .filter_map(|(id, netns)| {
@@ -481,4 +486,3 @@ fn unknown(foreign: &str) -> ApiError {
     let message = format!("endpoint {foreign} is not known on this host; the engine must create it first");
     ApiError::new(ErrorCode::NotFound, message)
 }
-

@@ -4,7 +4,7 @@
 //! Invariant: a changed zone never closes a socket.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ impl Running {
         views: &watch::Receiver<Arc<View>>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let netns = Netns::open(&std::path::Path::new(NETNS_DIR).join(netns))?;
-        let dns = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 53));
+        let dns = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 53);
         let udp = linux::socket::udp_transparent(&netns, dns)?;
         let tcp = linux::socket::tcp_listener_transparent(&netns, dns)?;
         let http = netns.run(|| std::net::TcpListener::bind((SERVICE_ADDRESS, 80)))??;

