@@ -1,1 +1,119 @@
-//! placeholder
+//! The server of Droveway: certificate authority, store, API, enrolment, watch and address leases.
+//!
+//! One HTTPS port serves people (API key) and agents (client certificate). The store holds the truth; the state in memory
+//! follows it and answers what is read; every change is a compare-and-set transaction.
+//!
+//! Invariant: losing the server loses changes, never traffic. It knows no traffic key and no host's private key.
+
+mod api;
+mod app;
+mod ca;
+mod files;
+mod ipam;
+mod keys;
+mod secret;
+mod serve;
+mod start;
+mod state;
+mod store;
+mod tls;
+mod view;
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use model::Fingerprint;
+
+pub use start::run;
+
+/// The DNS name that every client of ours asks for and checks, whatever address it connects to. The CA is the
+/// environment's own and pinned, so a name proves nothing more.
+pub const SERVER_NAME: &str = "droveway-server";
+
+/// How a server is to run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Where its files are; made if it is not there.
+    pub data_dir: PathBuf,
+    /// Where it listens. Port 0 takes any that is free.
+    pub listen: SocketAddr,
+    /// More DNS names and addresses for its certificate.
+    pub names: Vec<String>,
+    /// The domain of names in the environment.
+    pub domain: String,
+}
+
+/// A server that listens.
+#[derive(Debug, Clone)]
+pub struct Ready {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// SHA-256 of its CA certificate.
+    pub ca: Fingerprint,
+    /// Whether this start made the environment.
+    pub first_start: bool,
+    /// The file that has the admin key's text.
+    pub admin_key_file: PathBuf,
+}
+
+/// Why a server cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The data directory is a file.
+    #[error("{0} is not a directory; choose another --data-dir")]
+    NotADirectory(PathBuf),
+    /// The data directory belongs to something else.
+    #[error(
+        "{0} can be read by others and holds other files; choose another --data-dir, or make it private with chmod 700"
+    )]
+    NotOurs(PathBuf),
+    /// Two servers, one directory.
+    #[error("another server runs on {0}; stop it, or choose another --data-dir")]
+    Locked(PathBuf),
+    /// A file cannot be used.
+    #[error("cannot {what} {path}: {error}")]
+    File {
+        /// What was to be done to it.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why it failed.
+        error: io::Error,
+    },
+    /// A file without which hosts could not go on.
+    #[error("{0} is missing, but the environment was made with it; restore it from a backup")]
+    Missing(PathBuf),
+    /// A file with foreign content.
+    #[error("{0} cannot be understood; restore it from a backup")]
+    Unreadable(PathBuf),
+    /// A certificate and a foreign key.
+    #[error("{0} and {1} do not belong together; restore both from one backup")]
+    Mismatch(PathBuf, PathBuf),
+    /// A name that no certificate can have.
+    #[error("{0:?} is neither a DNS name nor an address; correct --name")]
+    BadName(String),
+    /// A domain that names cannot have.
+    #[error("{0:?} is not a domain; use labels of a-z 0-9 - separated by dots, as in droveway.internal")]
+    BadDomain(String),
+    /// The store's file or its medium.
+    #[error("{0}")]
+    Store(String),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {error}; choose another --listen")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        error: io::Error,
+    },
+    /// No certificate could be made.
+    #[error("cannot make a certificate: {0}")]
+    Certificate(rcgen::Error),
+    /// TLS could not be set up.
+    #[error("cannot set up TLS: {0}")]
+    Tls(rustls::Error),
+    /// The operating system gives no random bytes.
+    #[error("the operating system gives no random bytes")]
+    Random,
+}

@@ -1,0 +1,238 @@
+//! Hosts: looked at, labelled, removed by people; described by their own agents.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use model::api::{ApiError, ErrorCode, HostPatch, HostReport, HostRoute, HostView};
+use model::{Candidate, Host};
+
+use super::extract::{self, Agent, Item, Person};
+use super::networks::collision;
+use super::{Reply, Shared, refuse};
+use crate::app::{App, Plan, Presence, put};
+use crate::keys::{Keys, Report};
+use crate::state::Environment;
+use crate::store::{Compare, Op, Txn};
+
+/// Lists the hosts.
+#[utoipa::path(get, path = "/v1/environments/{environment}/hosts", tag = "hosts",
+    params(("environment" = String, Path)),
+    responses((status = 200, body = Vec<HostView>), (status = "default", body = ApiError)))]
+pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<HostView>>> {
+    let mut hosts: Vec<HostView> = app.read(&person.environment, |env| {
+        Ok(env.catalog.hosts.values().map(|host| view(env, &app.presence, host)).collect())
+    })?;
+    hosts.sort_by(|a, b| a.host.name.cmp(&b.host.name));
+    Ok(Json(hosts))
+}
+
+/// Looks at a host.
+#[utoipa::path(get, path = "/v1/environments/{environment}/hosts/{id}", tag = "hosts",
+    params(("environment" = String, Path), ("id" = String, Path, description = "Name or id.")),
+    responses((status = 200, body = HostView), (status = "default", body = ApiError)))]
+pub(super) async fn get(State(app): Shared, person: Person, Item(id): Item) -> Reply<Json<HostView>> {
+    Ok(Json(app.read(&person.environment, |env| Ok(view(env, &app.presence, find(env, &id)?)))?))
+}
+
+fn view(env: &Environment, presence: &Presence, host: &Host) -> HostView {
+    let seen = presence.of(&host.id);
+    let mut blocks: Vec<_> =
+        env.catalog.blocks.values().filter(|block| block.host == host.id).cloned().collect();
+    blocks.sort_by(|a, b| (&a.network, a.leased).cmp(&(&b.network, b.leased)));
+    let version = env.reports.get(&host.id).map(|report| report.version.clone());
+    HostView {
+        host: host.clone(),
+        connected: seen.is_some_and(|seen| seen.watches > 0),
+        seen: seen.map(|seen| seen.at),
+        version: version.filter(|version| !version.is_empty()),
+        blocks,
+        endpoints: env.endpoint_count(&host.id),
+    }
+}
+
+/// Sets and removes labels of a host.
+#[utoipa::path(patch, path = "/v1/environments/{environment}/hosts/{id}", tag = "hosts",
+    params(("environment" = String, Path), ("id" = String, Path, description = "Name or id.")),
+    request_body = HostPatch,
+    responses((status = 200, body = HostView), (status = "default", body = ApiError)))]
+pub(super) async fn patch(
+    State(app): Shared,
+    person: Person,
+    Item(id): Item,
+    extract::Json(patch): extract::Json<HostPatch>,
+) -> Reply<Json<HostView>> {
+    let (name, _) = app
+        .change(&person.environment, |env, _| {
+            let mut host = find(env, &id)?.clone();
+            for (label, value) in &patch.labels {
+                match value {
+                    Some(value) => drop(host.labels.insert(label.clone(), value.clone())),
+                    None => drop(host.labels.remove(label)),
+                }
+            }
+            check_labels(&host.labels)?;
+            let name = host.name.clone();
+            Ok(update(&Keys(&person.environment), env, &host, None)?
+                .map_or_else(|| Plan::Nothing(name.clone()), |txn| Plan::Commit(txn, name.clone())))
+        })
+        .await?;
+    tracing::info!(environment = %person.environment, by = %person, host = %name, "host labelled");
+    Ok(Json(app.read(&person.environment, |env| Ok(view(env, &app.presence, find(env, &id)?)))?))
+}
+
+/// What a host says of itself. Routes that collide with a network are kept and logged, not refused: the host is there.
+#[utoipa::path(put, path = "/v1/environments/{environment}/hosts/self", tag = "agents",
+    params(("environment" = String, Path)), request_body = HostReport,
+    responses((status = 200, body = Host), (status = "default", body = ApiError)))]
+pub(super) async fn report(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(report): extract::Json<HostReport>,
+) -> Reply<Json<Host>> {
+    check_report(&report.candidates, &report.routes, &report.version)?;
+    let ((host, changed), _) = app
+        .change(&agent.environment, |env, _| {
+            let host =
+                Host { candidates: report.candidates.clone(), ..find(env, agent.host.as_str())?.clone() };
+            let new = Report { routes: report.routes.clone(), version: report.version.clone() };
+            Ok(match update(&Keys(&agent.environment), env, &host, Some(&new))? {
+                None => Plan::Nothing((host, false)),
+                Some(txn) => Plan::Commit(txn, (host, true)),
+            })
+        })
+        .await?;
+    if changed {
+        tracing::info!(environment = %agent.environment, host = %agent.name, candidates = report.candidates.len(), version = report.version, "host reported");
+        warn_of_collisions(&app, &agent, &report.routes)?;
+    }
+    Ok(Json(host))
+}
+
+fn warn_of_collisions(app: &App, agent: &Agent, routes: &[HostRoute]) -> Result<(), ApiError> {
+    app.read(&agent.environment, |env| {
+        for network in env.catalog.networks.values() {
+            if let Some((pool, route)) = collision(&network.cidrs, routes) {
+                tracing::warn!(
+                    network = %network.name, %pool, route = %route.cidr, device = route.device, host = %agent.name,
+                    "the pool of a network overlaps a host's own route; containers there cannot reach both"
+                );
+            }
+        }
+        Ok(())
+    })
+}
+
+/// A transaction that makes the host, and what it reported, as given; `None` if they are so already.
+fn update(
+    keys: &Keys<'_>,
+    env: &Environment,
+    host: &Host,
+    report: Option<&Report>,
+) -> Result<Option<Txn>, ApiError> {
+    let (host_key, report_key) = (keys.host(&host.id), keys.report(&host.id));
+    let mut txn = Txn::default();
+    if env.catalog.hosts.get(&host.id) != Some(host) {
+        txn.success.push(put(host_key.clone(), host)?);
+    }
+    if let Some(report) = report
+        && env.reports.get(&host.id) != Some(report)
+    {
+        txn.success.push(put(report_key, report)?);
+    }
+    if txn.success.is_empty() {
+        return Ok(None);
+    }
+    txn.compares.push(Compare::Modified(host_key.clone(), env.modified(&host_key).unwrap_or_default()));
+    Ok(Some(txn))
+}
+
+/// Removes a host with its blocks, claims and endpoints. Its certificate is worthless from then on, its watch ends.
+/// A host that is connected can be removed, too.
+#[utoipa::path(delete, path = "/v1/environments/{environment}/hosts/{id}", tag = "hosts",
+    params(("environment" = String, Path), ("id" = String, Path, description = "Name or id.")),
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -> Reply<StatusCode> {
+    let keys = Keys(&person.environment);
+    let turn = app.turn.lock().await;
+    let (host, _) = app
+        .change(&person.environment, |env, revision| {
+            let host = find(env, &id)?;
+            let mut deletes = vec![
+                Op::Delete(keys.host(&host.id)),
+                Op::Delete(keys.host_name(&host.name)),
+                Op::Delete(keys.host_key(&host.key)),
+                Op::Delete(keys.report(&host.id)),
+            ];
+            let blocks = env.catalog.blocks.values().filter(|block| block.host == host.id);
+            deletes.extend(blocks.map(|block| Op::Delete(keys.block(&block.network, &block.cidr))));
+            let claims = env.catalog.claims.values().filter(|claim| claim.host == host.id);
+            deletes.extend(claims.map(|claim| Op::Delete(keys.claim(&claim.network, &claim.address))));
+            let endpoints = env.endpoints_of_host(&host.id);
+            deletes.extend(endpoints.map(|endpoint| Op::Delete(keys.endpoint(&endpoint.id))));
+            let compares = vec![
+                Compare::Present(keys.host(&host.id)),
+                Compare::NonePutSince(keys.all_blocks(), revision),
+                Compare::NonePutSince(keys.all_claims(), revision),
+                Compare::NonePutSince(keys.endpoints(), revision),
+            ];
+            Ok(Plan::Commit(Txn::new(compares, deletes), host.clone()))
+        })
+        .await?;
+    drop(turn);
+    app.presence.forget(&host.id);
+    tracing::info!(environment = %person.environment, by = %person, host = %host.name, id = %host.id, "host removed");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The host of that name or id, or why not.
+pub(super) fn find<'a>(env: &'a Environment, name_or_id: &str) -> Result<&'a Host, ApiError> {
+    env.host(name_or_id).ok_or_else(|| {
+        let message = format!("no host {name_or_id:?}; `droveway host ls` lists those there are");
+        refuse(ErrorCode::NotFound, message)
+    })
+}
+
+/// Refuses labels that are too many or too long.
+pub(super) fn check_labels(labels: &BTreeMap<String, String>) -> Result<(), ApiError> {
+    let bad = |message: String| Err(refuse(ErrorCode::Invalid, message));
+    if labels.len() > 64 {
+        return bad(format!("{} labels are too many; use at most 64", labels.len()));
+    }
+    for (label, value) in labels {
+        let plain =
+            !label.is_empty() && label.len() <= 128 && !label.chars().any(|c| c.is_control() || c == '=');
+        if !plain || value.len() > 1024 {
+            let label: String = label.chars().take(64).collect();
+            return bad(format!(
+                "label {label:?}: use 1 to 128 bytes without `=` for the key, at most 1024 for the value"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Refuses reports that no host has reason to send.
+pub(super) fn check_report(
+    candidates: &[Candidate],
+    routes: &[HostRoute],
+    version: &str,
+) -> Result<(), ApiError> {
+    let bad = |message: String| Err(refuse(ErrorCode::Invalid, message));
+    if candidates.len() > 64 || routes.len() > 4096 || version.len() > 128 {
+        return bad("a host has at most 64 candidates, 4096 routes and 128 bytes of version; report those that matter".into());
+    }
+    for Candidate { address, port, mtu, .. } in candidates {
+        if address.is_unspecified() || address.is_multicast() || *port == Some(0) || *mtu < 576 {
+            let port = port.map_or_else(String::new, |port| format!(" port {port}"));
+            return bad(format!(
+                "candidate {address}{port}, MTU {mtu}: no packet reaches a host there; leave it out"
+            ));
+        }
+    }
+    match routes.iter().find(|route| route.device.len() > 64) {
+        Some(route) => bad(format!("route {}: the device's name is too long", route.cidr)),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,158 @@
+//! Enrolment: a token and a signing request go in, a host with a certificate comes out.
+//!
+//! Invariant: the token's use is counted in the transaction that makes the host, so a token for one host lets in one. A
+//! host that asks again with the key it joined with (its answer was lost) gets its certificate again, and no use is counted.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use model::api::{ApiError, ErrorCode, JoinAnswer, JoinRequest};
+use model::{Host, HostId, JoinToken};
+
+use super::extract::{self, Environment};
+use super::hosts::{check_labels, check_report};
+use super::networks::{collision, random};
+use super::{Reply, Shared, refuse};
+use crate::app::{App, Plan, now, put};
+use crate::ca::Request;
+use crate::keys::{Keys, Report, Token};
+use crate::secret;
+use crate::state;
+use crate::store::{Compare, Txn};
+
+/// Lets a host in. The token is the credential.
+#[utoipa::path(post, path = "/v1/environments/{environment}/join", tag = "agents", security(()),
+    params(("environment" = String, Path)), request_body = JoinRequest,
+    responses((status = 201, body = JoinAnswer), (status = "default", body = ApiError)))]
+pub(super) async fn join(
+    State(app): Shared,
+    Environment(environment): Environment,
+    extract::Json(asked): extract::Json<JoinRequest>,
+) -> Reply<(StatusCode, Json<JoinAnswer>)> {
+    let token: JoinToken = asked
+        .token
+        .parse()
+        .map_err(|error: model::InvalidToken| refuse(ErrorCode::Invalid, error.to_string()))?;
+    if token.ca != app.ca.fingerprint() {
+        let message = "the join token is for another server: its CA fingerprint is not ours; copy the token from `droveway token create` of this server";
+        return Err(refuse(ErrorCode::Unauthenticated, message).into());
+    }
+    app.read(&environment, |env| valid(env, &token).map(drop))?;
+    let request =
+        Request::parse(&asked.csr).map_err(|error| refuse(ErrorCode::Invalid, error.to_string()))?;
+    check_labels(&asked.labels)?;
+    check_report(&asked.candidates, &asked.routes, "")?;
+    let host = Host {
+        id: HostId::from_random(random()?),
+        name: asked.name.clone(),
+        candidates: asked.candidates.clone(),
+        labels: asked.labels.clone(),
+        key: request.key().to_string(),
+        joined: now(),
+    };
+    let keys = Keys(&environment);
+    let turn = app.turn.lock().await;
+    let ((id, new), _) = app
+        .change(&environment, |env, revision| {
+            let known = valid(env, &token)?;
+            if let Some(id) = env.by_key.get(&host.key)
+                && env.host_name(id) == host.name.as_str()
+            {
+                return Ok(Plan::Nothing((id.clone(), false)));
+            }
+            let counted = count(known)?;
+            check(env, &host, &asked)?;
+            let token_key = keys.token(&token.id);
+            let compares = vec![
+                Compare::Modified(token_key.clone(), env.modified(&token_key).unwrap_or_default()),
+                Compare::Absent(keys.host_name(&host.name)),
+                Compare::Absent(keys.host_key(&host.key)),
+                Compare::NonePutSince(keys.networks(), revision),
+            ];
+            let puts = vec![
+                put(token_key, &counted)?,
+                put(keys.host(&host.id), &host)?,
+                put(keys.host_name(&host.name), &host.id)?,
+                put(keys.host_key(&host.key), &host.id)?,
+                put(keys.report(&host.id), &Report { routes: asked.routes.clone(), version: String::new() })?,
+            ];
+            Ok(Plan::Commit(Txn::new(compares, puts), (host.id.clone(), true)))
+        })
+        .await?;
+    drop(turn);
+    tracing::info!(%environment, host = %host.name, %id, token = token.id, new, "host joined");
+    Ok((StatusCode::CREATED, Json(answer(&app, &request, environment, id)?)))
+}
+
+fn answer(
+    app: &Arc<App>,
+    request: &Request,
+    environment: model::EnvironmentId,
+    host: HostId,
+) -> Result<JoinAnswer, ApiError> {
+    let certificate = app.ca.sign(request, &host).map_err(|error| {
+        tracing::error!(%error, %host, "no certificate could be made");
+        refuse(ErrorCode::Internal, "a fault of the server; look at its log")
+    })?;
+    Ok(JoinAnswer { host, environment, certificate, ca: app.ca.pem().to_owned() })
+}
+
+/// The token of that id, if the secret is its and it did not run out.
+fn valid<'a>(env: &'a state::Environment, token: &JoinToken) -> Result<&'a Token, ApiError> {
+    let hash = secret::sha256(token.secret.as_bytes());
+    let refused = |why: &str| {
+        refuse(
+            ErrorCode::Unauthenticated,
+            format!("the join token {why}; make another with `droveway token create`"),
+        )
+    };
+    let known = env.tokens.get(&token.id).filter(|known| secret::same(&known.hash, &hash));
+    let known = known.ok_or_else(|| refused("is not valid: it was revoked, or was never made here"))?;
+    if known.expires <= now() { Err(refused("expired")) } else { Ok(known) }
+}
+
+/// The token after one more use.
+fn count(token: &Token) -> Result<Token, ApiError> {
+    let mut token = token.clone();
+    if let Some(left) = &mut token.uses_left {
+        *left = left.checked_sub(1).ok_or_else(|| {
+            let message = "the join token is used up; make another with `droveway token create`";
+            refuse(ErrorCode::Unauthenticated, message)
+        })?;
+    }
+    token.used = token.used.saturating_add(1);
+    Ok(token)
+}
+
+fn check(env: &state::Environment, host: &Host, asked: &JoinRequest) -> Result<(), ApiError> {
+    let name = host.name.as_str();
+    if name == "self" || name.parse::<HostId>().is_ok() {
+        let message = format!("host {name:?}: the name is reserved; choose another --name");
+        return Err(refuse(ErrorCode::Invalid, message));
+    }
+    if env.host(name).is_some() {
+        let message = format!(
+            "host \"{name}\" is there already; choose another --name, or remove the old one with `droveway host rm {name}`"
+        );
+        return Err(refuse(ErrorCode::Conflict, message));
+    }
+    if let Some(id) = env.by_key.get(&host.key) {
+        let message = format!(
+            "this host has joined as \"{}\"; start its agent without a token, or remove it with `droveway host rm` first",
+            env.host_name(id)
+        );
+        return Err(refuse(ErrorCode::Conflict, message));
+    }
+    for network in env.catalog.networks.values() {
+        if let Some((pool, route)) = collision(&network.cidrs, &asked.routes) {
+            let message = format!(
+                "network \"{}\": pool {pool} overlaps route {} dev {} on host {name}; remove that route, or make the network anew with another --subnet",
+                network.name, route.cidr, route.device
+            );
+            return Err(refuse(ErrorCode::Conflict, message));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! Blocks and claims: what gives a host's agent authority over addresses.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use model::api::{ApiError, ClaimRequest, ErrorCode, GiveBack, LeaseRequest, ReleaseClaim};
+use model::{Block, Claim, Revision};
+
+use super::extract::{self, Agent, Caller};
+use super::networks::find;
+use super::{Reply, Shared, refuse};
+use crate::app::{Plan, put};
+use crate::ipam::{self, Lease};
+use crate::keys::Keys;
+use crate::store::{Compare, Op, Txn};
+
+/// Lists the leased blocks.
+#[utoipa::path(get, path = "/v1/environments/{environment}/blocks", tag = "addresses",
+    params(("environment" = String, Path)),
+    responses((status = 200, body = Vec<Block>), (status = "default", body = ApiError)))]
+pub(super) async fn list(State(app): Shared, caller: Caller) -> Reply<Json<Vec<Block>>> {
+    Ok(Json(app.read(&caller.environment, |env| Ok(env.catalog.blocks.values().cloned().collect()))?))
+}
+
+/// Leases one more block to the agent's host.
+#[utoipa::path(post, path = "/v1/environments/{environment}/blocks", tag = "agents",
+    params(("environment" = String, Path)), request_body = LeaseRequest,
+    responses((status = 201, body = Block), (status = "default", body = ApiError)))]
+pub(super) async fn lease(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(asked): extract::Json<LeaseRequest>,
+) -> Reply<(StatusCode, Json<Block>)> {
+    let keys = Keys(&agent.environment);
+    let turn = app.turn.lock().await;
+    let ((mut block, name), revision) = app
+        .change(&agent.environment, |env, revision| {
+            let network = find(env, &asked.network)?;
+            let cidr = match ipam::lease(env, network, &agent.host, asked.held)? {
+                Lease::Held(block) => return Ok(Plan::Nothing((block, network.name.clone()))),
+                Lease::Free(cidr) => cidr,
+            };
+            let block = Block {
+                network: network.id.clone(),
+                cidr,
+                host: agent.host.clone(),
+                leased: Revision::default(),
+            };
+            let key = keys.block(&network.id, &cidr);
+            let compares = vec![
+                Compare::Absent(key.clone()),
+                Compare::Present(keys.network(&network.id)),
+                Compare::Present(keys.host(&agent.host)),
+                // The same request twice at the same time must not get two blocks.
+                Compare::NonePutSince(keys.blocks(&network.id), revision),
+            ];
+            let txn = Txn::new(compares, vec![put(key, &block)?]);
+            Ok(Plan::Commit(txn, (block, network.name.clone())))
+        })
+        .await?;
+    drop(turn);
+    if block.leased == Revision::default() {
+        block.leased = revision;
+        let (environment, host) = (&agent.environment, &agent.name);
+        tracing::info!(%environment, %host, network = %name, block = %block.cidr, "block leased");
+    }
+    Ok((StatusCode::CREATED, Json(block)))
+}
+
+/// Gives a block back. One that nobody holds is no error: an answer may have been lost.
+#[utoipa::path(delete, path = "/v1/environments/{environment}/blocks", tag = "agents",
+    params(("environment" = String, Path)), request_body = GiveBack,
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn give_back(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(given): extract::Json<GiveBack>,
+) -> Reply<StatusCode> {
+    let keys = Keys(&agent.environment);
+    let turn = app.turn.lock().await;
+    let (name, _) = app
+        .change(&agent.environment, |env, revision| {
+            let network = find(env, &given.network)?;
+            let Some(block) = env.catalog.blocks.get(&(network.id.clone(), given.cidr)) else {
+                return Ok(Plan::Nothing(None));
+            };
+            if block.host != agent.host {
+                let message = format!(
+                    "block {} is leased to host {}; {agent} may give back its own only",
+                    block.cidr,
+                    env.host_name(&block.host)
+                );
+                return Err(refuse(ErrorCode::Forbidden, message));
+            }
+            let inside = |address: &std::net::IpAddr| block.cidr.contains(address);
+            let users = env.endpoints_of_host(&agent.host);
+            let users = users
+                .filter(|endpoint| endpoint.network == network.id && endpoint.addresses.iter().any(inside));
+            let users: Vec<String> = users
+                .map(|e| e.name.as_ref().map_or_else(|| e.id.to_string(), ToString::to_string))
+                .collect();
+            if !users.is_empty() {
+                let users = ipam::list(users, 10);
+                let message = format!(
+                    "block {} of network \"{}\" is in use by {users}; remove them first",
+                    block.cidr, network.name
+                );
+                return Err(refuse(ErrorCode::InUse, message));
+            }
+            let key = keys.block(&network.id, &block.cidr);
+            let compares = vec![
+                Compare::Created(key.clone(), block.leased),
+                Compare::NonePutSince(keys.endpoints(), revision),
+            ];
+            Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))
+        })
+        .await?;
+    drop(turn);
+    if let Some(network) = name {
+        let (environment, host) = (&agent.environment, &agent.name);
+        tracing::info!(%environment, %host, %network, block = %given.cidr, "block given back");
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Holds one given address for an endpoint of the agent's host.
+#[utoipa::path(post, path = "/v1/environments/{environment}/claims", tag = "agents",
+    params(("environment" = String, Path)), request_body = ClaimRequest,
+    responses((status = 201, body = Claim), (status = "default", body = ApiError)))]
+pub(super) async fn claim(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(asked): extract::Json<ClaimRequest>,
+) -> Reply<(StatusCode, Json<Claim>)> {
+    let keys = Keys(&agent.environment);
+    let ((claim, name), _) = app
+        .change(&agent.environment, |env, _| {
+            let network = find(env, &asked.network)?;
+            let claim = Claim {
+                network: network.id.clone(),
+                address: asked.address,
+                host: agent.host.clone(),
+                endpoint: asked.endpoint.clone(),
+            };
+            if !ipam::claim(env, network, &claim)? {
+                return Ok(Plan::Nothing((claim, None)));
+            }
+            let key = keys.claim(&network.id, &claim.address);
+            let compares = vec![
+                Compare::Absent(key.clone()),
+                Compare::Present(keys.network(&network.id)),
+                Compare::Present(keys.host(&agent.host)),
+            ];
+            let txn = Txn::new(compares, vec![put(key, &claim)?]);
+            Ok(Plan::Commit(txn, (claim, Some(network.name.clone()))))
+        })
+        .await?;
+    if let Some(network) = name {
+        let (environment, host) = (&agent.environment, &agent.name);
+        tracing::info!(%environment, %host, %network, address = %claim.address, endpoint = %claim.endpoint, "address claimed");
+    }
+    Ok((StatusCode::CREATED, Json(claim)))
+}
+
+/// Lets a claimed address go. One that nobody holds is no error: an answer may have been lost.
+#[utoipa::path(delete, path = "/v1/environments/{environment}/claims", tag = "agents",
+    params(("environment" = String, Path)), request_body = ReleaseClaim,
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn release(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(given): extract::Json<ReleaseClaim>,
+) -> Reply<StatusCode> {
+    let keys = Keys(&agent.environment);
+    let (name, _) = app
+        .change(&agent.environment, |env, revision| {
+            let network = find(env, &given.network)?;
+            let Some(claim) = env.catalog.claims.get(&(network.id.clone(), given.address)) else {
+                return Ok(Plan::Nothing(None));
+            };
+            if claim.host != agent.host {
+                let host = env.host_name(&claim.host);
+                let message = format!(
+                    "address {} is claimed by host {host}; {agent} may release its own only",
+                    claim.address
+                );
+                return Err(refuse(ErrorCode::Forbidden, message));
+            }
+            if let Some(endpoint) = env.holder(&network.id, claim.address) {
+                let message =
+                    format!("address {} is that of endpoint {}; remove it first", claim.address, endpoint.id);
+                return Err(refuse(ErrorCode::InUse, message));
+            }
+            let key = keys.claim(&network.id, &claim.address);
+            let compares = vec![
+                Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()),
+                Compare::NonePutSince(keys.endpoints(), revision),
+            ];
+            Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))
+        })
+        .await?;
+    if let Some(network) = name {
+        let (environment, host) = (&agent.environment, &agent.name);
+        tracing::info!(%environment, %host, %network, address = %given.address, "claim released");
+    }
+    Ok(StatusCode::NO_CONTENT)
+}

@@ -1,0 +1,180 @@
+//! Networks: made, looked at, removed.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use ipnet::IpNet;
+use model::api::{ApiError, ErrorCode, HostRoute};
+use model::{Driver, Network, NetworkId, NetworkSpec, VXLAN_PORT};
+
+use super::extract::{self, Caller, Item, Person};
+use super::hosts::check_labels;
+use super::{Reply, Shared, refuse};
+use crate::app::{Plan, now, put};
+use crate::keys::Keys;
+use crate::state::Environment;
+use crate::store::{Compare, Op, Txn};
+use crate::{ipam, secret};
+
+/// Lists the networks.
+#[utoipa::path(get, path = "/v1/environments/{environment}/networks", tag = "networks",
+    params(("environment" = String, Path)),
+    responses((status = 200, body = Vec<Network>), (status = "default", body = ApiError)))]
+pub(super) async fn list(State(app): Shared, caller: Caller) -> Reply<Json<Vec<Network>>> {
+    let mut networks: Vec<Network> =
+        app.read(&caller.environment, |env| Ok(env.catalog.networks.values().cloned().collect()))?;
+    networks.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(Json(networks))
+}
+
+/// Looks at a network.
+#[utoipa::path(get, path = "/v1/environments/{environment}/networks/{id}", tag = "networks",
+    params(("environment" = String, Path), ("id" = String, Path, description = "Name or id.")),
+    responses((status = 200, body = Network), (status = "default", body = ApiError)))]
+pub(super) async fn get(State(app): Shared, caller: Caller, Item(id): Item) -> Reply<Json<Network>> {
+    Ok(Json(app.read(&caller.environment, |env| find(env, &id).cloned())?))
+}
+
+/// Makes a network.
+#[utoipa::path(post, path = "/v1/environments/{environment}/networks", tag = "networks",
+    params(("environment" = String, Path)), request_body = NetworkSpec,
+    responses((status = 201, body = Network), (status = "default", body = ApiError)))]
+pub(super) async fn create(
+    State(app): Shared,
+    person: Person,
+    extract::Json(spec): extract::Json<NetworkSpec>,
+) -> Reply<(StatusCode, Json<Network>)> {
+    check_labels(&spec.labels)?;
+    let id = NetworkId::from_random(random()?);
+    let created = now();
+    let keys = Keys(&person.environment);
+    let turn = app.turn.lock().await;
+    let (network, _) = app
+        .change(&person.environment, |env, revision| {
+            let network = plan(env, &spec, &id, created)?;
+            let Driver::Vxlan { vni, port } = network.driver;
+            let compares = vec![
+                Compare::Absent(keys.network_name(&network.name)),
+                Compare::Absent(keys.vni(port, vni)),
+                Compare::NonePutSince(keys.reports(), revision),
+            ];
+            let puts = vec![
+                put(keys.network(&id), &network)?,
+                put(keys.network_name(&network.name), &id)?,
+                put(keys.vni(port, vni), &id)?,
+            ];
+            Ok(Plan::Commit(Txn::new(compares, puts), network))
+        })
+        .await?;
+    drop(turn);
+    let environment = &person.environment;
+    tracing::info!(%environment, by = %person, network = %network.name, pool = %network.pool(), "network made");
+    Ok((StatusCode::CREATED, Json(network)))
+}
+
+/// The network to make, checked against all that is there.
+fn plan(env: &Environment, spec: &NetworkSpec, id: &NetworkId, created: u64) -> Result<Network, ApiError> {
+    if spec.name.as_str().parse::<NetworkId>().is_ok() {
+        let message =
+            format!("network {:?}: the name looks like an id; choose another name", spec.name.as_str());
+        return Err(refuse(ErrorCode::Invalid, message));
+    }
+    let taken = |network: &&Network, vni: u32, port: u16| network.driver == Driver::Vxlan { vni, port };
+    let port = spec.port.unwrap_or(VXLAN_PORT);
+    let vni = (1..1 << 24).find(|vni| !env.catalog.networks.values().any(|n| taken(&n, *vni, port)));
+    let network = spec
+        .validate(id.clone(), vni.unwrap_or(0), created)
+        .map_err(|error| refuse(ErrorCode::Invalid, error.to_string()))?;
+    let name = &network.name;
+    if env.catalog.network_named(name.as_str()).is_some() {
+        let message = format!("network \"{name}\" is there already; choose another name, or remove it first");
+        return Err(refuse(ErrorCode::Conflict, message));
+    }
+    let Driver::Vxlan { vni, port } = network.driver;
+    if let Some(other) = env.catalog.networks.values().find(|n| taken(n, vni, port)) {
+        let message = format!(
+            "network \"{name}\": VNI {vni} on port {port} is that of network \"{}\"; choose another --vni, or leave it out",
+            other.name
+        );
+        return Err(refuse(ErrorCode::Conflict, message));
+    }
+    for (host, report) in &env.reports {
+        if let Some((pool, route)) = collision(&network.cidrs, &report.routes) {
+            let host = env.host_name(host);
+            let message = format!(
+                "network \"{name}\": pool {pool} overlaps route {} dev {} on host {host}; choose another --subnet",
+                route.cidr, route.device
+            );
+            return Err(refuse(ErrorCode::Conflict, message));
+        }
+    }
+    Ok(network)
+}
+
+/// The first CIDR and route that overlap. A default route overlaps everything and says nothing.
+pub(super) fn collision<'a>(cidrs: &[IpNet], routes: &'a [HostRoute]) -> Option<(IpNet, &'a HostRoute)> {
+    cidrs.iter().find_map(|pool| {
+        let overlaps = |route: &&HostRoute| {
+            let cidr = route.cidr.trunc();
+            cidr.prefix_len() > 0 && (pool.contains(&cidr) || cidr.contains(pool))
+        };
+        Some((*pool, routes.iter().find(overlaps)?))
+    })
+}
+
+/// Removes a network that nobody uses.
+#[utoipa::path(delete, path = "/v1/environments/{environment}/networks/{id}", tag = "networks",
+    params(("environment" = String, Path), ("id" = String, Path, description = "Name or id.")),
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -> Reply<StatusCode> {
+    let keys = Keys(&person.environment);
+    let turn = app.turn.lock().await;
+    let (name, _) = app
+        .change(&person.environment, |env, revision| {
+            let network = find(env, &id)?;
+            let users = env.endpoints_of(&network.id).map(|endpoint| {
+                let name = endpoint.name.as_ref().map_or(endpoint.id.as_str(), |name| name.as_str());
+                format!("{name} ({})", env.host_name(&endpoint.host))
+            });
+            let count = env.endpoints_of(&network.id).count();
+            if count > 0 {
+                let (plural, them) = if count == 1 { ("", "it") } else { ("s", "them") };
+                let message = format!(
+                    "network \"{}\" is in use by {count} endpoint{plural}: {}; remove {them} first",
+                    network.name,
+                    ipam::list(users, 10)
+                );
+                return Err(refuse(ErrorCode::InUse, message));
+            }
+            let Driver::Vxlan { vni, port } = network.driver;
+            let compares = vec![
+                Compare::Present(keys.network(&network.id)),
+                Compare::NonePutSince(keys.endpoints(), revision),
+            ];
+            let deletes = vec![
+                Op::DeletePrefix(keys.blocks(&network.id)),
+                Op::DeletePrefix(keys.claims(&network.id)),
+                Op::Delete(keys.network(&network.id)),
+                Op::Delete(keys.network_name(&network.name)),
+                Op::Delete(keys.vni(port, vni)),
+            ];
+            Ok(Plan::Commit(Txn::new(compares, deletes), network.name.clone()))
+        })
+        .await?;
+    drop(turn);
+    tracing::info!(environment = %person.environment, by = %person, network = %name, "network removed");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The network of that name or id, or why not.
+pub(super) fn find<'a>(env: &'a Environment, name_or_id: &str) -> Result<&'a Network, ApiError> {
+    env.network(name_or_id).ok_or_else(|| {
+        let message = format!("no network {name_or_id:?}; `droveway network ls` lists those there are");
+        refuse(ErrorCode::NotFound, message)
+    })
+}
+
+/// Random bytes, or a refusal.
+pub(super) fn random<const N: usize>() -> Result<[u8; N], ApiError> {
+    secret::random().map_err(|error| refuse(ErrorCode::Internal, error.to_string()))
+}

@@ -1,0 +1,189 @@
+//! What all requests share, and the one way in which they change the state.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use model::api::{ApiError, ErrorCode};
+use model::{EnvironmentId, HostId, Revision, UnixMillis};
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::ca::Ca;
+use crate::keys;
+use crate::state::{Environment, Shared};
+use crate::store::{Op, Store, StoreError, Txn};
+
+/// How often a change is planned anew when something else changed at the same time.
+const ATTEMPTS: usize = 100;
+/// How long the state in memory may need to follow the store.
+const FOLLOW: Duration = Duration::from_secs(10);
+
+/// What all requests share.
+pub(crate) struct App {
+    pub(crate) store: Arc<dyn Store>,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) ca: Ca,
+    pub(crate) domain: String,
+    pub(crate) presence: Arc<Presence>,
+    pub(crate) stopping: watch::Sender<bool>,
+    /// Held while planning and doing changes that others of this server would make fail. It saves attempts; what keeps
+    /// the state right, with other servers too, are the compares.
+    pub(crate) turn: tokio::sync::Mutex<()>,
+}
+
+/// What a change would do, and its answer.
+pub(crate) enum Plan<T> {
+    /// It is so already.
+    Nothing(T),
+    /// This.
+    Commit(Txn, T),
+}
+
+impl App {
+    pub(crate) fn new(store: Arc<dyn Store>, shared: Arc<Shared>, ca: Ca, domain: String) -> Self {
+        Self {
+            store,
+            shared,
+            ca,
+            domain,
+            presence: Arc::default(),
+            stopping: watch::Sender::new(false),
+            turn: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// Reads an environment as it is now.
+    pub(crate) fn read<T>(
+        &self,
+        environment: &EnvironmentId,
+        read: impl FnOnce(&Environment) -> Result<T, ApiError>,
+    ) -> Result<T, ApiError> {
+        let state = self.shared.read();
+        read(state.environments.get(environment).ok_or_else(|| no_environment(environment.as_str()))?)
+    }
+
+    /// Plans a change on the state as it is, does it if nothing it compares has changed meanwhile, and plans anew
+    /// otherwise. When it answers, the state in memory has the change, too.
+    pub(crate) async fn change<T>(
+        &self,
+        environment: &EnvironmentId,
+        plan: impl Fn(&Environment, Revision) -> Result<Plan<T>, ApiError>,
+    ) -> Result<(T, Revision), ApiError> {
+        for _ in 0..ATTEMPTS {
+            let (planned, revision) = {
+                let state = self.shared.read();
+                let env = state.environments.get(environment);
+                let env = env.ok_or_else(|| no_environment(environment.as_str()))?;
+                (plan(env, state.revision)?, state.revision)
+            };
+            match planned {
+                Plan::Nothing(answer) => return Ok((answer, revision)),
+                Plan::Commit(txn, answer) => {
+                    let outcome = self.store.txn(txn).await.map_err(|error| store_fault(&error))?;
+                    self.reach(outcome.revision).await?;
+                    if outcome.succeeded {
+                        return Ok((answer, outcome.revision));
+                    }
+                }
+            }
+        }
+        Err(ApiError::new(ErrorCode::Unavailable, "too many changes at the same time; try again"))
+    }
+
+    /// Waits until the state in memory is that of `revision` or a later one.
+    async fn reach(&self, revision: Revision) -> Result<(), ApiError> {
+        let mut revisions = self.shared.subscribe();
+        let reached = tokio::time::timeout(FOLLOW, revisions.wait_for(|now| *now >= revision)).await;
+        match reached {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(ApiError::new(
+                ErrorCode::Unavailable,
+                "the change is stored, but the server does not follow its store; look at its log",
+            )),
+        }
+    }
+}
+
+/// An operation that puts a value.
+pub(crate) fn put(key: String, value: &impl Serialize) -> Result<Op, ApiError> {
+    keys::put(key, value).map_err(|error| {
+        tracing::error!(%error, "a value cannot be written as JSON");
+        ApiError::new(ErrorCode::Internal, "a fault of the server; look at its log")
+    })
+}
+
+/// There is no such environment.
+pub(crate) fn no_environment(name: &str) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("no environment {name:?}; there is \"default\""))
+}
+
+fn store_fault(error: &StoreError) -> ApiError {
+    tracing::error!(%error, "a transaction failed");
+    ApiError::new(ErrorCode::Unavailable, error.to_string())
+}
+
+/// The time.
+pub(crate) fn now() -> UnixMillis {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as UnixMillis)
+}
+
+/// Which agents are there.
+#[derive(Debug, Default)]
+pub(crate) struct Presence(Mutex<BTreeMap<HostId, Seen>>);
+
+/// What is known of an agent's connection.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Seen {
+    /// How many watches it has open.
+    pub(crate) watches: usize,
+    /// When it was last heard of.
+    pub(crate) at: UnixMillis,
+}
+
+/// A watch that is open.
+#[derive(Debug)]
+pub(crate) struct Watching(Arc<Presence>, HostId);
+
+impl Presence {
+    pub(crate) fn of(&self, host: &HostId) -> Option<Seen> {
+        self.lock().get(host).copied()
+    }
+
+    /// The agent said something.
+    pub(crate) fn saw(&self, host: &HostId) {
+        self.lock().entry(host.clone()).or_default().at = now();
+    }
+
+    /// The agent watches, until the answer is dropped.
+    pub(crate) fn watch(self: &Arc<Self>, host: &HostId) -> Watching {
+        self.lock().entry(host.clone()).or_default().watches += 1;
+        Watching(self.clone(), host.clone())
+    }
+
+    pub(crate) fn forget(&self, host: &HostId) {
+        self.lock().remove(host);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<HostId, Seen>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Watching {
+    /// The connection takes what is sent, so the agent is there.
+    pub(crate) fn saw(&self) {
+        if let Some(seen) = self.0.lock().get_mut(&self.1) {
+            seen.at = now();
+        }
+    }
+}
+
+impl Drop for Watching {
+    fn drop(&mut self) {
+        if let Some(seen) = self.0.lock().get_mut(&self.1) {
+            seen.watches = seen.watches.saturating_sub(1);
+            seen.at = now();
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! How the state is laid out in the store, and back.
+//!
+//! ```text
+//! /droveway/{environment}/environment              made when the environment is
+//! /droveway/{environment}/networks/{id}            Network          names/network/{name}, names/vni/{port}-{vni}
+//! /droveway/{environment}/hosts/{id}               Host             names/host/{name}, names/key/{key}
+//! /droveway/{environment}/reports/{host}           Report
+//! /droveway/{environment}/blocks/{network}/{cidr}  Block            `/` of the CIDR written `-`
+//! /droveway/{environment}/claims/{network}/{address} Claim
+//! /droveway/{environment}/endpoints/{id}           Endpoint
+//! /droveway/{environment}/tokens/{id}              Token
+//! /droveway/{environment}/keys/{name}              ApiKey
+//! ```
+//! Values are JSON. What must be unique has a key of its own under `names`, made in the same transaction.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use model::api::HostRoute;
+use model::{
+    Block, Claim, Endpoint, EndpointId, EnvironmentId, Fingerprint, Host, HostId, Name, Network, NetworkId,
+    Object, UnixMillis,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::store::{KeyValue, Op};
+
+/// Before every key.
+pub(crate) const ROOT: &str = "/droveway/";
+
+/// What a host said of itself that is nobody else's business.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Report {
+    #[serde(default)]
+    pub(crate) routes: Vec<HostRoute>,
+    #[serde(default)]
+    pub(crate) version: String,
+}
+
+/// A join token, without its secret.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Token {
+    /// SHA-256 of the secret.
+    pub(crate) hash: Fingerprint,
+    pub(crate) created: UnixMillis,
+    pub(crate) expires: UnixMillis,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) uses_left: Option<u32>,
+    pub(crate) used: u32,
+}
+
+/// A key that people authenticate with, without the key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ApiKey {
+    /// SHA-256 of the key's text.
+    pub(crate) hash: Fingerprint,
+    pub(crate) created: UnixMillis,
+}
+
+/// What a key of the store names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Slot {
+    Environment,
+    Network(NetworkId),
+    Host(HostId),
+    Report(HostId),
+    Block(NetworkId, IpNet),
+    Claim(NetworkId, IpAddr),
+    Endpoint(EndpointId),
+    Token(String),
+    ApiKey(String),
+    /// An index key: read by nobody, compared by transactions.
+    Index,
+}
+
+/// What a key of the store holds.
+#[derive(Debug, Clone)]
+pub(crate) enum Record {
+    Object(Object),
+    Report(HostId, Report),
+    Token(String, Token),
+    ApiKey(String, ApiKey),
+    Environment,
+    Index,
+}
+
+/// The keys of one environment.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Keys<'a>(pub(crate) &'a EnvironmentId);
+
+impl Keys<'_> {
+    fn at(self, rest: &str) -> String {
+        format!("{ROOT}{}/{rest}", self.0)
+    }
+    pub(crate) fn environment(self) -> String {
+        self.at("environment")
+    }
+    pub(crate) fn network(self, id: &NetworkId) -> String {
+        self.at(&format!("networks/{id}"))
+    }
+    pub(crate) fn networks(self) -> String {
+        self.at("networks/")
+    }
+    pub(crate) fn network_name(self, name: &Name) -> String {
+        self.at(&format!("names/network/{name}"))
+    }
+    pub(crate) fn vni(self, port: u16, vni: u32) -> String {
+        self.at(&format!("names/vni/{port}-{vni}"))
+    }
+    pub(crate) fn host(self, id: &HostId) -> String {
+        self.at(&format!("hosts/{id}"))
+    }
+    pub(crate) fn host_name(self, name: &Name) -> String {
+        self.at(&format!("names/host/{name}"))
+    }
+    pub(crate) fn host_key(self, key: &str) -> String {
+        self.at(&format!("names/key/{key}"))
+    }
+    pub(crate) fn report(self, id: &HostId) -> String {
+        self.at(&format!("reports/{id}"))
+    }
+    pub(crate) fn reports(self) -> String {
+        self.at("reports/")
+    }
+    pub(crate) fn block(self, network: &NetworkId, cidr: &IpNet) -> String {
+        self.at(&format!("blocks/{network}/{}-{}", cidr.network(), cidr.prefix_len()))
+    }
+    pub(crate) fn blocks(self, network: &NetworkId) -> String {
+        self.at(&format!("blocks/{network}/"))
+    }
+    pub(crate) fn claim(self, network: &NetworkId, address: &IpAddr) -> String {
+        self.at(&format!("claims/{network}/{address}"))
+    }
+    pub(crate) fn claims(self, network: &NetworkId) -> String {
+        self.at(&format!("claims/{network}/"))
+    }
+    pub(crate) fn all_blocks(self) -> String {
+        self.at("blocks/")
+    }
+    pub(crate) fn all_claims(self) -> String {
+        self.at("claims/")
+    }
+    pub(crate) fn endpoint(self, id: &EndpointId) -> String {
+        self.at(&format!("endpoints/{id}"))
+    }
+    pub(crate) fn endpoints(self) -> String {
+        self.at("endpoints/")
+    }
+    pub(crate) fn token(self, id: &str) -> String {
+        self.at(&format!("tokens/{id}"))
+    }
+    pub(crate) fn api_key(self, name: &str) -> String {
+        self.at(&format!("keys/{name}"))
+    }
+}
+
+/// An operation that puts `value` at `key`.
+pub(crate) fn put(key: String, value: &impl Serialize) -> Result<Op, serde_json::Error> {
+    Ok(Op::Put(key, serde_json::to_vec(value)?))
+}
+
+/// What a key names; `None` for one that this version does not know.
+pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
+    let mut parts = key.strip_prefix(ROOT)?.split('/');
+    let environment = parts.next()?.parse().ok()?;
+    let slot = match (parts.next()?, parts.next(), parts.next()) {
+        ("environment", None, None) => Slot::Environment,
+        ("networks", Some(id), None) => Slot::Network(id.parse().ok()?),
+        ("hosts", Some(id), None) => Slot::Host(id.parse().ok()?),
+        ("reports", Some(id), None) => Slot::Report(id.parse().ok()?),
+        ("blocks", Some(id), Some(cidr)) => {
+            let (base, prefix) = cidr.split_once('-')?;
+            let cidr = IpNet::new(base.parse().ok()?, prefix.parse().ok()?).ok()?;
+            Slot::Block(id.parse().ok()?, cidr)
+        }
+        ("claims", Some(id), Some(address)) => Slot::Claim(id.parse().ok()?, address.parse().ok()?),
+        ("endpoints", Some(id), None) => Slot::Endpoint(id.parse().ok()?),
+        ("tokens", Some(id), None) => Slot::Token(id.to_owned()),
+        ("keys", Some(name), None) => Slot::ApiKey(name.to_owned()),
+        ("names", Some(_), Some(_)) => Slot::Index,
+        _ => return None,
+    };
+    parts.next().is_none().then_some((environment, slot))
+}
+
+/// What a key holds. A block's place in the order of leases is the revision that made its key.
+pub(crate) fn decode(slot: &Slot, kv: &KeyValue) -> Result<Record, serde_json::Error> {
+    let value = &kv.value;
+    Ok(match slot {
+        Slot::Environment => Record::Environment,
+        Slot::Index => Record::Index,
+        Slot::Network(_) => Record::Object(Object::Network(serde_json::from_slice::<Network>(value)?)),
+        Slot::Host(_) => Record::Object(Object::Host(serde_json::from_slice::<Host>(value)?)),
+        Slot::Block(..) => {
+            let block: Block = serde_json::from_slice(value)?;
+            Record::Object(Object::Block(Block { leased: kv.created, ..block }))
+        }
+        Slot::Claim(..) => Record::Object(Object::Claim(serde_json::from_slice::<Claim>(value)?)),
+        Slot::Endpoint(_) => Record::Object(Object::Endpoint(serde_json::from_slice::<Endpoint>(value)?)),
+        Slot::Report(id) => Record::Report(id.clone(), serde_json::from_slice(value)?),
+        Slot::Token(id) => Record::Token(id.clone(), serde_json::from_slice(value)?),
+        Slot::ApiKey(name) => Record::ApiKey(name.clone(), serde_json::from_slice(value)?),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_reads_back_as_what_it_names() {
+        let environment = EnvironmentId::default();
+        let keys = Keys(&environment);
+        let (network, host) = (NetworkId::from_random([1; 8]), HostId::from_random([2; 8]));
+        let endpoint = EndpointId::from_random([3; 8]);
+        let cidr: IpNet = "10.42.16.0/26".parse().unwrap();
+        let address: IpAddr = "fd00::5".parse().unwrap();
+        for (key, slot) in [
+            (keys.environment(), Slot::Environment),
+            (keys.network(&network), Slot::Network(network.clone())),
+            (keys.host(&host), Slot::Host(host.clone())),
+            (keys.report(&host), Slot::Report(host.clone())),
+            (keys.block(&network, &cidr), Slot::Block(network.clone(), cidr)),
+            (keys.claim(&network, &address), Slot::Claim(network.clone(), address)),
+            (keys.endpoint(&endpoint), Slot::Endpoint(endpoint.clone())),
+            (keys.token("ab"), Slot::Token("ab".into())),
+            (keys.api_key("admin"), Slot::ApiKey("admin".into())),
+            (keys.vni(4789, 1), Slot::Index),
+            (keys.host_name(&"h1".parse().unwrap()), Slot::Index),
+        ] {
+            assert_eq!(parse(&key), Some((environment.clone(), slot)), "{key}");
+        }
+        for foreign in ["/other/default/networks/x", "/droveway/default", "/droveway/default/hosts/x/y", ""] {
+            assert_eq!(parse(foreign), None, "{foreign}");
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Connections: accepted, proven by TLS, bounded in number and time, and served over HTTP/2 or HTTP/1.1.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use hyper::Request;
+use hyper::body::Incoming;
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use model::Fingerprint;
+use rustls::ServerConfig;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+
+use crate::app::App;
+use crate::{api, tls};
+
+/// How many connections may be open.
+const CONNECTIONS: usize = 4096;
+/// How long a TLS handshake may take, and then the first request to come.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// How long a request's header may take, and an idle HTTP/1.1 connection may stay.
+const HEADER: Duration = Duration::from_secs(30);
+/// How often HTTP/2 asks whether the other side is there, and how long it waits.
+const PING: Duration = Duration::from_secs(10);
+/// How long open requests may take when the server stops.
+const STOP: Duration = Duration::from_secs(5);
+
+/// Who is at the other end of a connection.
+#[derive(Debug, Clone)]
+pub(crate) struct Peer {
+    /// SHA-256 of the key that it proved to hold, if it showed a certificate of our CA.
+    pub(crate) key: Option<Fingerprint>,
+    pub(crate) address: SocketAddr,
+}
+
+/// Serves until `shutdown` is ready, and then ends what is open.
+pub(crate) async fn serve(
+    listener: TcpListener,
+    tls: ServerConfig,
+    app: Arc<App>,
+    shutdown: impl Future<Output = ()>,
+) {
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let router = api::router(app.clone());
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut shutdown => break,
+            Some(_) = connections.join_next() => continue,
+            accepted = accept(&listener, &room) => accepted,
+        };
+        if let Some((stream, address, permit)) = accepted {
+            let serving =
+                connection(acceptor.clone(), stream, address, router.clone(), app.stopping.subscribe());
+            connections.spawn(async move {
+                serving.await;
+                drop(permit);
+            });
+        }
+    }
+    drop(listener);
+    app.stopping.send_replace(true);
+    let ended = tokio::time::timeout(STOP, async { while connections.join_next().await.is_some() {} }).await;
+    if ended.is_err() {
+        connections.shutdown().await;
+    }
+}
+
+/// Waits for room first: what is too much waits in the kernel's queue.
+async fn accept(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+) -> Option<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
+    let permit = room.clone().acquire_owned().await.ok()?;
+    match listener.accept().await {
+        Ok((stream, address)) => Some((stream, address, permit)),
+        Err(error) => {
+            tracing::warn!(%error, "cannot accept a connection");
+            // Out of descriptors or memory: what would follow at once is the same error.
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            None
+        }
+    }
+}
+
+async fn connection(
+    acceptor: TlsAcceptor,
+    stream: TcpStream,
+    address: SocketAddr,
+    router: Router,
+    mut stopping: watch::Receiver<bool>,
+) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%address, %error, "no TCP_NODELAY");
+    }
+    let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) => return tracing::debug!(%address, %error, "a TLS handshake failed"),
+        Err(_) => return tracing::debug!(%address, "a TLS handshake took too long"),
+    };
+    let session = stream.get_ref().1;
+    let key = session.peer_certificates().and_then(|chain| chain.first()).and_then(tls::key_of);
+    let http2 = session.alpn_protocol() == Some(b"h2");
+    let peer = Peer { key, address };
+    let asked = Arc::new(AtomicBool::new(false));
+    let service = TowerToHyperService::new(router);
+    let service = service_fn({
+        let asked = asked.clone();
+        move |mut request: Request<Incoming>| {
+            asked.store(true, Ordering::Relaxed);
+            request.extensions_mut().insert(peer.clone());
+            let service = service.clone();
+            async move { answer(service, request).await }
+        }
+    });
+    let mut builder = Builder::new(TokioExecutor::new());
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING)
+        .max_concurrent_streams(128)
+        .max_header_list_size(16 << 10);
+    let builder = if http2 { builder.http2_only() } else { builder.http1_only() };
+    let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), service));
+    let served = tokio::select! {
+        served = serving.as_mut() => served,
+        () = silent(&asked) => return tracing::debug!(%address, "a connection asked for nothing"),
+        () = stopped(&mut stopping) => {
+            serving.as_mut().graceful_shutdown();
+            serving.await
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%address, %error, "a connection ended");
+    }
+}
+
+/// Ready when the server stops.
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    // An error means that the sender is gone, and the server with it.
+    drop(stopping.wait_for(|stopping| *stopping).await);
+}
+
+async fn answer(
+    service: TowerToHyperService<Router>,
+    request: Request<Incoming>,
+) -> Result<hyper::Response<Body>, Infallible> {
+    service.call(request).await
+}
+
+/// Ready when the first request is late.
+async fn silent(asked: &AtomicBool) {
+    tokio::time::sleep(HANDSHAKE).await;
+    if asked.load(Ordering::Relaxed) {
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,135 @@
+//! From a data directory to a running server, and down again.
+//!
+//! A first start makes, in this order: the store's file, the CA's key and certificate, the server's key, the admin key's
+//! file, and then in one transaction the environment with the `managed` network and the admin key's hash. Until that
+//! transaction nobody depends on any of it, so a start that was cut short is simply taken up again.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use model::{EnvironmentId, Epoch, MANAGED_CIDR, MANAGED_NETWORK, NetworkId, NetworkSpec};
+use tokio::net::TcpListener;
+
+use crate::app::{App, now};
+use crate::ca::Ca;
+use crate::files::{self, DataDir};
+use crate::keys::{ApiKey, Keys, put};
+use crate::state::{Shared, State, feed};
+use crate::store::{Compare, SqliteStore, Store, StoreError, Txn};
+use crate::{Config, Error, Ready, secret, serve, tls};
+
+/// The admin key's name in the store.
+const ADMIN: &str = "admin";
+
+/// Runs a server until `shutdown` is ready. `ready` is called once, when it listens.
+pub async fn run(
+    config: Config,
+    ready: impl FnOnce(Ready),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), Error> {
+    check_domain(&config.domain)?;
+    let data = DataDir::open(&config.data_dir)?;
+    if !data.path(files::STORE).exists() && data.path(files::CA_CERTIFICATE).exists() {
+        return Err(Error::Missing(data.path(files::STORE)));
+    }
+    data.touch(files::STORE)?;
+    let epoch = Epoch::from_random(secret::random()?);
+    let store =
+        SqliteStore::open(&data.path(files::STORE), epoch).map_err(|e| Error::Store(e.to_string()))?;
+    let store: Arc<dyn Store> = Arc::new(store);
+    let environment = EnvironmentId::default();
+    let first_start = store.range(&Keys(&environment).environment()).await.map_err(fault)?.1.is_empty();
+    let ca = Ca::load_or_make(&data, !first_start)?;
+    let listener = TcpListener::bind(config.listen).await;
+    let listener = listener.map_err(|error| Error::Listen { address: config.listen, error })?;
+    let address = listener.local_addr().map_err(|error| Error::Listen { address: config.listen, error })?;
+    let identity = ca.server(&data, &config.names, &local_addresses(address.ip()))?;
+    let tls = tls::config(&ca, identity)?;
+    if first_start {
+        make_environment(&data, &*store, &environment).await?;
+    }
+    let shared = Arc::new(Shared::new(State::load(&*store).await.map_err(fault)?));
+    let feeder = tokio::spawn(feed(store.clone(), shared.clone()));
+    let ca_fingerprint = ca.fingerprint();
+    let app = Arc::new(App::new(store, shared, ca, config.domain));
+    tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
+    ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
+    serve::serve(listener, tls, app, shutdown).await;
+    feeder.abort();
+    // The feeder holds the store: its file is closed when the feeder is gone, and the lock only after that.
+    drop(feeder.await);
+    tracing::info!("the server stopped");
+    drop(data);
+    Ok(())
+}
+
+async fn make_environment(
+    data: &DataDir,
+    store: &dyn Store,
+    environment: &EnvironmentId,
+) -> Result<(), Error> {
+    let key = match data.read(files::ADMIN_KEY)? {
+        Some(key) if !key.trim().is_empty() => key.trim().to_owned(),
+        _ => {
+            let key = format!("dwk1.{}", secret::secret()?);
+            data.write(files::ADMIN_KEY, &format!("{key}\n"))?;
+            key
+        }
+    };
+    let (created, keys) = (now(), Keys(environment));
+    let internal =
+        |what: &dyn std::fmt::Display| Error::Store(format!("cannot make the first network: {what}"));
+    let name = MANAGED_NETWORK.parse().map_err(|e| internal(&e))?;
+    let spec = NetworkSpec::new(name, MANAGED_CIDR.parse().map_err(|e| internal(&e))?);
+    let network =
+        spec.validate(NetworkId::from_random(secret::random()?), 1, created).map_err(|e| internal(&e))?;
+    let model::Driver::Vxlan { vni, port } = network.driver;
+    let api_key = ApiKey { hash: secret::sha256(key.as_bytes()), created };
+    let puts = [
+        put(keys.environment(), &serde_json::json!({ "created": created })),
+        put(keys.network(&network.id), &network),
+        put(keys.network_name(&network.name), &network.id),
+        put(keys.vni(port, vni), &network.id),
+        put(keys.api_key(ADMIN), &api_key),
+    ];
+    let puts = puts.into_iter().collect::<Result<_, _>>().map_err(|e| internal(&e))?;
+    store.txn(Txn::new(vec![Compare::Absent(keys.environment())], puts)).await.map_err(fault)?;
+    tracing::info!(%environment, network = MANAGED_NETWORK, "made the environment");
+    Ok(())
+}
+
+fn fault(error: StoreError) -> Error {
+    Error::Store(error.to_string())
+}
+
+fn check_domain(domain: &str) -> Result<(), Error> {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    let good = domain.len() <= 128 && domain.split('.').all(label);
+    if good { Ok(()) } else { Err(Error::BadDomain(domain.to_owned())) }
+}
+
+/// What browsers and curl may have in the address bar. Our own clients ask for [`crate::SERVER_NAME`].
+fn local_addresses(listen: IpAddr) -> Vec<IpAddr> {
+    let mut addresses = BTreeSet::from([IpAddr::from([127, 0, 0, 1]), listen]);
+    if listen.is_unspecified() {
+        addresses.remove(&listen);
+        for interface in nix::ifaddrs::getifaddrs().into_iter().flatten() {
+            let Some(address) = interface.address else { continue };
+            if let Some(v4) = address.as_sockaddr_in() {
+                addresses.insert(v4.ip().into());
+            } else if let Some(v6) = address.as_sockaddr_in6()
+                && !v6.ip().is_unicast_link_local()
+            {
+                addresses.insert(v6.ip().into());
+            }
+        }
+    }
+    addresses.into_iter().take(64).collect()
+}

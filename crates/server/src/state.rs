@@ -1,0 +1,407 @@
+//! The state in memory: the store's content, indexed, fed by the store's own watch.
+//!
+//! Invariant: the state is always that of one revision, whole; it never runs ahead of the store. Requests read it;
+//! nothing but the feed changes it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
+
+use model::{
+    Block, Catalog, Endpoint, EndpointId, EnvironmentId, Host, HostId, Key, Network, NetworkId, Object,
+    Revision,
+};
+use tokio::sync::watch;
+
+use crate::keys::{self, ApiKey, Record, Report, Slot, Token};
+use crate::store::{Batch, Event, KeyValue, Store, StoreError};
+
+/// How many changes of objects are remembered for watches that are behind.
+const REMEMBERED: usize = 16_384;
+
+/// All environments at one revision.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    pub(crate) revision: Revision,
+    pub(crate) environments: BTreeMap<EnvironmentId, Environment>,
+    changes: VecDeque<Changed>,
+    /// Changes after this revision are all remembered.
+    remembered_since: Revision,
+}
+
+/// One environment.
+#[derive(Debug, Default)]
+pub(crate) struct Environment {
+    pub(crate) catalog: Catalog,
+    pub(crate) reports: BTreeMap<HostId, Report>,
+    pub(crate) tokens: BTreeMap<String, Token>,
+    pub(crate) api_keys: BTreeMap<String, ApiKey>,
+    /// Hosts by the SHA-256 of their key.
+    pub(crate) by_key: HashMap<String, HostId>,
+    /// How many blocks and claims each host has in each network.
+    shares: BTreeMap<NetworkId, BTreeMap<HostId, usize>>,
+    endpoints: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
+    endpoints_of_host: BTreeMap<HostId, BTreeSet<EndpointId>>,
+    by_address: BTreeMap<(NetworkId, IpAddr), EndpointId>,
+    /// The revision that last changed each key of the store.
+    modified: HashMap<String, Revision>,
+}
+
+/// One object that changed.
+#[derive(Debug, Clone)]
+pub(crate) struct Changed {
+    pub(crate) revision: Revision,
+    environment: EnvironmentId,
+    pub(crate) key: Key,
+    /// The network that the object belongs to, where it belongs to one.
+    pub(crate) network: Option<NetworkId>,
+}
+
+impl State {
+    /// Reads all of the store.
+    pub(crate) async fn load(store: &dyn Store) -> Result<Self, StoreError> {
+        let (revision, all) = store.range(keys::ROOT).await?;
+        let mut state = Self::default();
+        for kv in all {
+            state.event(&Event::Put(kv), revision);
+        }
+        state.changes.clear();
+        state.revision = revision;
+        state.remembered_since = revision;
+        Ok(state)
+    }
+
+    /// Takes over the changes of one revision.
+    pub(crate) fn apply(&mut self, batch: &Batch) {
+        for event in &batch.events {
+            self.event(event, batch.revision);
+        }
+        self.revision = batch.revision;
+        while self.changes.len() > REMEMBERED
+            && let Some(oldest) = self.changes.pop_front()
+        {
+            self.remembered_since = oldest.revision;
+        }
+    }
+
+    /// The changes of an environment's objects after `revision`; `None` where not all of them are remembered.
+    pub(crate) fn changes_after<'a>(
+        &'a self,
+        revision: Revision,
+        environment: &'a EnvironmentId,
+    ) -> Option<impl Iterator<Item = &'a Changed>> {
+        let start = self.changes.partition_point(|changed| changed.revision <= revision);
+        (revision >= self.remembered_since)
+            .then(|| self.changes.range(start..).filter(move |changed| changed.environment == *environment))
+    }
+
+    fn event(&mut self, event: &Event, revision: Revision) {
+        let key = match event {
+            Event::Put(kv) => &kv.key,
+            Event::Delete(key) => key,
+        };
+        let Some((id, slot)) = keys::parse(key) else {
+            tracing::warn!(key, "the store has a key that this version does not know; it is left alone");
+            return;
+        };
+        let environment = self.environments.entry(id.clone()).or_default();
+        let changed = match event {
+            Event::Put(kv) => {
+                environment.modified.insert(kv.key.clone(), kv.modified);
+                environment.put(&slot, kv)
+            }
+            Event::Delete(key) => {
+                environment.modified.remove(key);
+                environment.delete(&slot)
+            }
+        };
+        if slot == Slot::Environment && matches!(event, Event::Delete(_)) {
+            self.environments.remove(&id);
+        }
+        if let Some((key, network)) = changed {
+            self.changes.push_back(Changed { revision, environment: id, key, network });
+        }
+    }
+}
+
+impl Environment {
+    fn put(&mut self, slot: &Slot, kv: &KeyValue) -> Option<(Key, Option<NetworkId>)> {
+        let record = match keys::decode(slot, kv) {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::error!(key = kv.key, %error, "the store holds a value that cannot be read; it is left out");
+                return None;
+            }
+        };
+        match record {
+            Record::Environment | Record::Index => None,
+            Record::Report(id, report) => {
+                self.reports.insert(id, report);
+                None
+            }
+            Record::Token(id, token) => {
+                self.tokens.insert(id, token);
+                None
+            }
+            Record::ApiKey(name, key) => {
+                self.api_keys.insert(name, key);
+                None
+            }
+            Record::Object(object) => {
+                let key = object.key();
+                self.forget(&key);
+                let network = self.learn(&object);
+                self.catalog.put(object);
+                Some((key, network))
+            }
+        }
+    }
+
+    fn delete(&mut self, slot: &Slot) -> Option<(Key, Option<NetworkId>)> {
+        let key = match slot {
+            Slot::Environment | Slot::Index => return None,
+            Slot::Report(id) => {
+                self.reports.remove(id);
+                return None;
+            }
+            Slot::Token(id) => {
+                self.tokens.remove(id);
+                return None;
+            }
+            Slot::ApiKey(name) => {
+                self.api_keys.remove(name);
+                return None;
+            }
+            Slot::Network(id) => Key::Network(id.clone()),
+            Slot::Host(id) => Key::Host(id.clone()),
+            Slot::Block(id, cidr) => Key::Block(id.clone(), *cidr),
+            Slot::Claim(id, address) => Key::Claim(id.clone(), *address),
+            Slot::Endpoint(id) => Key::Endpoint(id.clone()),
+        };
+        let network = self.forget(&key);
+        self.catalog.delete(&key);
+        Some((key, network))
+    }
+
+    /// Adds an object to the indexes; its network, if it belongs to one.
+    fn learn(&mut self, object: &Object) -> Option<NetworkId> {
+        let (network, host) = match object {
+            Object::Network(_) => return None,
+            Object::Host(host) => {
+                self.by_key.insert(host.key.clone(), host.id.clone());
+                return None;
+            }
+            Object::Block(block) => (&block.network, &block.host),
+            Object::Claim(claim) => (&claim.network, &claim.host),
+            Object::Endpoint(endpoint) => {
+                let id = &endpoint.id;
+                self.endpoints.entry(endpoint.network.clone()).or_default().insert(id.clone());
+                self.endpoints_of_host.entry(endpoint.host.clone()).or_default().insert(id.clone());
+                for address in &endpoint.addresses {
+                    self.by_address.insert((endpoint.network.clone(), *address), id.clone());
+                }
+                return Some(endpoint.network.clone());
+            }
+        };
+        *self.shares.entry(network.clone()).or_default().entry(host.clone()).or_default() += 1;
+        Some(network.clone())
+    }
+
+    /// Takes what is there under `key` out of the indexes; its network, if it belonged to one.
+    fn forget(&mut self, key: &Key) -> Option<NetworkId> {
+        let (network, host) = match key {
+            Key::Network(_) => return None,
+            Key::Host(id) => {
+                if let Some(host) = self.catalog.hosts.get(id) {
+                    self.by_key.remove(&host.key);
+                }
+                return None;
+            }
+            Key::Block(network, cidr) => {
+                let block = self.catalog.blocks.get(&(network.clone(), *cidr))?;
+                (&block.network, &block.host)
+            }
+            Key::Claim(network, address) => {
+                let claim = self.catalog.claims.get(&(network.clone(), *address))?;
+                (&claim.network, &claim.host)
+            }
+            Key::Endpoint(id) => {
+                let endpoint = self.catalog.endpoints.get(id)?;
+                remove_from(&mut self.endpoints, &endpoint.network, id);
+                remove_from(&mut self.endpoints_of_host, &endpoint.host, id);
+                for address in &endpoint.addresses {
+                    let place = (endpoint.network.clone(), *address);
+                    if self.by_address.get(&place) == Some(id) {
+                        self.by_address.remove(&place);
+                    }
+                }
+                return Some(endpoint.network.clone());
+            }
+        };
+        if let Some(shares) = self.shares.get_mut(network) {
+            if let Some(count) = shares.get_mut(host) {
+                *count -= 1;
+                if *count == 0 {
+                    shares.remove(host);
+                }
+            }
+            if shares.is_empty() {
+                self.shares.remove(network);
+            }
+        }
+        Some(network.clone())
+    }
+
+    /// The network of that name or id.
+    pub(crate) fn network(&self, name_or_id: &str) -> Option<&Network> {
+        let by_id = name_or_id.parse().ok().and_then(|id: NetworkId| self.catalog.networks.get(&id));
+        by_id.or_else(|| self.catalog.network_named(name_or_id))
+    }
+
+    /// The host of that name or id.
+    pub(crate) fn host(&self, name_or_id: &str) -> Option<&Host> {
+        let by_id = name_or_id.parse().ok().and_then(|id: HostId| self.catalog.hosts.get(&id));
+        by_id.or_else(|| self.catalog.hosts.values().find(|host| host.name.as_str() == name_or_id))
+    }
+
+    /// What people call the host.
+    pub(crate) fn host_name<'a>(&'a self, id: &'a HostId) -> &'a str {
+        self.catalog.hosts.get(id).map_or(id.as_str(), |host| host.name.as_str())
+    }
+
+    /// The blocks of a network, in the order of their addresses.
+    pub(crate) fn blocks_of<'a>(&'a self, network: &'a NetworkId) -> impl Iterator<Item = &'a Block> + 'a {
+        // The smallest of all CIDRs: IPv4 comes before IPv6.
+        let first = (network.clone(), ipnet::IpNet::V4(ipnet::Ipv4Net::default()));
+        self.catalog
+            .blocks
+            .range(first..)
+            .take_while(move |((id, _), _)| id == network)
+            .map(|(_, block)| block)
+    }
+
+    /// The claims of a network, in the order of their addresses.
+    pub(crate) fn claims_of<'a>(
+        &'a self,
+        network: &'a NetworkId,
+    ) -> impl Iterator<Item = &'a model::Claim> + 'a {
+        let first = (network.clone(), IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+        self.catalog
+            .claims
+            .range(first..)
+            .take_while(move |((id, _), _)| id == network)
+            .map(|(_, claim)| claim)
+    }
+
+    /// The endpoints of a network.
+    pub(crate) fn endpoints_of(&self, network: &NetworkId) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints.get(network).into_iter().flatten().filter_map(|id| self.catalog.endpoints.get(id))
+    }
+
+    /// The endpoints of a host.
+    pub(crate) fn endpoints_of_host(&self, host: &HostId) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints_of_host.get(host).into_iter().flatten().filter_map(|id| self.catalog.endpoints.get(id))
+    }
+
+    /// How many endpoints a host has.
+    pub(crate) fn endpoint_count(&self, host: &HostId) -> usize {
+        self.endpoints_of_host.get(host).map_or(0, BTreeSet::len)
+    }
+
+    /// The endpoint that has the address in the network.
+    pub(crate) fn holder(&self, network: &NetworkId, address: IpAddr) -> Option<&Endpoint> {
+        self.by_address.get(&(network.clone(), address)).and_then(|id| self.catalog.endpoints.get(id))
+    }
+
+    /// The networks that a host takes part in: those where it holds a block or a claim.
+    pub(crate) fn networks_of(&self, host: &HostId) -> BTreeSet<NetworkId> {
+        let shared = self.shares.iter().filter(|(_, hosts)| hosts.contains_key(host));
+        shared.map(|(network, _)| network.clone()).collect()
+    }
+
+    /// The hosts that take part in a network.
+    pub(crate) fn hosts_of(&self, network: &NetworkId) -> impl Iterator<Item = &HostId> {
+        self.shares.get(network).into_iter().flat_map(BTreeMap::keys)
+    }
+
+    /// The revision that last changed a key of the store.
+    pub(crate) fn modified(&self, key: &str) -> Option<Revision> {
+        self.modified.get(key).copied()
+    }
+}
+
+fn remove_from<K: Ord>(index: &mut BTreeMap<K, BTreeSet<EndpointId>>, key: &K, id: &EndpointId) {
+    if let Some(ids) = index.get_mut(key) {
+        ids.remove(id);
+        if ids.is_empty() {
+            index.remove(key);
+        }
+    }
+}
+
+/// The state as all share it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    state: RwLock<State>,
+    revision: watch::Sender<Revision>,
+}
+
+impl Shared {
+    pub(crate) fn new(state: State) -> Self {
+        let revision = watch::Sender::new(state.revision);
+        Self { state: RwLock::new(state), revision }
+    }
+
+    /// The state as it is now. Hold it briefly, and across no `await`.
+    pub(crate) fn read(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells when the state changes.
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Revision> {
+        self.revision.subscribe()
+    }
+
+    fn change(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        change(&mut state);
+        let revision = state.revision;
+        drop(state);
+        self.revision.send_replace(revision);
+    }
+}
+
+/// Keeps the state true to the store, for as long as the store lives.
+pub(crate) async fn feed(store: Arc<dyn Store>, shared: Arc<Shared>) {
+    loop {
+        let error = match follow(&*store, &shared).await {
+            StoreError::Closed => return,
+            StoreError::Compacted { .. } => match State::load(&*store).await {
+                Ok(state) => {
+                    shared.change(|old| *old = state);
+                    continue;
+                }
+                Err(error) => error,
+            },
+            StoreError::Lagged => continue,
+            error => error,
+        };
+        tracing::error!(%error, "the store cannot be followed; trying again");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+async fn follow(store: &dyn Store, shared: &Shared) -> StoreError {
+    let from = shared.read().revision;
+    let mut watcher = match store.watch(keys::ROOT, from).await {
+        Ok(watcher) => watcher,
+        Err(error) => return error,
+    };
+    loop {
+        match watcher.next().await {
+            Ok(batch) => shared.change(|state| state.apply(&batch)),
+            Err(error) => return error,
+        }
+    }
+}

@@ -1,0 +1,526 @@
+//! The embedded store: SQLite in WAL mode with full synchronisation, on a thread of its own.
+//!
+//! Transactions that wait at the same time share one commit to disk. The log of changes keeps the last [`KEPT`]
+//! revisions for watches.
+//!
+//! Invariant: an answer is sent, and a watch sees a change, only after the change is on disk.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+
+use model::{Epoch, Revision};
+use rusqlite::{Connection, OptionalExtension, Row, params};
+use tokio::sync::{mpsc as async_mpsc, oneshot};
+
+use super::{
+    Answer, Batch, Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end,
+};
+
+/// Marks the file as ours ("drov"), in SQLite's own place for it.
+const APPLICATION_ID: i32 = 0x6472_6f76;
+const SCHEMA: i64 = 1;
+/// How many revisions watches may lag behind.
+const KEPT: u64 = 10_000;
+/// How many batches a watch may have waiting.
+const WATCH_QUEUE: usize = 1024;
+/// How many transactions share a commit.
+const GROUP: usize = 64;
+
+/// The embedded store.
+pub(crate) struct SqliteStore {
+    epoch: Epoch,
+    commands: Option<mpsc::Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Why a file cannot be opened as a store. The file is left as it was.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum OpenError {
+    #[error(
+        "{0} is not a store of Droveway; move it away, restore it from a backup, or choose another --data-dir"
+    )]
+    Foreign(PathBuf),
+    #[error("{0} was written by a newer version (schema {1}, known: {SCHEMA}); run that version")]
+    Newer(PathBuf, i64),
+    #[error("{0} is damaged ({1}); restore it from a backup")]
+    Damaged(PathBuf, String),
+    #[error("cannot open the store {0}: {1}")]
+    Io(PathBuf, String),
+}
+
+enum Command {
+    Range(String, oneshot::Sender<Result<(Revision, Vec<KeyValue>), StoreError>>),
+    Txn(Txn, oneshot::Sender<Result<Outcome, StoreError>>),
+    Watch(String, Revision, oneshot::Sender<Result<Watcher, StoreError>>),
+}
+
+impl SqliteStore {
+    /// Opens the store at `path`, or makes it with `epoch` where there is none.
+    pub(crate) fn open(path: &Path, epoch: Epoch) -> Result<Self, OpenError> {
+        let (connection, epoch, revision, compacted) = open(path, &epoch)?;
+        let (commands, receiver) = mpsc::channel();
+        let worker = Worker { connection, revision, compacted, watches: Vec::new() };
+        let thread = std::thread::Builder::new()
+            .name("store".into())
+            .spawn(move || worker.run(&receiver))
+            .map_err(|error| OpenError::Io(path.to_owned(), error.to_string()))?;
+        Ok(Self { epoch, commands: Some(commands), thread: Some(thread) })
+    }
+
+    fn ask<T: Send + 'static>(
+        &self,
+        command: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Command,
+    ) -> Answer<'static, T> {
+        let (reply, answer) = oneshot::channel();
+        let sent = self.commands.as_ref().is_some_and(|commands| commands.send(command(reply)).is_ok());
+        Box::pin(async move {
+            if sent { answer.await.map_err(|_| StoreError::Closed)? } else { Err(StoreError::Closed) }
+        })
+    }
+}
+
+impl Store for SqliteStore {
+    fn epoch(&self) -> Epoch {
+        self.epoch.clone()
+    }
+
+    fn range(&self, prefix: &str) -> Answer<'_, (Revision, Vec<KeyValue>)> {
+        self.ask(|reply| Command::Range(prefix.to_owned(), reply))
+    }
+
+    fn txn(&self, txn: Txn) -> Answer<'_, Outcome> {
+        if let Err(error) = txn.check() {
+            return Box::pin(async { Err(error) });
+        }
+        self.ask(|reply| Command::Txn(txn, reply))
+    }
+
+    fn watch(&self, prefix: &str, after: Revision) -> Answer<'_, Watcher> {
+        self.ask(|reply| Command::Watch(prefix.to_owned(), after, reply))
+    }
+}
+
+impl Drop for SqliteStore {
+    fn drop(&mut self) {
+        drop(self.commands.take());
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the store's thread panicked");
+        }
+    }
+}
+
+/// Looks before it writes: a file that is not ours is closed again unchanged.
+fn open(path: &Path, fresh: &Epoch) -> Result<(Connection, Epoch, Revision, Revision), OpenError> {
+    let io = |error: rusqlite::Error| match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::NotADatabase) => OpenError::Foreign(path.to_owned()),
+        Some(rusqlite::ErrorCode::DatabaseCorrupt) => OpenError::Damaged(path.to_owned(), error.to_string()),
+        _ => OpenError::Io(path.to_owned(), error.to_string()),
+    };
+    let connection = Connection::open(path).map_err(io)?;
+    let tables: i64 =
+        connection.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0)).map_err(io)?;
+    let application: i32 = connection.query_row("PRAGMA application_id", [], |row| row.get(0)).map_err(io)?;
+    if application != APPLICATION_ID && (tables > 0 || application != 0) {
+        return Err(OpenError::Foreign(path.to_owned()));
+    }
+    if application == APPLICATION_ID {
+        let schema: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(io)?;
+        if schema > SCHEMA {
+            return Err(OpenError::Newer(path.to_owned(), schema));
+        }
+        let check: String =
+            connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(io)?;
+        if check != "ok" {
+            return Err(OpenError::Damaged(path.to_owned(), check));
+        }
+    }
+    connection
+        .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -4096;")
+        .map_err(io)?;
+    if application != APPLICATION_ID {
+        connection
+            .execute_batch(&format!(
+                "BEGIN IMMEDIATE;
+                 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+                 CREATE TABLE kv (
+                     key TEXT PRIMARY KEY, value BLOB NOT NULL,
+                     created INTEGER NOT NULL, modified INTEGER NOT NULL, version INTEGER NOT NULL
+                 ) WITHOUT ROWID;
+                 CREATE TABLE log (
+                     revision INTEGER NOT NULL, seq INTEGER NOT NULL, key TEXT NOT NULL,
+                     value BLOB, created INTEGER, version INTEGER,
+                     PRIMARY KEY (revision, seq)
+                 ) WITHOUT ROWID;
+                 INSERT INTO meta VALUES ('epoch', '{fresh}'), ('revision', '0'), ('compacted', '0');
+                 PRAGMA application_id = {APPLICATION_ID};
+                 PRAGMA user_version = {SCHEMA};
+                 COMMIT;"
+            ))
+            .map_err(io)?;
+    }
+    let meta = |name: &str| -> Result<String, OpenError> {
+        connection
+            .query_row("SELECT value FROM meta WHERE name = ?1", [name], |row| row.get(0))
+            .optional()
+            .map_err(io)?
+            .ok_or_else(|| OpenError::Damaged(path.to_owned(), format!("{name} is missing")))
+    };
+    let damaged = |what: &str| OpenError::Damaged(path.to_owned(), format!("{what} is not readable"));
+    let epoch = meta("epoch")?.parse().map_err(|_| damaged("epoch"))?;
+    let revision = Revision(meta("revision")?.parse().map_err(|_| damaged("revision"))?);
+    let compacted = Revision(meta("compacted")?.parse().map_err(|_| damaged("compacted"))?);
+    Ok((connection, epoch, revision, compacted))
+}
+
+struct Worker {
+    connection: Connection,
+    revision: Revision,
+    /// Changes up to this revision are no longer in the log.
+    compacted: Revision,
+    watches: Vec<Watch>,
+}
+
+struct Watch {
+    prefix: String,
+    batches: async_mpsc::Sender<Batch>,
+}
+
+/// A transaction and where to answer.
+type Waiting = (Txn, oneshot::Sender<Result<Outcome, StoreError>>);
+
+impl Worker {
+    fn run(mut self, commands: &mpsc::Receiver<Command>) {
+        let mut queue = VecDeque::new();
+        while let Some(command) = queue.pop_front().or_else(|| commands.recv().ok()) {
+            match command {
+                Command::Range(prefix, reply) => drop(reply.send(self.range(&prefix))),
+                Command::Watch(prefix, after, reply) => drop(reply.send(self.watch(prefix, after))),
+                Command::Txn(txn, reply) => {
+                    let mut group = vec![(txn, reply)];
+                    while group.len() < GROUP {
+                        match commands.try_recv() {
+                            Ok(Command::Txn(txn, reply)) => group.push((txn, reply)),
+                            Ok(other) => {
+                                queue.push_back(other);
+                                break;
+                            }
+                            Err(_) => break,
+                        }
+                    }
+                    self.commit(group);
+                }
+            }
+        }
+    }
+
+    fn range(&self, prefix: &str) -> Result<(Revision, Vec<KeyValue>), StoreError> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT key, value, created, modified, version FROM kv WHERE key >= ?1 AND key < ?2 ORDER BY key",
+        )?;
+        let found = statement
+            .query_map([prefix, &prefix_end(prefix)], key_value)?
+            .collect::<Result<Vec<_>, rusqlite::Error>>()?;
+        Ok((self.revision, found))
+    }
+
+    fn watch(&mut self, prefix: String, after: Revision) -> Result<Watcher, StoreError> {
+        if after < self.compacted {
+            return Err(StoreError::Compacted { asked: after, oldest: self.compacted });
+        }
+        let past = self.log(&prefix, after)?;
+        // What is past is wanted whole; only what comes may find the queue full.
+        let (sender, receiver) = async_mpsc::channel(WATCH_QUEUE + past.len());
+        for batch in past {
+            if sender.try_send(batch).is_err() {
+                return Err(StoreError::Lagged);
+            }
+        }
+        self.watches.push(Watch { prefix, batches: sender });
+        Ok(Watcher { batches: receiver })
+    }
+
+    fn log(&self, prefix: &str, after: Revision) -> Result<Vec<Batch>, StoreError> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT revision, key, value, created, version FROM log
+             WHERE revision > ?1 AND key >= ?2 AND key < ?3 ORDER BY revision, seq",
+        )?;
+        let mut rows = statement.query(params![to_sql(after), prefix, prefix_end(prefix)])?;
+        let mut batches: Vec<Batch> = Vec::new();
+        while let Some(row) = rows.next()? {
+            let revision = revision(row, 0)?;
+            let key: String = row.get(1)?;
+            let event = match row.get::<_, Option<Vec<u8>>>(2)? {
+                None => Event::Delete(key),
+                Some(value) => Event::Put(KeyValue {
+                    key,
+                    value,
+                    created: self::revision(row, 3)?,
+                    modified: revision,
+                    version: row.get::<_, i64>(4)?.unsigned_abs(),
+                }),
+            };
+            match batches.last_mut() {
+                Some(batch) if batch.revision == revision => batch.events.push(event),
+                _ => batches.push(Batch { revision, events: vec![event] }),
+            }
+        }
+        Ok(batches)
+    }
+
+    /// Does all of them in one commit; on failure none of them happened.
+    fn commit(&mut self, group: Vec<Waiting>) {
+        let before = self.revision;
+        match self.try_commit(&group) {
+            Ok((outcomes, batches)) => {
+                for batch in batches {
+                    self.publish(&batch);
+                }
+                for ((_, reply), outcome) in group.into_iter().zip(outcomes) {
+                    drop(reply.send(Ok(outcome)));
+                }
+                if let Err(error) = self.compact() {
+                    tracing::warn!(%error, "the store's log could not be compacted");
+                }
+            }
+            Err(error) => {
+                self.revision = before;
+                for (_, reply) in group {
+                    drop(reply.send(Err(error.clone())));
+                }
+            }
+        }
+    }
+
+    fn try_commit(&mut self, group: &[Waiting]) -> Result<(Vec<Outcome>, Vec<Batch>), StoreError> {
+        let mut revision = self.revision;
+        let transaction =
+            self.connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        let (mut outcomes, mut batches) = (Vec::new(), Vec::new());
+        for (txn, _) in group {
+            let mut succeeded = true;
+            for compare in &txn.compares {
+                succeeded = succeeded && holds(&transaction, compare)?;
+            }
+            let next = Revision(revision.0 + 1);
+            let ops = if succeeded { &txn.success } else { &txn.failure };
+            let mut events = Vec::new();
+            for op in ops {
+                apply(&transaction, op, next, &mut events)?;
+            }
+            if !events.is_empty() {
+                revision = next;
+                batches.push(Batch { revision, events });
+            }
+            outcomes.push(Outcome { succeeded, revision });
+        }
+        if revision > self.revision {
+            transaction
+                .prepare_cached("UPDATE meta SET value = ?1 WHERE name = 'revision'")?
+                .execute([revision.0.to_string()])?;
+            transaction.commit()?;
+            self.revision = revision;
+        }
+        Ok((outcomes, batches))
+    }
+
+    fn publish(&mut self, batch: &Batch) {
+        self.watches.retain(|watch| {
+            let events: Vec<Event> = batch
+                .events
+                .iter()
+                .filter(|event| match event {
+                    Event::Put(kv) => kv.key.starts_with(&watch.prefix),
+                    Event::Delete(key) => key.starts_with(&watch.prefix),
+                })
+                .cloned()
+                .collect();
+            events.is_empty() && !watch.batches.is_closed()
+                || watch.batches.try_send(Batch { revision: batch.revision, events }).is_ok()
+        });
+    }
+
+    /// Forgets old changes, a thousand revisions at a time.
+    fn compact(&mut self) -> Result<(), StoreError> {
+        let Some(until) = self.revision.0.checked_sub(KEPT).filter(|until| *until >= self.compacted.0 + 1000)
+        else {
+            return Ok(());
+        };
+        let transaction = self.connection.transaction()?;
+        transaction.execute("DELETE FROM log WHERE revision <= ?1", [to_sql(Revision(until))])?;
+        transaction.execute("UPDATE meta SET value = ?1 WHERE name = 'compacted'", [until.to_string()])?;
+        transaction.commit()?;
+        self.compacted = Revision(until);
+        Ok(())
+    }
+}
+
+fn holds(connection: &Connection, compare: &Compare) -> Result<bool, StoreError> {
+    let find = |key: &str| find(connection, key);
+    Ok(match compare {
+        Compare::Absent(key) => find(key)?.is_none(),
+        Compare::Present(key) => find(key)?.is_some(),
+        Compare::Value(key, value) => find(key)?.is_some_and(|kv| kv.value == *value),
+        Compare::Created(key, revision) => find(key)?.is_some_and(|kv| kv.created == *revision),
+        Compare::Modified(key, revision) => find(key)?.is_some_and(|kv| kv.modified == *revision),
+        Compare::NonePutSince(prefix, revision) => !connection
+            .prepare_cached("SELECT 1 FROM kv WHERE key >= ?1 AND key < ?2 AND modified > ?3 LIMIT 1")?
+            .exists(params![prefix, prefix_end(prefix), to_sql(*revision)])?,
+    })
+}
+
+fn apply(connection: &Connection, op: &Op, at: Revision, events: &mut Vec<Event>) -> Result<(), StoreError> {
+    match op {
+        Op::Put(key, value) => {
+            let (created, version) =
+                find(connection, key)?.map_or((at, 1), |kv| (kv.created, kv.version + 1));
+            connection
+                .prepare_cached("INSERT OR REPLACE INTO kv VALUES (?1, ?2, ?3, ?4, ?5)")?
+                .execute(params![key, value, to_sql(created), to_sql(at), version.cast_signed()])?;
+            log(connection, at, events.len(), key, Some((value, created, version)))?;
+            events.push(Event::Put(KeyValue {
+                key: key.clone(),
+                value: value.clone(),
+                created,
+                modified: at,
+                version,
+            }));
+        }
+        Op::Delete(key) => {
+            if connection.prepare_cached("DELETE FROM kv WHERE key = ?1")?.execute([key])? > 0 {
+                log(connection, at, events.len(), key, None)?;
+                events.push(Event::Delete(key.clone()));
+            }
+        }
+        Op::DeletePrefix(prefix) => {
+            let keys = connection
+                .prepare_cached("SELECT key FROM kv WHERE key >= ?1 AND key < ?2 ORDER BY key")?
+                .query_map([prefix, &prefix_end(prefix)], |row| row.get(0))?
+                .collect::<Result<Vec<String>, rusqlite::Error>>()?;
+            for key in keys {
+                apply(connection, &Op::Delete(key), at, events)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn log(
+    connection: &Connection,
+    at: Revision,
+    seq: usize,
+    key: &str,
+    put: Option<(&[u8], Revision, u64)>,
+) -> Result<(), StoreError> {
+    connection.prepare_cached("INSERT INTO log VALUES (?1, ?2, ?3, ?4, ?5, ?6)")?.execute(params![
+        to_sql(at),
+        seq.cast_signed() as i64,
+        key,
+        put.map(|(value, ..)| value),
+        put.map(|(_, created, _)| to_sql(created)),
+        put.map(|(.., version)| version.cast_signed())
+    ])?;
+    Ok(())
+}
+
+fn find(connection: &Connection, key: &str) -> Result<Option<KeyValue>, StoreError> {
+    Ok(connection
+        .prepare_cached("SELECT key, value, created, modified, version FROM kv WHERE key = ?1")?
+        .query_row([key], key_value)
+        .optional()?)
+}
+
+fn key_value(row: &Row<'_>) -> rusqlite::Result<KeyValue> {
+    Ok(KeyValue {
+        key: row.get(0)?,
+        value: row.get(1)?,
+        created: revision(row, 2)?,
+        modified: revision(row, 3)?,
+        version: row.get::<_, i64>(4)?.unsigned_abs(),
+    })
+}
+
+/// SQLite's integers are signed; revisions never reach their end.
+fn revision(row: &Row<'_>, column: usize) -> rusqlite::Result<Revision> {
+    row.get::<_, i64>(column).map(|value| Revision(value.unsigned_abs()))
+}
+
+fn to_sql(revision: Revision) -> i64 {
+    revision.0.cast_signed()
+}
+
+impl From<rusqlite::Error> for StoreError {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Io(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::suite;
+
+    fn epoch(seed: u8) -> Epoch {
+        Epoch::from_random([seed; 8])
+    }
+
+    #[tokio::test]
+    async fn the_embedded_store_keeps_the_promises_of_every_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut count = 0;
+        suite::run(|| {
+            count += 1;
+            SqliteStore::open(&dir.path().join(format!("{count}.sqlite")), epoch(1)).unwrap()
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn what_was_answered_is_there_after_reopening_with_its_revisions_and_epoch() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store.sqlite");
+        let put = |key: &str| Txn::new(vec![], vec![Op::Put(key.into(), b"1".to_vec())]);
+        {
+            let store = SqliteStore::open(&path, epoch(1)).unwrap();
+            store.txn(put("/a")).await.unwrap();
+            store.txn(put("/b")).await.unwrap();
+        }
+        let store = SqliteStore::open(&path, epoch(2)).unwrap();
+        assert_eq!(store.epoch(), epoch(1));
+        let (revision, all) = store.range("/").await.unwrap();
+        assert_eq!(revision, Revision(2));
+        assert_eq!(all.iter().map(|kv| kv.created.0).collect::<Vec<_>>(), [1, 2]);
+        let mut watch = store.watch("/", Revision(1)).await.unwrap();
+        assert_eq!(watch.next().await.unwrap().revision, Revision(2));
+    }
+
+    #[test]
+    fn a_file_that_is_not_a_store_is_refused_and_left_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let garbage = dir.path().join("garbage");
+        std::fs::write(&garbage, "this is not a database, it is a letter to a friend".repeat(50)).unwrap();
+        let foreign = dir.path().join("foreign");
+        Connection::open(&foreign).unwrap().execute_batch("CREATE TABLE recipes (name TEXT)").unwrap();
+        for path in [garbage, foreign] {
+            let before = std::fs::read(&path).unwrap();
+            let Err(error) = SqliteStore::open(&path, epoch(1)) else { panic!("{path:?} was opened") };
+            assert!(error.to_string().contains("choose another --data-dir"), "{error}");
+            assert_eq!(std::fs::read(&path).unwrap(), before);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_watch_from_before_the_kept_log_is_told_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let (connection, ..) = open(&dir.path().join("store.sqlite"), &epoch(1)).unwrap();
+        let mut worker =
+            Worker { connection, revision: Revision(KEPT + 5000), compacted: Revision(0), watches: vec![] };
+        worker.compact().unwrap();
+        let error = worker.watch("/".into(), Revision(4999)).unwrap_err();
+        assert_eq!(error, StoreError::Compacted { asked: Revision(4999), oldest: Revision(5000) });
+        assert!(worker.watch("/".into(), Revision(5000)).is_ok());
+    }
+}

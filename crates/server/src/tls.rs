@@ -1,0 +1,100 @@
+//! TLS 1.3 with a client certificate that is welcome but not demanded, and who is at the other end of a connection.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use model::Fingerprint;
+use rustls::client::danger::HandshakeSignatureValid;
+use rustls::crypto::aws_lc_rs;
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+};
+
+use crate::ca::{Ca, Identity};
+use crate::{Error, secret};
+
+/// The server's side of TLS: TLS 1.3 alone, HTTP/2 or HTTP/1.1.
+pub(crate) fn config(ca: &Ca, identity: Identity) -> Result<ServerConfig, Error> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let mut roots = RootCertStore::empty();
+    roots.add(ca.certificate().clone()).map_err(Error::Tls)?;
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| Error::Tls(rustls::Error::General(error.to_string())))?;
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(Error::Tls)?
+        .with_client_cert_verifier(Arc::new(Lenient(verifier)))
+        .with_single_cert(vec![identity.certificate], identity.key)
+        .map_err(Error::Tls)?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// SHA-256 of the key in a certificate (SubjectPublicKeyInfo, RFC 5280 §4.1).
+pub(crate) fn key_of(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
+    let parsed = ParsedCertificate::try_from(certificate).ok()?;
+    Some(secret::sha256(&parsed.subject_public_key_info()))
+}
+
+/// Authority is the key in the store: a certificate that ran out while its host was away locks nobody out.
+#[derive(Debug)]
+struct Lenient(Arc<dyn ClientCertVerifier>);
+
+impl ClientCertVerifier for Lenient {
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        match self.0.verify_client_cert(end_entity, intermediates, now) {
+            Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
+                not_after, ..
+            })) => {
+                let valid = Duration::from_secs(not_after.as_secs().saturating_sub(1));
+                tracing::warn!("a client's certificate ran out; its key still counts");
+                self.0.verify_client_cert(end_entity, intermediates, UnixTime::since_unix_epoch(valid))
+            }
+            verdict => verdict,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls12_signature(message, certificate, signature)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.0.verify_tls13_signature(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.supported_verify_schemes()
+    }
+
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.0.root_hint_subjects()
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        self.0.client_auth_mandatory()
+    }
+
+    fn offer_client_auth(&self) -> bool {
+        self.0.offer_client_auth()
+    }
+}

@@ -1,0 +1,152 @@
+//! What one host sees of its environment, and how that changes.
+//!
+//! A host sees itself and all networks; and of each network that it takes part in, which is one where it holds a block
+//! or a claim, all blocks, claims, endpoints and the hosts that hold blocks or claims there.
+//!
+//! Invariant: snapshot plus deltas, applied in order, is always the view at the delta's revision. A reader that is slow
+//! gets fewer and larger deltas; nothing queues for it.
+
+use std::collections::BTreeSet;
+
+use model::{Change, EnvironmentId, HostId, Key, NetworkId, Object, Revision};
+
+use crate::state::{Environment, State};
+
+/// How far one watch has come.
+#[derive(Debug)]
+pub(crate) struct Cursor {
+    environment: EnvironmentId,
+    host: HostId,
+    /// The revision that the other side has.
+    pub(crate) at: Revision,
+    networks: BTreeSet<NetworkId>,
+    hosts: BTreeSet<HostId>,
+}
+
+/// What happened since a cursor last moved.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Nothing that the host sees.
+    Nothing,
+    /// This.
+    Delta(Vec<Change>),
+    /// The host was removed.
+    Gone,
+    /// More than is remembered: begin anew with a snapshot.
+    Lost,
+}
+
+impl Cursor {
+    /// A cursor at the state's revision; `None` if there is no such host.
+    pub(crate) fn new(state: &State, environment: &EnvironmentId, host: &HostId) -> Option<Self> {
+        let env = state.environments.get(environment)?;
+        env.catalog.hosts.get(host)?;
+        let networks = env.networks_of(host);
+        let hosts = visible_hosts(env, host, &networks);
+        Some(Self {
+            environment: environment.clone(),
+            host: host.clone(),
+            at: state.revision,
+            networks,
+            hosts,
+        })
+    }
+
+    /// All that the host sees. The state is that of the cursor's making.
+    pub(crate) fn snapshot(&self, state: &State) -> Vec<Object> {
+        let Some(env) = state.environments.get(&self.environment) else { return Vec::new() };
+        let hosts = self.hosts.iter().filter_map(|id| env.catalog.hosts.get(id)).cloned().map(Object::Host);
+        let networks = env.catalog.networks.values().cloned().map(Object::Network);
+        hosts
+            .chain(networks)
+            .chain(self.networks.iter().flat_map(|network| objects_of(env, network)))
+            .collect()
+    }
+
+    /// Moves to the state's revision.
+    pub(crate) fn advance(&mut self, state: &State) -> Step {
+        let Some(env) = state.environments.get(&self.environment) else { return Step::Gone };
+        if !env.catalog.hosts.contains_key(&self.host) {
+            return Step::Gone;
+        }
+        let Some(changes) = state.changes_after(self.at, &self.environment) else { return Step::Lost };
+        let changes: Vec<_> = changes.collect();
+        let shares_changed =
+            changes.iter().any(|changed| matches!(changed.key, Key::Block(..) | Key::Claim(..)));
+        let mut touched = BTreeSet::new();
+        let before = self.networks.clone();
+        if shares_changed {
+            self.networks = env.networks_of(&self.host);
+            for network in before.symmetric_difference(&self.networks) {
+                touched.extend(objects_of(env, network).map(|object| object.key()));
+            }
+            let hosts = visible_hosts(env, &self.host, &self.networks);
+            touched.extend(self.hosts.symmetric_difference(&hosts).cloned().map(Key::Host));
+            self.hosts = hosts;
+        }
+        for changed in changes {
+            let seen = match (&changed.key, &changed.network) {
+                (Key::Network(_), _) => true,
+                (Key::Host(id), _) => self.hosts.contains(id),
+                (_, Some(network)) => before.contains(network) || self.networks.contains(network),
+                (_, None) => false,
+            };
+            if seen {
+                touched.insert(changed.key.clone());
+            }
+        }
+        self.at = state.revision;
+        if touched.is_empty() {
+            return Step::Nothing;
+        }
+        let (mut gone, mut there) = (Vec::new(), Vec::new());
+        for key in touched {
+            match self.object(env, &key) {
+                Some(object) => there.push(Change::Put(object)),
+                None => gone.push(Change::Delete(key)),
+            }
+        }
+        // What is gone makes room first; what belongs to something goes before it.
+        gone.reverse();
+        gone.append(&mut there);
+        Step::Delta(gone)
+    }
+
+    fn object(&self, env: &Environment, key: &Key) -> Option<Object> {
+        let catalog = &env.catalog;
+        let sees = |network: &NetworkId| self.networks.contains(network);
+        match key {
+            Key::Host(id) => {
+                catalog.hosts.get(id).filter(|_| self.hosts.contains(id)).cloned().map(Object::Host)
+            }
+            Key::Network(id) => catalog.networks.get(id).cloned().map(Object::Network),
+            Key::Block(network, cidr) => catalog
+                .blocks
+                .get(&(network.clone(), *cidr))
+                .filter(|_| sees(network))
+                .cloned()
+                .map(Object::Block),
+            Key::Claim(network, address) => catalog
+                .claims
+                .get(&(network.clone(), *address))
+                .filter(|_| sees(network))
+                .cloned()
+                .map(Object::Claim),
+            Key::Endpoint(id) => {
+                catalog.endpoints.get(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
+            }
+        }
+    }
+}
+
+fn visible_hosts(env: &Environment, host: &HostId, networks: &BTreeSet<NetworkId>) -> BTreeSet<HostId> {
+    let others = networks.iter().flat_map(|network| env.hosts_of(network)).cloned();
+    others.chain([host.clone()]).collect()
+}
+
+fn objects_of<'a>(env: &'a Environment, network: &'a NetworkId) -> impl Iterator<Item = Object> + 'a {
+    let blocks = env.blocks_of(network).cloned().map(Object::Block);
+    let claims = env.claims_of(network).cloned().map(Object::Claim);
+    let endpoints = env.endpoints_of(network).cloned().map(Object::Endpoint);
+    blocks.chain(claims).chain(endpoints)
+}
