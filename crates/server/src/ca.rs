@@ -143,8 +143,8 @@ impl Ca {
     pub(crate) fn sign(&self, request: &Request, host: &HostId) -> Result<String, Error> {
         let mut params = params(host.as_str(), HOST_LIFE)?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        // For client authentication alone: a host is never taken for the server.
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         Ok(params.signed_by(&request.0.public_key, &self.issuer).map_err(Error::Certificate)?.pem())
     }
 }

@@ -29,7 +29,8 @@ pub(crate) fn config(ca: &Ca, identity: Identity) -> Result<ServerConfig, Error>
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(Error::Tls)?
         .with_client_cert_verifier(Arc::new(Lenient(verifier)))
-        .with_single_cert(vec![identity.certificate], identity.key)
+        // The CA goes along: a host that joins knows it by its fingerprint alone.
+        .with_single_cert(vec![identity.certificate, ca.certificate().clone()], identity.key)
         .map_err(Error::Tls)?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
