@@ -35,9 +35,9 @@ const TOKEN_MAX: u64 = 4096;
   droveway agent --no-docker                            # attach by the socket only
 
 Prefer --token-file, or DROVEWAY_TOKEN: all users of a machine can see its command lines.")]
-pub struct AgentArgs {
+pub(super) struct AgentArgs {
     /// Where the server is; kept after joining
-    #[arg(long, env = "DROVEWAY_SERVER", value_name = "URL", value_parser = parse::server_url)]
+    #[arg(long, env = "DROVEWAY_SERVER", hide_env_values = true, value_name = "URL", value_parser = parse::server_url)]
     server: Option<Url>,
     /// The join token itself. All users of the machine can read it in the list of processes: prefer --token-file
     #[arg(long, value_name = "TOKEN", conflicts_with = "token_file")]
@@ -61,7 +61,7 @@ pub struct AgentArgs {
     #[arg(long, value_name = "DIR", default_value = "/var/lib/droveway")]
     state_dir: PathBuf,
     /// Where the agent listens for attach, detach and status
-    #[arg(long, env = "DROVEWAY_SOCKET", value_name = "PATH", default_value = agent_api::SOCKET)]
+    #[arg(long, env = "DROVEWAY_SOCKET", hide_env_values = true, value_name = "PATH", default_value = agent_api::SOCKET)]
     socket: PathBuf,
     /// Docker's socket; the engine may start later
     #[arg(long, value_name = "SOCKET", default_value = "unix:///run/docker.sock", value_parser = parse::docker_socket)]

@@ -14,7 +14,7 @@ use super::output::write;
   droveway completion bash > /etc/bash_completion.d/droveway
   droveway completion zsh > \"${fpath[1]}/_droveway\"
   droveway completion fish > ~/.config/fish/completions/droveway.fish")]
-pub struct CompletionArgs {
+pub(super) struct CompletionArgs {
     /// The shell
     #[arg(value_enum)]
     shell: Shell,

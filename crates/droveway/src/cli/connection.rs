@@ -22,19 +22,26 @@ pub(super) const KEY_FILE: &str = "/var/lib/droveway/server/admin.key";
 /// How to reach the server. On the server's own machine nothing need be given.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connection")]
-pub struct Connection {
+pub(super) struct Connection {
     /// Where the server is
-    #[arg(long, global = true, env = "DROVEWAY_SERVER", value_name = "URL", default_value = SERVER, value_parser = parse::server_url)]
-    pub server: Url,
+    #[arg(long, global = true, env = "DROVEWAY_SERVER", hide_env_values = true, value_name = "URL", default_value = SERVER, value_parser = parse::server_url)]
+    pub(super) server: Url,
     /// File with the API key; the server makes admin.key in its --data-dir at first start
-    #[arg(long, global = true, env = "DROVEWAY_KEY_FILE", value_name = "FILE", default_value = KEY_FILE)]
-    pub key_file: PathBuf,
+    #[arg(long, global = true, env = "DROVEWAY_KEY_FILE", hide_env_values = true, value_name = "FILE", default_value = KEY_FILE)]
+    pub(super) key_file: PathBuf,
     /// File with the CA's certificate that the server must prove itself by [default: ca.pem beside the key file]
-    #[arg(long, global = true, env = "DROVEWAY_CA_FILE", value_name = "FILE")]
-    pub ca_file: Option<PathBuf>,
+    #[arg(long, global = true, env = "DROVEWAY_CA_FILE", hide_env_values = true, value_name = "FILE")]
+    pub(super) ca_file: Option<PathBuf>,
     /// The environment: a set of hosts and networks that trust one CA
-    #[arg(long, global = true, env = "DROVEWAY_ENVIRONMENT", value_name = "NAME", default_value = "default")]
-    pub environment: EnvironmentId,
+    #[arg(
+        long,
+        global = true,
+        env = "DROVEWAY_ENVIRONMENT",
+        hide_env_values = true,
+        value_name = "NAME",
+        default_value = "default"
+    )]
+    pub(super) environment: EnvironmentId,
 }
 
 impl Connection {

@@ -14,7 +14,7 @@ use crate::client::Client;
 
 /// Endpoints: the attachments of containers to networks
 #[derive(Debug, Args)]
-pub struct EndpointArgs {
+pub(super) struct EndpointArgs {
     #[command(flatten)]
     connection: Connection,
     #[command(subcommand)]
@@ -65,7 +65,7 @@ impl EndpointArgs {
                     network.as_ref().is_none_or(|id| *id == endpoint.network)
                         && host.as_ref().is_none_or(|id| *id == endpoint.host)
                 });
-                endpoints.sort_by(|a, b| names.order(a).cmp(&names.order(b)));
+                endpoints.sort_by_cached_key(|endpoint| names.order(endpoint));
                 output.list(
                     &endpoints,
                     |endpoints| table(endpoints, &names),

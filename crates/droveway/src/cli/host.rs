@@ -13,7 +13,7 @@ use crate::client::{Client, Error};
 
 /// Hosts: the machines that run the agent
 #[derive(Debug, Args)]
-pub struct HostArgs {
+pub(super) struct HostArgs {
     #[command(flatten)]
     connection: Connection,
     #[command(subcommand)]

@@ -12,8 +12,8 @@ const VARIABLE: &str = "DROVEWAY_LOG";
 #[derive(Debug, Clone, Copy, Args)]
 #[command(next_help_heading = "Log")]
 pub(super) struct LogArgs {
-    /// Form of the log on stderr; how much of it is said by DROVEWAY_LOG (default info; or debug, or info,agent=debug)
-    #[arg(long, value_enum, default_value_t)]
+    /// Form of the log on stderr; DROVEWAY_LOG says how much of it: info, debug, or info,agent=debug
+    #[arg(long, value_enum, default_value_t, value_name = "text|json", hide_possible_values = true)]
     log_format: LogFormat,
 }
 

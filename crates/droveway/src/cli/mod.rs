@@ -2,17 +2,21 @@
 //!
 //! Invariant: a verb reaches the server only by its API and the agent only by its socket.
 
+#[allow(dead_code)] // integrator: `run` uses it
 mod agent;
 mod completion;
 mod connection;
 mod endpoint;
 mod exit;
 mod host;
+#[allow(dead_code)] // integrator: `run` uses it
 mod local;
+#[allow(dead_code)] // integrator: `run` uses it
 mod log;
 mod network;
 mod output;
 mod parse;
+#[allow(dead_code)] // integrator: `run` uses it
 mod server;
 mod status;
 mod table;
@@ -50,7 +54,7 @@ pub struct Cli {
         global = true,
         value_enum,
         default_value_t,
-        value_name = "FORMAT",
+        value_name = "table|json|yaml",
         hide_possible_values = true
     )]
     output: Format,
@@ -63,13 +67,13 @@ enum Command {
     Server(server::ServerArgs),
     Agent(agent::AgentArgs),
     Status(status::StatusArgs),
-    #[command(alias = "networks", subcommand_required = true, arg_required_else_help = true)]
+    #[command(subcommand_required = true, arg_required_else_help = true)]
     Network(network::NetworkArgs),
-    #[command(alias = "hosts", subcommand_required = true, arg_required_else_help = true)]
+    #[command(subcommand_required = true, arg_required_else_help = true)]
     Host(host::HostArgs),
-    #[command(alias = "endpoints", subcommand_required = true, arg_required_else_help = true)]
+    #[command(subcommand_required = true, arg_required_else_help = true)]
     Endpoint(endpoint::EndpointArgs),
-    #[command(alias = "tokens", subcommand_required = true, arg_required_else_help = true)]
+    #[command(subcommand_required = true, arg_required_else_help = true)]
     Token(token::TokenArgs),
     Completion(completion::CompletionArgs),
 }

@@ -15,7 +15,7 @@ use crate::client::Client;
 
 /// Networks: named, isolated address spaces that span all hosts
 #[derive(Debug, Args)]
-pub struct NetworkArgs {
+pub(super) struct NetworkArgs {
     #[command(flatten)]
     connection: Connection,
     #[command(subcommand)]

@@ -24,19 +24,19 @@ use super::log::LogArgs;
   droveway server --name vpn.example.org                 # reached by that name too
 
 Keep the data directory safe: admin.key in it may do everything, and the CA's key is there.")]
-pub struct ServerArgs {
+pub(super) struct ServerArgs {
     /// Where all that the server has is kept
     #[arg(long, value_name = "DIR", default_value = DATA_DIR)]
-    pub data_dir: PathBuf,
+    pub(super) data_dir: PathBuf,
     /// Address and port for people, agents and programs alike
     #[arg(long, value_name = "ADDRESS:PORT", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)))]
-    pub listen: SocketAddr,
+    pub(super) listen: SocketAddr,
     /// Another name or address for the server's certificate, for programs that check it; may be repeated
     #[arg(long = "name", value_name = "NAME")]
-    pub names: Vec<String>,
+    pub(super) names: Vec<String>,
     /// The domain under which containers have names
     #[arg(long, value_name = "DOMAIN", default_value = model::DEFAULT_DOMAIN)]
-    pub domain: String,
+    pub(super) domain: String,
     #[command(flatten)]
     pub(super) log: LogArgs,
 }

@@ -19,9 +19,9 @@ use crate::client::AgentSocket;
   droveway status -o json | jq -e '.connection.state == \"up\"'
 
 Without a server the agent goes on: what runs, runs; new containers attach.")]
-pub struct StatusArgs {
+pub(super) struct StatusArgs {
     /// The agent's socket
-    #[arg(long, env = "DROVEWAY_SOCKET", value_name = "PATH", default_value = SOCKET)]
+    #[arg(long, env = "DROVEWAY_SOCKET", hide_env_values = true, value_name = "PATH", default_value = SOCKET)]
     socket: PathBuf,
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Invariant: no line is wider than the width given, whatever is in it; with no width, nothing is cut.
 
+use std::fmt::Write as _;
+
 use super::text::printable;
 
 const GAP: usize = 2;
@@ -101,7 +103,7 @@ impl Details {
         for (label, value) in &self.0 {
             for (index, line) in value.lines().enumerate() {
                 let label = if index == 0 { format!("{label}:") } else { String::new() };
-                text.push_str(&format!("{label:column$}{line}\n"));
+                let _ = writeln!(text, "{label:column$}{line}");
             }
         }
         text

@@ -14,7 +14,7 @@ use super::{local, parse, text};
 
 /// Join tokens: what a new host proves itself with
 #[derive(Debug, Args)]
-pub struct TokenArgs {
+pub(super) struct TokenArgs {
     #[command(flatten)]
     connection: Connection,
     #[command(subcommand)]

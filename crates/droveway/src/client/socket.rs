@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use model::agent_api::{AgentStatus, path};
 
-use super::{CONNECT_TIMEOUT, Error, FileKind, REQUEST_TIMEOUT, chain, receive};
+use super::{CONNECT_TIMEOUT, Error, FileKind, REQUEST_TIMEOUT, chain, receive, tls};
 
 /// A client of the agent on this machine.
 #[derive(Debug, Clone)]
@@ -19,6 +19,7 @@ impl AgentSocket {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let http = reqwest::Client::builder()
             .unix_socket(path)
+            .tls_backend_preconfigured(tls::nobody()?)
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(REQUEST_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())
@@ -39,5 +40,21 @@ impl AgentSocket {
         let at = self.path.display().to_string();
         let body = receive(self.http.get(format!("http://agent{}", path::STATUS)), &at).await?;
         serde_json::from_slice(&body).map_err(|error| Error::Foreign { at, why: error.to_string() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_socket_that_is_not_there_is_unreachable_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let error = AgentSocket::open(&path).unwrap().status().await.unwrap_err();
+        assert!(
+            matches!(&error, Error::Unreachable { at, .. } if *at == path.display().to_string()),
+            "{error}"
+        );
     }
 }

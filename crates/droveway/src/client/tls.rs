@@ -61,20 +61,28 @@ pub(super) fn config(pem: &[u8]) -> Result<Option<(ClientConfig, Fingerprint)>, 
     Ok(Some((config, expected)))
 }
 
+/// A configuration that trusts nobody: for clients that never speak TLS, and that must not look for system-wide roots.
+pub(super) fn nobody() -> Result<ClientConfig, Error> {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
+    let config = config.map_err(|error| Error::Setup(error.to_string()))?;
+    Ok(config.with_root_certificates(RootCertStore::empty()).with_no_client_auth())
+}
+
 /// The refusal of the verifier, if that is what is at the bottom of `error`.
 pub(super) fn untrusted(error: &(dyn StdError + 'static)) -> Option<Untrusted> {
     let mut next = Some(error);
     while let Some(error) = next {
-        // An `io::Error` hides what it wraps from `source`.
-        let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        let tls = match wrapped {
-            Some(inner) => inner.downcast_ref::<rustls::Error>(),
-            None => error.downcast_ref::<rustls::Error>(),
-        };
-        if let Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why)))) = tls {
+        if let Some(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(why)))) =
+            error.downcast_ref()
+        {
             return why.downcast_ref::<Untrusted>().cloned();
         }
-        next = error.source();
+        // An `io::Error` hides what it wraps from `source`.
+        next = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
     }
     None
 }
@@ -162,5 +170,31 @@ impl ServerCertVerifier for ByFixedName {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.inner.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_found_below_layers_of_io_errors() {
+        let refusal = Untrusted {
+            why: "its certificate was signed by another CA".to_owned(),
+            other_ca: true,
+            expected: Fingerprint([1; 32]),
+            presented: Fingerprint([2; 32]),
+            is_ca: true,
+        };
+        let tls =
+            rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(refusal.clone()))));
+        let error = io::Error::other(io::Error::new(io::ErrorKind::InvalidData, tls));
+        assert_eq!(untrusted(&error), Some(refusal.clone()));
+        assert_eq!(untrusted(&io::Error::other("reset")), None);
+        let text = refusal.to_string();
+        assert!(
+            text.contains(&"01".repeat(32)) && text.contains(&"02".repeat(32)),
+            "both fingerprints are shown: {text}"
+        );
     }
 }
