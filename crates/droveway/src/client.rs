@@ -49,8 +49,16 @@ pub enum Error {
     /// Nobody answers there.
     #[error("nothing answers at {at}: {why}")]
     Unreachable {
-        /// The URL or the socket.
+        /// The URL.
         at: String,
+        /// What the system says.
+        why: String,
+    },
+    /// No agent listens at its socket.
+    #[error("no agent answers at {}: {why}", .socket.display())]
+    NoAgent {
+        /// The socket.
+        socket: PathBuf,
         /// What the system says.
         why: String,
     },

@@ -145,7 +145,7 @@ impl From<client::Error> for Failure {
         let message = error.to_string();
         match error {
             client::Error::Refused(refusal) => refusal.into(),
-            client::Error::Unreachable { at, .. } if at.starts_with('/') => Self::new(Exit::Unreachable, message)
+            client::Error::NoAgent { .. } => Self::new(Exit::Unreachable, message)
                 .remedy("start the agent on this machine (`droveway agent --help`), or name its socket with --socket"),
             client::Error::Unreachable { .. } => Self::new(Exit::Unreachable, message).remedy(
                 "check that `droveway server` runs there and that no firewall is between; another place is given by --server or DROVEWAY_SERVER",

@@ -38,7 +38,11 @@ impl AgentSocket {
             return Err(Error::File { what: FileKind::Socket, path: self.path.clone(), source });
         }
         let at = self.path.display().to_string();
-        let body = receive(self.http.get(format!("http://agent{}", path::STATUS)), &at).await?;
+        let body = receive(self.http.get(format!("http://agent{}", path::STATUS)), &at).await;
+        let body = body.map_err(|error| match error {
+            Error::Unreachable { why, .. } => Error::NoAgent { socket: self.path.clone(), why },
+            other => other,
+        })?;
         serde_json::from_slice(&body).map_err(|error| Error::Foreign { at, why: error.to_string() })
     }
 }
@@ -52,9 +56,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("agent.sock");
         let error = AgentSocket::open(&path).unwrap().status().await.unwrap_err();
-        assert!(
-            matches!(&error, Error::Unreachable { at, .. } if *at == path.display().to_string()),
-            "{error}"
-        );
+        assert!(matches!(&error, Error::NoAgent { socket, .. } if *socket == path), "{error}");
     }
 }

@@ -22,7 +22,7 @@ pub const SERVER_NAME: &str = "droveway-server";
 
 /// Why a server's certificate was refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{why} (CA expected: SHA-256 {expected}; {what} presented: SHA-256 {presented})", what = if *.is_ca { "CA" } else { "certificate" })]
+#[error("{why}{}", self.fingerprints())]
 pub struct Untrusted {
     /// What is wrong with it.
     pub why: String,
@@ -34,6 +34,24 @@ pub struct Untrusted {
     pub presented: Fingerprint,
     /// Whether `presented` is a CA's.
     pub is_ca: bool,
+}
+
+impl Untrusted {
+    /// Both fingerprints, where they say something.
+    fn fingerprints(&self) -> String {
+        let Self { expected, presented, .. } = self;
+        match (self.other_ca, self.is_ca) {
+            (true, true) => {
+                format!(": expected is the CA {expected}, presented was the CA {presented} (SHA-256)")
+            }
+            (true, false) => {
+                format!(
+                    ": expected is the CA {expected}, presented was the certificate {presented} (SHA-256)"
+                )
+            }
+            (false, _) => String::new(),
+        }
+    }
 }
 
 /// The TLS configuration that trusts the first certificate in `pem`, and that certificate's fingerprint; `None` when
