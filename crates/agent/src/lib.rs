@@ -42,6 +42,8 @@ use crate::server::Server;
 
 /// The version of the program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// Where the engine looks for the plugin's socket.
+pub const DOCKER_PLUGIN: &str = "/run/docker/plugins/droveway.sock";
 /// How often the host's own addresses are looked at.
 const UNDERLAY_EVERY: Duration = Duration::from_secs(2);
 

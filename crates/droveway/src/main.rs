@@ -1,1 +1,5 @@
-fn main() {}
+//! `droveway`: server, agent and command line in one binary.
+
+fn main() -> std::process::ExitCode {
+    droveway::cli::main()
+}

@@ -1,0 +1,204 @@
+//! `droveway host`: ls, inspect, label, rm.
+
+use clap::{Args, Subcommand};
+use model::api::{HostPatch, HostView};
+use model::{Candidate, Source};
+
+use super::connection::{Connection, each, suggest};
+use super::exit::Failure;
+use super::output::Output;
+use super::table::{Details, Table};
+use super::{parse, text};
+use crate::client::{Client, Error};
+
+/// Hosts: the machines that run the agent
+#[derive(Debug, Args)]
+pub(super) struct HostArgs {
+    #[command(flatten)]
+    connection: Connection,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// List hosts
+    #[command(
+        alias = "list",
+        after_help = "Examples:
+  droveway host ls
+  droveway host ls -o json | jq -r '.[] | select(.connected | not) | .name'
+
+STATE is whether the host's agent is connected to the server. What runs on a host that is away goes on."
+    )]
+    Ls,
+    /// Show all that is known of hosts
+    #[command(after_help = "Examples:
+  droveway host inspect h1
+  droveway host inspect h1 h2 -o yaml")]
+    Inspect {
+        /// Names or ids
+        #[arg(required = true, value_name = "HOST")]
+        names: Vec<String>,
+    },
+    /// Set and remove labels of a host
+    #[command(after_help = "Examples:
+  droveway host label h1 zone=north rack=7
+  droveway host label h1 rack-               # removes it")]
+    Label {
+        /// Name or id
+        #[arg(value_name = "HOST")]
+        name: String,
+        /// KEY=VALUE sets, KEY- removes
+        #[arg(required = true, value_name = "CHANGE", value_parser = parse::label_change)]
+        changes: Vec<(String, Option<String>)>,
+    },
+    /// Remove hosts: their certificates, blocks and endpoints are no longer good
+    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host.
+
+Examples:
+  droveway host rm h3")]
+    Rm {
+        /// Names or ids
+        #[arg(required = true, value_name = "HOST")]
+        names: Vec<String>,
+    },
+}
+
+impl HostArgs {
+    pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
+        let client = self.connection.open()?;
+        match self.verb {
+            Verb::Ls => {
+                let hosts = client.hosts().await?;
+                output.list(
+                    &hosts,
+                    table,
+                    "There is no host yet; `droveway token create` prints how to join one.",
+                )
+            }
+            Verb::Inspect { names } => {
+                let (hosts, result) = each(&names, async |name| match client.host(name).await {
+                    Ok(host) => Ok(host),
+                    Err(error) => Err(explain(&client, error, name).await),
+                })
+                .await;
+                if !hosts.is_empty() {
+                    output.inspect(&hosts, details)?;
+                }
+                result
+            }
+            Verb::Label { name, changes } => {
+                let patch = HostPatch { labels: changes.into_iter().collect() };
+                if let Err(error) = client.patch_host(&name, &patch).await {
+                    return Err(explain(&client, error, &name).await);
+                }
+                let host = client.host(&name).await?;
+                output.object(&host, labelled)
+            }
+            Verb::Rm { names } => {
+                let (_, result) = each(&names, async |name| match client.remove_host(name).await {
+                    Ok(()) => output.done(name),
+                    Err(error) => Err(explain(&client, error, name).await),
+                })
+                .await;
+                result
+            }
+        }
+    }
+}
+
+async fn explain(client: &Client, error: Error, name: &str) -> Failure {
+    suggest(error, "host", name, async || {
+        Ok(client.hosts().await?.iter().map(|view| view.host.name.to_string()).collect())
+    })
+    .await
+}
+
+fn labelled(view: &HostView) -> String {
+    let labels = text::labels(&view.host.labels);
+    let labels = if labels.is_empty() { "no labels" } else { &labels };
+    text::printable(&format!("{}: {labels}", view.host.name)) + "\n"
+}
+
+fn table(hosts: &[HostView]) -> Table {
+    let now = text::now();
+    let mut table =
+        Table::new(["NAME", "STATE", "SEEN", "ADDRESS", "BLOCKS", "ENDPOINTS", "VERSION", "LABELS"]);
+    for view in hosts {
+        table.row([
+            view.host.name.to_string(),
+            state(view).to_owned(),
+            if view.connected { "now".to_owned() } else { seen(view, now) },
+            view.host.underlay().map(|candidate| candidate.address.to_string()).unwrap_or_default(),
+            view.blocks.len().to_string(),
+            view.endpoints.to_string(),
+            view.version.clone().unwrap_or_default(),
+            text::labels(&view.host.labels),
+        ]);
+    }
+    table
+}
+
+fn seen(view: &HostView, now: model::UnixMillis) -> String {
+    view.seen.map(|seen| format!("{} ago", text::age(seen, now))).unwrap_or_default()
+}
+
+fn state(view: &HostView) -> &'static str {
+    if view.connected { "up" } else { "away" }
+}
+
+fn details(view: &HostView) -> Details {
+    let host = &view.host;
+    let blocks: Vec<String> =
+        view.blocks.iter().map(|block| format!("{} of {}", block.cidr, block.network)).collect();
+    let mut details = Details::default();
+    details
+        .add("Name", host.name.to_string())
+        .add("Id", host.id.to_string())
+        .add("State", state(view))
+        .add("Seen", view.seen.map(text::utc).unwrap_or_default())
+        .add("Agent", view.version.clone().unwrap_or_default())
+        .add("Addresses", addresses(&host.candidates))
+        .add("Labels", text::labels(&host.labels))
+        .add("Joined", text::utc(host.joined))
+        .add("Key", format!("SHA-256 {}", host.key))
+        .add("Blocks", if blocks.is_empty() { "none leased".to_owned() } else { blocks.join("\n") })
+        .add("Endpoints", view.endpoints.to_string());
+    details
+}
+
+/// Underlay addresses, one a line, best first.
+pub(super) fn addresses(candidates: &[Candidate]) -> String {
+    let line = |candidate: &Candidate| {
+        let how = match candidate.source {
+            Source::Given => "given",
+            Source::Route => "on the route to the server",
+            Source::Interface => "on an interface",
+            Source::Observed => "seen by the server",
+        };
+        let port = candidate.port.map(|port| format!(" port {port}")).unwrap_or_default();
+        format!("{}{port}, MTU {}, {how}", candidate.address, candidate.mtu)
+    };
+    candidates.iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_shows_its_state_address_and_labels() {
+        let view: HostView = serde_json::from_value(serde_json::json!({
+            "id": "h-aaaaaaaaaa", "name": "h1", "key": "00", "joined": 0, "labels": {"zone": "a"},
+            "candidates": [{"address": "10.0.0.6", "mtu": 1500, "source": "route"}],
+            "connected": true, "blocks": [], "endpoints": 3, "version": "0.1.0"
+        }))
+        .unwrap();
+        let ls = table(std::slice::from_ref(&view)).render(None);
+        let row: Vec<&str> = ls.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(row, ["h1", "up", "now", "10.0.0.6", "0", "3", "0.1.0", "zone=a"]);
+        assert!(details(&view).render().contains("10.0.0.6, MTU 1500, on the route to the server"));
+        assert_eq!(labelled(&view), "h1: zone=a\n");
+    }
+}

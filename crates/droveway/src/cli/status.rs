@@ -1,0 +1,118 @@
+//! `droveway status`: how the agent on this machine is.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use model::agent_api::{AgentStatus, Connection, DockerStatus, RouterStatus, SOCKET};
+
+use super::exit::Failure;
+use super::host::addresses;
+use super::output::Output;
+use super::table::Details;
+use super::text;
+use crate::client::AgentSocket;
+
+/// How the agent on this machine is: its server, its routers, Docker, troubles
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  droveway status
+  droveway status -o json | jq -e '.connection.state == \"up\"'
+
+Without a server the agent goes on: what runs, runs; new containers attach.")]
+pub(super) struct StatusArgs {
+    /// The agent's socket
+    #[arg(long, env = "DROVEWAY_SOCKET", hide_env_values = true, value_name = "PATH", default_value = SOCKET)]
+    socket: PathBuf,
+}
+
+impl StatusArgs {
+    pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
+        let status = AgentSocket::open(&self.socket)?.status().await?;
+        output.object(&status, |status| details(status, text::now()).render())
+    }
+}
+
+fn details(status: &AgentStatus, now: model::UnixMillis) -> Details {
+    let server = match &status.connection {
+        Connection::Up { since } => format!("{}, connected for {}", status.server, text::age(*since, now)),
+        Connection::Down { since, why } => {
+            format!("{}, NOT connected for {}: {why}", status.server, text::age(*since, now))
+        }
+    };
+    let snapshot = match &status.epoch {
+        Some(epoch) => format!("revision {} of epoch {epoch}", status.revision),
+        None => "none yet".to_owned(),
+    };
+    let docker = match &status.docker {
+        DockerStatus::Off => "not asked for".to_owned(),
+        DockerStatus::Waiting { why } => format!("waiting for it: {why}"),
+        DockerStatus::Up { version } => format!("up, {version}"),
+    };
+    let routers: Vec<String> = status.routers.iter().map(router).collect();
+    let mut details = Details::default();
+    details
+        .add("Host", format!("{} ({})", status.name, status.host))
+        .add("Agent", status.version.clone())
+        .add("Server", server)
+        .add("Snapshot", snapshot)
+        .add("Addresses", addresses(&status.candidates))
+        .add("Docker", docker)
+        .add(
+            "Routers",
+            if routers.is_empty() {
+                "none: no container is attached here".to_owned()
+            } else {
+                routers.join("\n")
+            },
+        )
+        .add(
+            "Troubles",
+            if status.troubles.is_empty() { "none".to_owned() } else { status.troubles.join("\n") },
+        );
+    details
+}
+
+fn router(router: &RouterStatus) -> String {
+    let address = router.address.map_or_else(|| "no address yet".to_owned(), |address| address.to_string());
+    format!(
+        "{} in {}: {address}, MTU {}, {}, blocks {}{}",
+        router.name,
+        router.netns,
+        router.mtu,
+        text::count(router.endpoints.len(), "endpoint"),
+        if router.blocks.is_empty() { "none".to_owned() } else { text::list(&router.blocks) },
+        if router.converged {
+            ""
+        } else {
+            ", NOT CONVERGED: the kernel does not show all that should be there"
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(connection: serde_json::Value) -> AgentStatus {
+        serde_json::from_value(serde_json::json!({
+            "version": "0.1.0", "host": "h-aaaaaaaaaa", "name": "h1", "server": "https://10.0.0.5:7443",
+            "connection": connection, "epoch": null, "revision": 0, "candidates": [],
+            "routers": [{"network": "n-aaaaaaaaaa", "name": "managed", "netns": "droveway-managed",
+                "address": "10.42.64.65", "blocks": ["10.42.64.64/26"], "endpoints": ["e-aaaaaaaaaa"], "mtu": 1450,
+                "converged": false}],
+            "docker": {"state": "off"}, "troubles": [],
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_lost_server_and_an_unfinished_router_stand_out() {
+        let down = status(serde_json::json!({"state": "down", "since": 0, "why": "connection refused"}));
+        let text = details(&down, 300_000).render();
+        assert!(text.contains("NOT connected for 5m: connection refused"), "{text}");
+        assert!(text.contains("managed in droveway-managed: 10.42.64.65, MTU 1450, 1 endpoint"), "{text}");
+        assert!(text.contains("NOT CONVERGED"), "{text}");
+        let up = status(serde_json::json!({"state": "up", "since": 0}));
+        assert!(details(&up, 300_000).render().contains("https://10.0.0.5:7443, connected for 5m"));
+    }
+}

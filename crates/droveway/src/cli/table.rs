@@ -1,0 +1,156 @@
+//! Tables that fit.
+//!
+//! Invariant: no line is wider than the width given, whatever is in it; with no width, nothing is cut.
+
+use std::fmt::Write as _;
+
+use super::text::printable;
+
+const GAP: usize = 2;
+/// A column is not cut below this while another is wider.
+const LEAST: usize = 5;
+
+/// Rows under a header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Table {
+    header: Vec<&'static str>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub(super) fn new<const N: usize>(header: [&'static str; N]) -> Self {
+        Self { header: header.to_vec(), rows: Vec::new() }
+    }
+
+    /// Adds a row. An empty cell shows as `-`.
+    pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
+        debug_assert_eq!(N, self.header.len());
+        let cell =
+            |text: String| if text.is_empty() { "-".to_owned() } else { printable(&text).replace('\n', " ") };
+        self.rows.push(cells.map(cell).into());
+    }
+
+    /// The table as text, each line at most `width` characters.
+    pub(super) fn render(&self, width: Option<usize>) -> String {
+        let mut widths: Vec<usize> = self.header.iter().map(|text| length(text)).collect();
+        for row in &self.rows {
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = (*width).max(length(cell));
+            }
+        }
+        if let Some(width) = width {
+            shrink(&mut widths, width);
+        }
+        let header: Vec<String> = self.header.iter().map(|text| (*text).to_owned()).collect();
+        let mut text = String::new();
+        for row in std::iter::once(&header).chain(&self.rows) {
+            let mut line = String::new();
+            for (cell, width) in row.iter().zip(&widths) {
+                let cell = cut(cell, *width);
+                line.push_str(&cell);
+                line.extend(std::iter::repeat_n(' ', width + GAP - length(&cell)));
+            }
+            let line = line.trim_end();
+            text.push_str(&width.map_or_else(|| line.to_owned(), |width| cut(line, width)));
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// Takes from the widest column, one by one, until the line fits or nothing useful can be taken.
+fn shrink(widths: &mut [usize], width: usize) {
+    let gaps = GAP * widths.len().saturating_sub(1);
+    while widths.iter().sum::<usize>() + gaps > width {
+        match widths.iter_mut().max() {
+            Some(widest) if *widest > LEAST => *widest -= 1,
+            Some(_) | None => return,
+        }
+    }
+}
+
+fn cut(text: &str, width: usize) -> String {
+    if length(text) <= width {
+        text.to_owned()
+    } else if width == 0 {
+        String::new()
+    } else {
+        text.chars().take(width - 1).chain(['…']).collect()
+    }
+}
+
+fn length(text: &str) -> usize {
+    text.chars().count()
+}
+
+/// One object, a line for each of its properties: `Label:  value`; a value of several lines stays in its column.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Details(Vec<(&'static str, String)>);
+
+impl Details {
+    /// Adds a property; one without a value is left out.
+    pub(super) fn add(&mut self, label: &'static str, value: impl Into<String>) -> &mut Self {
+        let value = value.into();
+        if !value.is_empty() {
+            self.0.push((label, printable(&value)));
+        }
+        self
+    }
+
+    pub(super) fn render(&self) -> String {
+        let column = self.0.iter().map(|(label, _)| length(label)).max().unwrap_or_default() + 1 + GAP;
+        let mut text = String::new();
+        for (label, value) in &self.0 {
+            for (index, line) in value.lines().enumerate() {
+                let label = if index == 0 { format!("{label}:") } else { String::new() };
+                let _ = writeln!(text, "{label:column$}{line}");
+            }
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn table() -> Table {
+        let mut table = Table::new(["NAME", "SUBNET", "LABELS"]);
+        table.row(["managed".into(), "10.42.0.0/16".into(), "zone=north-of-the-river,rack=seventeen".into()]);
+        table.row(["red".into(), String::new(), "x=\x1b[31my".into()]);
+        table
+    }
+
+    #[test]
+    fn without_a_width_nothing_is_cut() {
+        let text = table().render(None);
+        let expected = "NAME     SUBNET        LABELS\n\
+                        managed  10.42.0.0/16  zone=north-of-the-river,rack=seventeen\n\
+                        red      -             x=\u{fffd}[31my\n";
+        assert_eq!(text, expected);
+    }
+
+    #[test]
+    fn the_widest_column_gives_way_first() {
+        let text = table().render(Some(40));
+        let line = text.lines().nth(1).unwrap();
+        assert_eq!(line, "managed  10.42.0.0/16  zone=north-of-th…");
+        assert_eq!(length(line), 40);
+    }
+
+    #[test]
+    fn no_line_is_wider_than_any_width_given() {
+        for width in 1..120 {
+            let text = table().render(Some(width));
+            assert_eq!(text.lines().count(), 3, "no row is wrapped or lost");
+            assert!(text.lines().all(|line| length(line) <= width), "{width}:\n{text}");
+        }
+    }
+
+    #[test]
+    fn details_line_up_and_empty_ones_are_left_out() {
+        let mut details = Details::default();
+        details.add("Name", "red").add("MTU", "").add("Blocks", "10.0.0.0/26\n10.0.0.64/26");
+        assert_eq!(details.render(), "Name:    red\nBlocks:  10.0.0.0/26\n         10.0.0.64/26\n");
+    }
+}

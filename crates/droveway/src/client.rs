@@ -1,0 +1,400 @@
+//! The client of the server's API that the verbs of the command line use: HTTPS with a bearer key.
+//!
+//! Invariant: it talks to nobody whose certificate the CA file did not sign, and the key leaves by no other way: no
+//! proxy, no redirect.
+
+mod socket;
+mod tls;
+
+use std::error::Error as StdError;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use model::api::{
+    ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView, path,
+};
+use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use reqwest::{Method, Url};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+pub use socket::AgentSocket;
+pub use tls::{SERVER_NAME, Untrusted};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Where the server is and what proves both sides.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `https://HOST:PORT`.
+    pub server: Url,
+    /// A file with the API key.
+    pub key_file: PathBuf,
+    /// A file with the CA's certificate, PEM.
+    pub ca_file: PathBuf,
+    /// The environment that is meant.
+    pub environment: EnvironmentId,
+}
+
+/// Why a request has no answer, or has a refusal for an answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The server refused.
+    #[error("{0}")]
+    Refused(ApiError),
+    /// Nobody answers there.
+    #[error("nothing answers at {at}: {why}")]
+    Unreachable {
+        /// The URL.
+        at: String,
+        /// What the system says.
+        why: String,
+    },
+    /// No agent listens at its socket.
+    #[error("no agent answers at {}: {why}", .socket.display())]
+    NoAgent {
+        /// The socket.
+        socket: PathBuf,
+        /// What the system says.
+        why: String,
+    },
+    /// Somebody answers, but this CA does not vouch for them.
+    #[error("{at} is not trusted: {source}")]
+    Untrusted {
+        /// The URL.
+        at: String,
+        /// Why, with fingerprints.
+        source: Untrusted,
+    },
+    /// A file that is needed is not there or cannot be read.
+    #[error("cannot read the {what} {path}: {source}")]
+    File {
+        /// What the file is.
+        what: FileKind,
+        /// Where it should be.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A file is there but is not what it should be.
+    #[error("{path} is not {expected}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What it should hold.
+        expected: &'static str,
+    },
+    /// The answer is not one of ours.
+    #[error("{at} gave an answer that this program does not understand: {why}")]
+    Foreign {
+        /// The URL or the socket.
+        at: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The client could not be made.
+    #[error("the client cannot start: {0}")]
+    Setup(String),
+}
+
+/// Which file could not be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileKind {
+    /// The API key.
+    Key,
+    /// The CA's certificate.
+    Ca,
+    /// The agent's Unix socket.
+    Socket,
+}
+
+impl fmt::Display for FileKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Key => "API key",
+            Self::Ca => "CA certificate",
+            Self::Socket => "agent's socket",
+        })
+    }
+}
+
+/// A client of one server and one environment.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    settings: Settings,
+    ca: Fingerprint,
+}
+
+impl Client {
+    /// Reads key and CA; connects with the first request.
+    pub fn open(settings: Settings) -> Result<Self, Error> {
+        let key = read(FileKind::Key, &settings.key_file)?;
+        let malformed = |path: &Path, expected| Error::Malformed { path: path.to_owned(), expected };
+        let key = std::str::from_utf8(&key).map(str::trim).unwrap_or_default();
+        let mut bearer = HeaderValue::from_str(&format!("Bearer {key}"))
+            .ok()
+            .filter(|_| !key.is_empty() && !key.contains(char::is_whitespace))
+            .ok_or_else(|| malformed(&settings.key_file, "an API key: one line of plain text"))?;
+        bearer.set_sensitive(true);
+
+        let pem = read(FileKind::Ca, &settings.ca_file)?;
+        let (config, ca) =
+            tls::config(&pem)?.ok_or_else(|| malformed(&settings.ca_file, "a CA certificate in PEM form"))?;
+        let http = reqwest::Client::builder()
+            .tls_backend_preconfigured(config)
+            .default_headers(HeaderMap::from_iter([(AUTHORIZATION, bearer)]))
+            .user_agent(concat!("droveway/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(REQUEST_TIMEOUT)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .https_only(true)
+            .build()
+            .map_err(|error| Error::Setup(chain(&error)))?;
+        Ok(Self { http, settings, ca })
+    }
+
+    /// What the client was opened with.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The CA that it trusts.
+    pub fn ca(&self) -> Fingerprint {
+        self.ca
+    }
+
+    /// What anyone may know of the server.
+    pub async fn info(&self) -> Result<ServerInfo, Error> {
+        let url = join(&self.settings.server, path::INFO, &[])?;
+        self.send::<ServerInfo>(Method::GET, url, None::<&()>).await
+    }
+
+    /// All networks.
+    pub async fn networks(&self) -> Result<Vec<Network>, Error> {
+        self.get(path::NETWORKS, &[]).await
+    }
+
+    /// One network, by name or id.
+    pub async fn network(&self, name: &str) -> Result<Network, Error> {
+        self.get(path::NETWORKS, &[name]).await
+    }
+
+    /// Makes a network.
+    pub async fn create_network(&self, spec: &NetworkSpec) -> Result<Network, Error> {
+        self.send(Method::POST, self.url(path::NETWORKS, &[])?, Some(spec)).await
+    }
+
+    /// Removes a network, by name or id.
+    pub async fn remove_network(&self, name: &str) -> Result<(), Error> {
+        self.delete(path::NETWORKS, name).await
+    }
+
+    /// All leased blocks.
+    pub async fn blocks(&self) -> Result<Vec<Block>, Error> {
+        self.get(path::BLOCKS, &[]).await
+    }
+
+    /// All hosts.
+    pub async fn hosts(&self) -> Result<Vec<HostView>, Error> {
+        self.get(path::HOSTS, &[]).await
+    }
+
+    /// One host, by name or id.
+    pub async fn host(&self, name: &str) -> Result<HostView, Error> {
+        self.get(path::HOSTS, &[name]).await
+    }
+
+    /// Changes a host's labels.
+    pub async fn patch_host(&self, name: &str, patch: &HostPatch) -> Result<(), Error> {
+        self.exchange(Method::PATCH, self.url(path::HOSTS, &[name])?, Some(patch)).await.map(drop)
+    }
+
+    /// Removes a host, by name or id.
+    pub async fn remove_host(&self, name: &str) -> Result<(), Error> {
+        self.delete(path::HOSTS, name).await
+    }
+
+    /// All endpoints.
+    pub async fn endpoints(&self) -> Result<Vec<Endpoint>, Error> {
+        self.get(path::ENDPOINTS, &[]).await
+    }
+
+    /// All join tokens, without their secrets.
+    pub async fn tokens(&self) -> Result<Vec<TokenView>, Error> {
+        self.get(path::TOKENS, &[]).await
+    }
+
+    /// Makes a join token.
+    pub async fn create_token(&self, request: &TokenRequest) -> Result<TokenCreated, Error> {
+        self.send(Method::POST, self.url(path::TOKENS, &[])?, Some(request)).await
+    }
+
+    /// Ends a join token.
+    pub async fn remove_token(&self, id: &str) -> Result<(), Error> {
+        self.delete(path::TOKENS, id).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, collection: &str, rest: &[&str]) -> Result<T, Error> {
+        self.send(Method::GET, self.url(collection, rest)?, None::<&()>).await
+    }
+
+    async fn delete(&self, collection: &str, name: &str) -> Result<(), Error> {
+        self.exchange(Method::DELETE, self.url(collection, &[name])?, None::<&()>).await.map(drop)
+    }
+
+    async fn send<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<&impl Serialize>,
+    ) -> Result<T, Error> {
+        let at = url.to_string();
+        let body = self.exchange(method, url, body).await?;
+        serde_json::from_slice(&body).map_err(|error| Error::Foreign { at, why: error.to_string() })
+    }
+
+    /// One request; the body of a good answer, or why there is none.
+    async fn exchange(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<&impl Serialize>,
+    ) -> Result<Vec<u8>, Error> {
+        let mut request = self.http.request(method, url);
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        receive(request, self.settings.server.as_str().trim_end_matches('/')).await
+    }
+
+    fn url(&self, collection: &str, rest: &[&str]) -> Result<Url, Error> {
+        let base = format!("{}/{}{collection}", path::PREFIX, self.settings.environment);
+        join(&self.settings.server, &base, rest)
+    }
+}
+
+/// Sends, and tells a good answer from a refusal and from no answer at all.
+async fn receive(request: reqwest::RequestBuilder, at: &str) -> Result<Vec<u8>, Error> {
+    let answer = request.send().await.map_err(|error| failed(&error, at))?;
+    let status = answer.status();
+    let body = answer.bytes().await.map_err(|error| failed(&error, at))?;
+    if status.is_success() {
+        return Ok(body.into());
+    }
+    Err(match serde_json::from_slice::<ApiError>(&body) {
+        Ok(refusal) => Error::Refused(refusal),
+        Err(_) => match bare_refusal(status.as_u16()) {
+            Some(code) => Error::Refused(ApiError::new(code, format!("{at} answers {status}"))),
+            None => Error::Foreign { at: at.to_owned(), why: format!("HTTP status {status}") },
+        },
+    })
+}
+
+/// What a status means when no [`ApiError`] came with it: a layer below the API answered.
+fn bare_refusal(status: u16) -> Option<ErrorCode> {
+    match status {
+        401 => Some(ErrorCode::Unauthenticated),
+        403 => Some(ErrorCode::Forbidden),
+        413 => Some(ErrorCode::TooLarge),
+        500 => Some(ErrorCode::Internal),
+        502..=504 => Some(ErrorCode::Unavailable),
+        _ => None,
+    }
+}
+
+fn failed(error: &reqwest::Error, at: &str) -> Error {
+    let at = at.to_owned();
+    if let Some(source) = tls::untrusted(error) {
+        return Error::Untrusted { at, source };
+    }
+    if error.is_decode() {
+        return Error::Foreign { at, why: chain(error) };
+    }
+    let why = match (error.is_timeout(), error.is_connect()) {
+        (true, true) => format!("no connection within {} s", CONNECT_TIMEOUT.as_secs()),
+        (true, false) => format!("no answer within {} s", REQUEST_TIMEOUT.as_secs()),
+        (false, _) => root_cause(error),
+    };
+    Error::Unreachable { at, why }
+}
+
+fn read(what: FileKind, path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::File { what, path: path.to_owned(), source })
+}
+
+/// `base` with `path` and further segments, each one segment whatever is in it.
+fn join(base: &Url, path: &str, rest: &[&str]) -> Result<Url, Error> {
+    let mut url = base.clone();
+    url.set_path(path);
+    let refused = |what: &str| Error::Setup(format!("{what:?} cannot be part of a URL"));
+    if let Some(bad) = rest.iter().find(|segment| matches!(**segment, "" | "." | "..")) {
+        return Err(refused(bad));
+    }
+    url.path_segments_mut().map_err(|()| refused(base.as_str()))?.extend(rest);
+    Ok(url)
+}
+
+/// An error and its causes in one line.
+fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// The last cause alone: what the system said, without the layers that passed it on.
+fn root_cause(error: &dyn StdError) -> String {
+    let mut last = error;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    last.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_one_segment_whatever_is_in_it() {
+        let base: Url = "https://h:7443/ignored".parse().unwrap();
+        let url = join(&base, "/v1/environments/default/networks", &["a/b?c"]).unwrap();
+        assert_eq!(url.as_str(), "https://h:7443/v1/environments/default/networks/a%2Fb%3Fc");
+        assert!(join(&base, "/v1", &[".."]).is_err());
+    }
+
+    #[test]
+    fn a_missing_key_is_an_error_that_names_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            server: "https://127.0.0.1:1".parse().unwrap(),
+            key_file: dir.path().join("admin.key"),
+            ca_file: dir.path().join("ca.pem"),
+            environment: EnvironmentId::default(),
+        };
+        let error = Client::open(settings.clone()).unwrap_err();
+        assert!(matches!(&error, Error::File { what: FileKind::Key, .. }), "{error}");
+        assert!(error.to_string().contains("admin.key"));
+
+        std::fs::write(&settings.key_file, "two words\n").unwrap();
+        let error = Client::open(settings.clone()).unwrap_err().to_string();
+        assert!(error.contains("admin.key") && !error.contains("two words"), "{error}");
+
+        std::fs::write(&settings.key_file, "key\n").unwrap();
+        std::fs::write(&settings.ca_file, "not a certificate").unwrap();
+        let error = Client::open(settings).unwrap_err().to_string();
+        assert!(error.contains("ca.pem"), "{error}");
+    }
+}

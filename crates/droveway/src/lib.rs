@@ -1,0 +1,4 @@
+//! The one binary's rooms.
+
+pub mod cli;
+pub mod client;
