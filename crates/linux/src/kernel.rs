@@ -367,7 +367,10 @@ impl Kernel {
     }
 
     fn forget(&mut self, network: &NetworkId) {
-        if let Some(router) = self.routers.remove(network) {
+        if let Some(mut router) = self.routers.remove(network) {
+            // The kernel takes a namespace apart some time after its last user; its devices would be in the way until
+            // then. None there is fine.
+            let _ = link::remove_all(&mut router.namespace.route);
             router.namespace.mirror.drop_from(&mut self.state, |_| true);
         }
     }

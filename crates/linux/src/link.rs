@@ -17,11 +17,14 @@ use crate::netlink::{Refusal, Requests};
 use crate::netns::Netns;
 use crate::uapi::{
     AF_INET6, IFF_UP, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_BR_FORWARD_DELAY, IFLA_BR_MCAST_SNOOPING,
-    IFLA_BR_STP_STATE, IFLA_IFNAME, IFLA_INET6_ADDR_GEN_MODE, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO,
-    IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, IFLA_VXLAN_ID, IFLA_VXLAN_LEARNING, IFLA_VXLAN_LOCAL,
-    IFLA_VXLAN_LOCAL6, IFLA_VXLAN_PORT, IN6_ADDR_GEN_MODE_NONE, NLM_F_CREATE, NLM_F_EXCL, RTM_DELLINK,
-    RTM_NEWLINK, RTM_SETLINK, VETH_INFO_PEER,
+    IFLA_BR_STP_STATE, IFLA_GROUP, IFLA_IFNAME, IFLA_INET6_ADDR_GEN_MODE, IFLA_INFO_DATA, IFLA_INFO_KIND,
+    IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, IFLA_VXLAN_ID, IFLA_VXLAN_LEARNING,
+    IFLA_VXLAN_LOCAL, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_PORT, IN6_ADDR_GEN_MODE_NONE, NLM_F_CREATE, NLM_F_EXCL,
+    RTM_DELLINK, RTM_NEWLINK, RTM_SETLINK, VETH_INFO_PEER,
 };
+
+/// The device group of all that is made, so that it can be removed at once ("dw").
+const GROUP: u32 = 0x6477;
 
 /// Where a device is made, and from where its other half is reached.
 pub(crate) struct Site<'a> {
@@ -92,23 +95,32 @@ pub(crate) fn remove(requests: &mut Requests, name: &Ifname) -> Result<bool, Ref
     }
 }
 
+/// Removes all devices that were made in the namespace of that socket, at once: whoever still has a socket there
+/// keeps the namespace, but no device of it.
+pub(crate) fn remove_all(requests: &mut Requests) -> Result<(), Refusal> {
+    requests.request(request(RTM_DELLINK, 0, 0, 0).put_u32(IFLA_GROUP, GROUP)).map(drop)
+}
+
 fn make(site: &mut Site<'_>, state: &mut State, name: &Ifname, want: &Link) -> Result<(), Error> {
     match (&want.kind, &want.peer) {
         (LinkKind::Bridge, _) => make_bridge(site.home, name, want),
         (LinkKind::Vxlan { vni, port, local }, _) => make_vxlan(site, name, want, (*vni, *port, *local)),
         (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, up })) => {
-            let end = End { name: peer, mac: mac.map(|mac| mac.0), mtu: *mtu, up: *up };
+            let end = End { name: peer, mac: mac.map(|mac| mac.0), mtu: *mtu };
             let host = site.host().ns.as_raw_fd();
             make_pair(site.home, name, want, &end, host)?;
-            let quiet = [no_link_local(peer)];
-            // Only hygiene: a kernel without IPv6 has nothing to switch off.
-            drop(site.host().route.requests(quiet.into()));
+            let device = if *up { IFF_UP } else { 0 };
+            let bring_up = request(RTM_SETLINK, 0, device, IFF_UP).put_text(IFLA_IFNAME, peer.as_str());
+            let answer = site.host().route.requests(vec![no_link_local(peer), bring_up]).pop();
+            if let Some(Err(refusal)) = answer {
+                drop(remove(&mut site.home.route, name));
+                return Err(refusal.to_error(format!("set up device {peer} of the host")));
+            }
             Ok(())
         }
         (LinkKind::Veth, Some(Peer::Container(container))) => {
             let ns = Netns::open(&container.netns)?;
-            let end =
-                End { name: &container.ifname, mac: Some(container.mac.0), mtu: container.mtu, up: false };
+            let end = End { name: &container.ifname, mac: Some(container.mac.0), mtu: container.mtu };
             make_pair(site.home, name, want, &end, ns.as_raw_fd()).map_err(|error| {
                 if error.is(Errno::EEXIST) {
                     error.with_remedy("the container may have an interface of that name already")
@@ -135,6 +147,7 @@ fn make(site: &mut Site<'_>, state: &mut State, name: &Ifname, want: &Link) -> R
 fn make_bridge(home: &mut Namespace, name: &Ifname, want: &Link) -> Result<(), Error> {
     let make = request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, 0, 0)
         .put_text(IFLA_IFNAME, name.as_str())
+        .put_u32(IFLA_GROUP, GROUP)
         .put_some(IFLA_ADDRESS, want.mac.map(|mac| mac.0))
         .nest(IFLA_LINKINFO, |info| {
             info.put_text(IFLA_INFO_KIND, "bridge").nest(IFLA_INFO_DATA, |data| {
@@ -158,6 +171,7 @@ fn make_vxlan(
     let make = request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, 0, 0)
         .put_text(IFLA_IFNAME, name.as_str())
         .put_u32(IFLA_NET_NS_FD, home.cast_unsigned())
+        .put_u32(IFLA_GROUP, GROUP)
         .put_some(IFLA_ADDRESS, want.mac.map(|mac| mac.0))
         .put_some(IFLA_MTU, want.mtu.map(u32::to_ne_bytes))
         .nest(IFLA_LINKINFO, |info| {
@@ -181,24 +195,23 @@ fn make_vxlan(
     settled
 }
 
-/// The far end of a veth pair, as it is made.
+/// The far end of a veth pair, as it is made: down, for neither end can be up before there are two.
 struct End<'a> {
     name: &'a Ifname,
     mac: Option<[u8; 6]>,
     mtu: u32,
-    up: bool,
 }
 
 fn make_pair(home: &mut Namespace, name: &Ifname, want: &Link, end: &End<'_>, ns: i32) -> Result<(), Error> {
-    let up = if end.up { IFF_UP } else { 0 };
     let make = request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, 0, 0)
         .put_text(IFLA_IFNAME, name.as_str())
+        .put_u32(IFLA_GROUP, GROUP)
         .put_some(IFLA_ADDRESS, want.mac.map(|mac| mac.0))
         .put_some(IFLA_MTU, want.mtu.map(u32::to_ne_bytes))
         .nest(IFLA_LINKINFO, |info| {
             info.put_text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |data| {
                 data.nest(VETH_INFO_PEER, |peer| {
-                    peer.raw(&header(up, up))
+                    peer.raw(&header(0, 0))
                         .put_text(IFLA_IFNAME, end.name.as_str())
                         .put_some(IFLA_ADDRESS, end.mac)
                         .put_u32(IFLA_MTU, end.mtu)
