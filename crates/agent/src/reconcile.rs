@@ -44,6 +44,9 @@ pub(crate) struct Reconciler {
     lingering: BTreeMap<NetworkId, Instant>,
     generations: BTreeMap<NetworkId, u64>,
     unconverged: BTreeSet<Place>,
+    /// What the kernel refuses now.
+    refused: Vec<String>,
+    /// What else went wrong lately, newest last.
     troubles: VecDeque<String>,
     /// Something changed that the kernel may have to follow.
     stale: bool,
@@ -70,6 +73,7 @@ impl Reconciler {
             lingering: BTreeMap::new(),
             generations: BTreeMap::new(),
             unconverged: BTreeSet::new(),
+            refused: Vec::new(),
             troubles: VecDeque::new(),
             stale: true,
             unpublished: true,
@@ -310,7 +314,7 @@ impl Reconciler {
 
     /// Diffs and applies until nothing is left or nothing helps.
     fn converge(&mut self, scope: &Scope, except: Option<&EndpointId>) {
-        let mut refused = Vec::new();
+        let mut refused: Vec<String> = Vec::new();
         for round in 0..ROUNDS {
             let observed = match self.kernel.observe(&State::new()) {
                 Ok(observed) => observed,
@@ -335,7 +339,10 @@ impl Reconciler {
                 self.unconverged = steps.iter().map(|step| place_of(step).clone()).collect();
             }
             if steps.is_empty() {
-                self.retry = None;
+                if *scope == Scope::Everything {
+                    self.retry = None;
+                    self.refused(Vec::new());
+                }
                 return;
             }
             refused.clear();
@@ -356,9 +363,16 @@ impl Reconciler {
         }
         let pause = self.retry.map_or(RETRY.0, |(_, pause)| (pause * 2).min(RETRY.1));
         self.retry = Some((Instant::now() + pause, pause));
-        for why in refused {
-            self.trouble(why);
+        self.refused(refused);
+    }
+
+    /// Tells what the kernel refuses now; what it refused before is not told again.
+    fn refused(&mut self, now: Vec<String>) {
+        for why in now.iter().filter(|why| !self.refused.contains(why)) {
+            tracing::warn!("{why}");
         }
+        self.unpublished |= self.refused != now;
+        self.refused = now;
     }
 
     fn wanted(&mut self, except: Option<&EndpointId>) -> State {
@@ -460,7 +474,7 @@ impl Reconciler {
                 Some((id, router))
             })
             .collect();
-        let troubles = self.troubles.iter().cloned().collect();
+        let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
         View { routers, troubles, ..View::from_book(book) }
     }
 }

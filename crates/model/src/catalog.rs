@@ -60,7 +60,7 @@ pub enum Change {
 
 /// One object of the state.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
-#[serde(tag = "kind", rename_all = "lowercase")]
+#[serde(tag = "object", rename_all = "lowercase")]
 pub enum Object {
     /// A host.
     Host(Host),
@@ -200,9 +200,27 @@ mod tests {
             host: HostId::from_random([4; 8]),
             leased: Revision(9),
         };
+        let endpoint = Endpoint {
+            id: EndpointId::from_random([5; 8]),
+            network: network.clone(),
+            host: HostId::from_random([4; 8]),
+            name: Some("db".parse().unwrap()),
+            stack: None,
+            service: None,
+            aliases: vec![],
+            addresses: vec!["10.42.16.2".parse().unwrap()],
+            mac: crate::Mac([2, 0, 0, 0, 0, 1]),
+            kind: crate::EndpointKind::Docker,
+            container: None,
+            labels: BTreeMap::new(),
+            ports: vec![],
+            healthy: true,
+            created: 1,
+        };
         let message = Watch::Delta {
             revision: Revision(10),
             changes: vec![
+                Change::Put(Object::Endpoint(endpoint)),
                 Change::Put(Object::Block(block.clone())),
                 Change::Delete(Key::Block(network.clone(), block.cidr)),
                 Change::Delete(Key::Network(network)),
