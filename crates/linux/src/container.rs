@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use plan::State;
 use plan::object::{ContainerEnd, Ifname};
 
 use crate::address;
 use crate::error::Error;
 use crate::link;
+use crate::mirror::Shown;
 use crate::namespace::{Namespace, get_link, index_of};
 use crate::netlink::{Protocol, Requests};
 use crate::netns::Netns;
@@ -67,14 +67,14 @@ pub(crate) fn configure(ns: &Netns, end: &ContainerEnd) -> Result<(), Error> {
 /// Waits until the bridge lets frames through the port `name`, then announces the addresses by gratuitous ARP.
 pub(crate) fn announce(
     home: &mut Namespace,
-    state: &mut State,
+    shown: &mut Shown,
     name: &Ifname,
     bridged: bool,
     ns: &Netns,
     end: &ContainerEnd,
 ) -> Result<(), Error> {
     if bridged {
-        wait_for_port(home, state, name)?;
+        wait_for_port(home, shown, name)?;
     }
     ns.run(|| {
         let mut requests = Requests::open(Protocol::Route)?;
@@ -88,12 +88,12 @@ pub(crate) fn announce(
 
 /// A port lets frames through when its carrier was noticed: the kernel does that by itself, some time, or on being
 /// asked for the device.
-fn wait_for_port(home: &mut Namespace, state: &mut State, name: &Ifname) -> Result<(), Error> {
+fn wait_for_port(home: &mut Namespace, shown: &mut Shown, name: &Ifname) -> Result<(), Error> {
     let attempted = || format!("wait for port {name}");
     let deadline = Instant::now() + PORT_DEADLINE;
     get_link(&mut home.route, name).map_err(|refusal| refusal.to_error(attempted()))?;
     loop {
-        home.drain(state)?;
+        home.drain(shown)?;
         if home.mirror.forwarding(name) == Some(true) {
             return Ok(());
         }

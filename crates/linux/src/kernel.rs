@@ -12,11 +12,12 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use plan::object::Ifname;
-use plan::{Key, Object, Place, State, Step};
+use plan::{Key, Object, Place, Scope, State, Step};
 
 use crate::error::{At, Error, StepError};
 use crate::link::Site;
 use crate::message::{attribute, text};
+use crate::mirror::Shown;
 use crate::namespace::{Namespace, get_link};
 use crate::netlink::{Protocol, Requests};
 use crate::netns::{self, Netns};
@@ -33,7 +34,7 @@ pub struct Kernel {
     netns_dir: PathBuf,
     host: Namespace,
     routers: BTreeMap<NetworkId, Router>,
-    state: State,
+    shown: Shown,
     watch: Watch,
     waker: Arc<EventFd>,
 }
@@ -80,11 +81,11 @@ impl Kernel {
             netns_dir: netns_dir.to_owned(),
             host: Namespace::open(Place::Host, Netns::current()?)?,
             routers: BTreeMap::new(),
-            state: State::new(),
+            shown: Shown::new(),
             watch: Watch::open(netns_dir)?,
             waker: Arc::new(waker),
         };
-        kernel.host.drain(&mut kernel.state)?;
+        kernel.host.drain(&mut kernel.shown)?;
         for name in kernel.router_files()? {
             kernel.adopt(&name)?;
         }
@@ -96,12 +97,18 @@ impl Kernel {
         if self.watch.drain()? {
             self.forget_unbound();
         }
-        self.host.drain(&mut self.state)?;
+        self.host.drain(&mut self.shown)?;
         for router in self.routers.values_mut() {
-            router.namespace.drain(&mut self.state)?;
+            router.namespace.drain(&mut self.shown)?;
         }
         self.read_sysctls(wanted)?;
-        Ok(&self.state)
+        Ok(&self.shown.state)
+    }
+
+    /// What changed in the state since this was last called: what is worth diffing again. All of it at first, and after
+    /// very many changes.
+    pub fn take_changes(&mut self) -> Scope {
+        self.shown.take_changes()
     }
 
     /// What was there at the last [`Self::observe`].
@@ -113,9 +120,9 @@ impl Kernel {
     pub fn resync(&mut self) -> Result<(), Error> {
         self.watch.drain()?;
         self.forget_unbound();
-        self.host.resync(&mut self.state)?;
+        self.host.resync(&mut self.shown)?;
         for router in self.routers.values_mut() {
-            router.namespace.resync(&mut self.state)?;
+            router.namespace.resync(&mut self.shown)?;
         }
         Ok(())
     }
@@ -184,22 +191,22 @@ impl Kernel {
         if let (Place::Router(network), Key::Netns, Object::Netns { name }) = (place, key, want) {
             return self.make_router(network, name);
         }
-        let (mut site, state) = self.site(place)?;
-        site.home.drain(state)?;
+        let (mut site, shown) = self.site(place)?;
+        site.home.drain(shown)?;
         match (key, want) {
             (Key::Table(family), Object::Table(table)) => {
                 nft::load(&site.home.ns, *family, table)?;
-                site.home.drain(state)?;
+                site.home.drain(shown)?;
                 site.home.mirror.stale.tables.remove(family);
-                site.home.reread_table(state, *family, true)
+                site.home.reread_table(shown, *family, true)
             }
             (Key::Link(name), Object::Link(want)) => match have {
-                Some(Object::Link(have)) => link::change(&mut site, state, name, want, have),
-                Some(_) | None => link::add(&mut site, state, name, want),
+                Some(Object::Link(have)) => link::change(&mut site, shown, name, want, have),
+                Some(_) | None => link::add(&mut site, shown, name, want),
             },
             (Key::Sysctl(path), Object::Sysctl(value)) => {
                 sysctl::write(&site.home.ns, path, value)?;
-                site.home.mirror.set(state, key.clone(), Some(want.clone()));
+                site.home.mirror.set(shown, key.clone(), Some(want.clone()));
                 Ok(())
             }
             (Key::Address(name, address), Object::Address) => {
@@ -243,21 +250,21 @@ impl Kernel {
         if matches!(place, Place::Router(network) if !self.routers.contains_key(network)) {
             return Ok(());
         }
-        let (site, state) = self.site(place)?;
+        let (site, shown) = self.site(place)?;
         let home = site.home;
-        home.drain(state)?;
+        home.drain(shown)?;
         match key {
             Key::Table(family) => {
                 nft::unload(&mut home.nft, *family)?;
                 home.mirror.stale.tables.insert(*family);
-                home.drain(state)
+                home.drain(shown)
             }
             Key::Link(name) => link::remove(&mut home.route, name)
                 .map(drop)
                 .map_err(|refusal| refusal.to_error(format!("remove device {name}"))),
             // Nobody knows what it was before; it is only no longer looked after.
             Key::Sysctl(_) => {
-                home.mirror.set(state, key.clone(), None);
+                home.mirror.set(shown, key.clone(), None);
                 Ok(())
             }
             Key::Address(name, address) => match home.mirror.index(name) {
@@ -285,7 +292,7 @@ impl Kernel {
         }
     }
 
-    fn site(&mut self, place: &Place) -> Result<(Site<'_>, &mut State), Error> {
+    fn site(&mut self, place: &Place) -> Result<(Site<'_>, &mut Shown), Error> {
         let site = match place {
             Place::Host => Site { home: &mut self.host, host: None },
             Place::Router(network) => match self.routers.get_mut(network) {
@@ -293,7 +300,7 @@ impl Kernel {
                 None => return Err(Error::words(format!("find {}", At(place)), "it is not there")),
             },
         };
-        Ok((site, &mut self.state))
+        Ok((site, &mut self.shown))
     }
 
     fn make_router(&mut self, network: &NetworkId, name: &str) -> Result<(), Error> {
@@ -360,8 +367,8 @@ impl Kernel {
         let place = Place::Router(network.clone());
         let inode = ns.inode()?;
         let mut namespace = Namespace::open(place.clone(), ns)?;
-        namespace.drain(&mut self.state)?;
-        self.state.insert((place, Key::Netns), Object::Netns { name: name.to_owned() });
+        namespace.drain(&mut self.shown)?;
+        self.shown.set((place, Key::Netns), Some(Object::Netns { name: name.to_owned() }));
         self.routers.insert(network, Router { name: name.to_owned(), inode, namespace });
         Ok(())
     }
@@ -371,7 +378,7 @@ impl Kernel {
             // The kernel takes a namespace apart some time after its last user; its devices would be in the way until
             // then. None there is fine.
             let _ = link::remove_all(&mut router.namespace.route);
-            router.namespace.mirror.drop_from(&mut self.state, |_| true);
+            router.namespace.mirror.drop_from(&mut self.shown, |_| true);
         }
     }
 
@@ -417,14 +424,14 @@ impl Kernel {
                     }
                     _ => None,
                 })
-                .filter(|(name, _, _)| !self.state.contains_key(*name))
+                .filter(|(name, _, _)| !self.shown.state.contains_key(*name))
                 .map(|(_, path, value)| (path.clone(), value.clone()))
                 .collect();
             if unknown.is_empty() {
                 continue;
             }
             for (path, value) in sysctl::read(&namespace.ns, unknown)? {
-                namespace.mirror.set(&mut self.state, Key::Sysctl(path), value.map(Object::Sysctl));
+                namespace.mirror.set(&mut self.shown, Key::Sysctl(path), value.map(Object::Sysctl));
             }
         }
         Ok(())

@@ -7,11 +7,12 @@ use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
 use plan::object::{Ifname, Link, LinkKind, Peer};
-use plan::{Key, Object, State};
+use plan::{Key, Object};
 
 use crate::container;
 use crate::error::{At, Error};
 use crate::message::Request;
+use crate::mirror::Shown;
 use crate::namespace::Namespace;
 use crate::netlink::{Refusal, Requests};
 use crate::netns::Netns;
@@ -45,12 +46,12 @@ impl Site<'_> {
 }
 
 /// Makes a device. One of that name that is there already stays if it will do, and is replaced if not.
-pub(crate) fn add(site: &mut Site<'_>, state: &mut State, name: &Ifname, want: &Link) -> Result<(), Error> {
+pub(crate) fn add(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> Result<(), Error> {
     let attempted = || format!("make device {name}");
-    match make(site, state, name, want) {
+    match make(site, shown, name, want) {
         Err(error) if error.is(Errno::EEXIST) => {
-            site.home.drain(state)?;
-            match state.get(&(site.home.place.clone(), Key::Link(name.clone()))) {
+            site.home.drain(shown)?;
+            match shown.state.get(&(site.home.place.clone(), Key::Link(name.clone()))) {
                 Some(have) if Object::Link(want.clone()).satisfied_by(have) => return Ok(()),
                 Some(Object::Link(have)) if want.adjustable_from(have) => {
                     return adjust(site.home, name, want, None);
@@ -64,7 +65,7 @@ pub(crate) fn add(site: &mut Site<'_>, state: &mut State, name: &Ifname, want: &
                 found |=
                     remove(&mut site.host().route, name).map_err(|refusal| refusal.to_error(attempted()))?;
             }
-            if found { make(site, state, name, want) } else { Err(error) }
+            if found { make(site, shown, name, want) } else { Err(error) }
         }
         outcome => outcome,
     }
@@ -73,7 +74,7 @@ pub(crate) fn add(site: &mut Site<'_>, state: &mut State, name: &Ifname, want: &
 /// Makes a device from another.
 pub(crate) fn change(
     site: &mut Site<'_>,
-    state: &mut State,
+    shown: &mut Shown,
     name: &Ifname,
     want: &Link,
     have: &Link,
@@ -83,7 +84,7 @@ pub(crate) fn change(
     }
     remove(&mut site.home.route, name)
         .map_err(|refusal| refusal.to_error(format!("replace device {name}")))?;
-    add(site, state, name, want)
+    add(site, shown, name, want)
 }
 
 /// Removes a device; says whether it was there.
@@ -101,7 +102,7 @@ pub(crate) fn remove_all(requests: &mut Requests) -> Result<(), Refusal> {
     requests.request(request(RTM_DELLINK, 0, 0, 0).put_u32(IFLA_GROUP, GROUP)).map(drop)
 }
 
-fn make(site: &mut Site<'_>, state: &mut State, name: &Ifname, want: &Link) -> Result<(), Error> {
+fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> Result<(), Error> {
     match (&want.kind, &want.peer) {
         (LinkKind::Bridge, _) => make_bridge(site.home, name, want),
         (LinkKind::Vxlan { vni, port, local }, _) => make_vxlan(site, name, want, (*vni, *port, *local)),
@@ -129,7 +130,7 @@ fn make(site: &mut Site<'_>, state: &mut State, name: &Ifname, want: &Link) -> R
                 }
             })?;
             let configured = container::configure(&ns, container).and_then(|()| {
-                container::announce(site.home, state, name, want.master.is_some(), &ns, container)
+                container::announce(site.home, shown, name, want.master.is_some(), &ns, container)
             });
             if configured.is_err() {
                 // Nothing is left behind: the other end goes with this one.

@@ -1,6 +1,6 @@
 //! The mirror of one namespace: what its kernel was last heard to have, kept up by events.
 //!
-//! The mirror writes what is in scope into the [`State`] that all namespaces share, and keeps to itself what names and
+//! The mirror writes what is in scope into the state that all namespaces share, and keeps to itself what names and
 //! indices are needed for that.
 //!
 //! Invariant: after all events were read and nothing is stale, the state shows what the kernel has. What the kernel
@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use plan::object::{Family, HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Route, Rule};
-use plan::{Key, Object, Place, State};
+use plan::{Key, Object, Place, Scope, State};
 
 use crate::message::Message;
 use crate::nft::Fingerprint;
@@ -20,6 +20,42 @@ use crate::uapi::{
     IFF_UP, NLM_F_REPLACE, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_DELRULE, RTM_NEWADDR,
     RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE,
 };
+
+/// So many changed names are kept apart; beyond, everything is called changed.
+const NAMES_APART: usize = 1 << 14;
+
+/// The state of all namespaces, and which names in it changed since someone asked.
+#[derive(Debug)]
+pub(crate) struct Shown {
+    pub(crate) state: State,
+    changed: Scope,
+}
+
+impl Shown {
+    pub(crate) fn new() -> Self {
+        Self { state: State::new(), changed: Scope::Everything }
+    }
+
+    /// What changed since the last call.
+    pub(crate) fn take_changes(&mut self) -> Scope {
+        std::mem::replace(&mut self.changed, Scope::Only(BTreeSet::new()))
+    }
+
+    /// Shows an object, or no longer shows it.
+    pub(crate) fn set(&mut self, name: (Place, Key), object: Option<Object>) {
+        if self.state.get(&name) == object.as_ref() {
+            return;
+        }
+        match &mut self.changed {
+            Scope::Only(names) if names.len() < NAMES_APART => drop(names.insert(name.clone())),
+            Scope::Only(_) | Scope::Everything => self.changed = Scope::Everything,
+        }
+        match object {
+            Some(object) => self.state.insert(name, object),
+            None => self.state.remove(&name),
+        };
+    }
+}
 
 /// What must be read anew before the state can be believed.
 #[derive(Debug, Default)]
@@ -98,68 +134,76 @@ impl Mirror {
     }
 
     /// Takes in an rtnetlink message: an event, or part of a dump.
-    pub(crate) fn take(&mut self, state: &mut State, message: &Message<'_>) {
+    pub(crate) fn take(&mut self, shown: &mut Shown, message: &Message<'_>) {
         let payload = message.payload;
         match message.kind {
-            RTM_NEWLINK | RTM_DELLINK => self.link(state, payload, message.kind == RTM_NEWLINK),
-            RTM_NEWADDR | RTM_DELADDR => self.address(state, payload, message.kind == RTM_NEWADDR),
-            RTM_NEWNEIGH | RTM_DELNEIGH => self.neighbour(state, payload, message.kind == RTM_NEWNEIGH),
-            RTM_NEWROUTE => self.new_route(state, payload, message.flags & NLM_F_REPLACE != 0),
-            RTM_DELROUTE => self.lost_route(state, payload),
-            RTM_NEWRULE | RTM_DELRULE => self.rule(state, payload, message.kind == RTM_NEWRULE),
+            RTM_NEWLINK | RTM_DELLINK => self.link(shown, payload, message.kind == RTM_NEWLINK),
+            RTM_NEWADDR | RTM_DELADDR => self.address(shown, payload, message.kind == RTM_NEWADDR),
+            RTM_NEWNEIGH | RTM_DELNEIGH => self.neighbour(shown, payload, message.kind == RTM_NEWNEIGH),
+            RTM_NEWROUTE => self.new_route(shown, payload, message.flags & NLM_F_REPLACE != 0),
+            RTM_DELROUTE => self.lost_route(shown, payload),
+            RTM_NEWRULE | RTM_DELRULE => self.rule(shown, payload, message.kind == RTM_NEWRULE),
             _ => {}
         }
     }
 
     /// Forgets all that rtnetlink tells, and the sysctls: a device's may be another device's by now.
-    pub(crate) fn forget_all(&mut self, state: &mut State) {
+    pub(crate) fn forget_all(&mut self, shown: &mut Shown) {
         self.devices.clear();
         self.indices.clear();
         self.routes.clear();
         self.rules.clear();
         self.stale.routes = false;
         self.stale.rules = false;
-        self.drop_from(state, |key| !matches!(key, Key::Netns | Key::Table(_) | Key::Element(..)));
+        self.drop_from(shown, |key| !matches!(key, Key::Netns | Key::Table(_) | Key::Element(..)));
     }
 
     /// Forgets the routes.
-    pub(crate) fn forget_routes(&mut self, state: &mut State) {
+    pub(crate) fn forget_routes(&mut self, shown: &mut Shown) {
         self.routes.clear();
-        self.drop_from(state, |key| matches!(key, Key::Route(..)));
+        self.drop_from(shown, |key| matches!(key, Key::Route(..)));
     }
 
     /// Forgets the rules.
-    pub(crate) fn forget_rules(&mut self, state: &mut State) {
+    pub(crate) fn forget_rules(&mut self, shown: &mut Shown) {
         self.rules.clear();
-        self.drop_from(state, |key| matches!(key, Key::Rule(_)));
+        self.drop_from(shown, |key| matches!(key, Key::Rule(_)));
     }
 
     /// Removes from the state what is in this place and to be dropped.
-    pub(crate) fn drop_from(&self, state: &mut State, drop: impl Fn(&Key) -> bool) {
-        let names: Vec<_> = state
-            .range((self.place.clone(), Key::Netns)..)
-            .take_while(|((place, _), _)| *place == self.place)
+    pub(crate) fn drop_from(&self, shown: &mut Shown, drop: impl Fn(&Key) -> bool) {
+        self.drop_range(shown, Key::Netns, |_| true, drop);
+    }
+
+    /// The same, among the keys from `first` on as long as `within`.
+    fn drop_range(
+        &self,
+        shown: &mut Shown,
+        first: Key,
+        within: impl Fn(&Key) -> bool,
+        drop: impl Fn(&Key) -> bool,
+    ) {
+        let names: Vec<_> = shown
+            .state
+            .range((self.place.clone(), first)..)
+            .take_while(|((place, key), _)| *place == self.place && within(key))
             .filter(|((_, key), _)| drop(key))
             .map(|(name, _)| name.clone())
             .collect();
         for name in names {
-            state.remove(&name);
+            shown.set(name, None);
         }
     }
 
-    pub(crate) fn set(&self, state: &mut State, key: Key, object: Option<Object>) {
-        let name = (self.place.clone(), key);
-        match object {
-            Some(object) => state.insert(name, object),
-            None => state.remove(&name),
-        };
+    pub(crate) fn set(&self, shown: &mut Shown, key: Key, object: Option<Object>) {
+        shown.set((self.place.clone(), key), object);
     }
 
     fn in_scope(&self, name: &Ifname) -> bool {
         self.place != Place::Host || name.as_str().starts_with(HOST_DEVICE_PREFIX)
     }
 
-    fn link(&mut self, state: &mut State, payload: &[u8], present: bool) {
+    fn link(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
         let parsed = match parse::link(payload) {
             Some(Parsed::Link(parsed)) => parsed,
             Some(Parsed::Port { index, forwarding }) => {
@@ -171,7 +215,7 @@ impl Mirror {
             None => return,
         };
         if !present {
-            self.forget_device(state, parsed.index);
+            self.forget_device(shown, parsed.index);
             return;
         }
         let name = parsed.name;
@@ -181,7 +225,7 @@ impl Mirror {
             Some(known) => {
                 // Renamed: everything that hangs on it has another name now.
                 self.indices.remove(&known.name);
-                self.set(state, Key::Link(known.name), None);
+                self.set(shown, Key::Link(known.name), None);
                 self.stale.all = true;
                 Device { name: name.clone(), link: None, forwarding: false, hanging: BTreeSet::new() }
             }
@@ -200,19 +244,19 @@ impl Mirror {
             self.stale.routes = true;
         }
         if self.in_scope(&name) {
-            self.set(state, Key::Link(name.clone()), device.link.clone().map(Object::Link));
+            self.set(shown, Key::Link(name.clone()), device.link.clone().map(Object::Link));
         }
         self.indices.insert(name, parsed.index);
         self.devices.insert(parsed.index, device);
     }
 
-    fn forget_device(&mut self, state: &mut State, index: u32) {
+    fn forget_device(&mut self, shown: &mut Shown, index: u32) {
         let Some(device) = self.devices.remove(&index) else { return };
         if self.indices.get(&device.name) == Some(&index) {
             self.indices.remove(&device.name);
         }
         for key in device.hanging {
-            self.set(state, key, None);
+            self.set(shown, key, None);
         }
         let routes: Vec<_> = self
             .routes
@@ -224,14 +268,16 @@ impl Mirror {
             })
             .collect();
         for (table, destination) in routes {
-            self.show_route(state, table, destination);
+            self.show_route(shown, table, destination);
         }
         let name = device.name.as_str();
-        self.drop_from(
-            state,
+        self.drop_range(
+            shown,
+            Key::Sysctl(String::new()),
+            |key| matches!(key, Key::Sysctl(_)),
             |key| matches!(key, Key::Sysctl(path) if path.split('/').any(|part| part == name)),
         );
-        self.set(state, Key::Link(device.name), None);
+        self.set(shown, Key::Link(device.name), None);
     }
 
     /// The device's name, or a stand-in for one in another namespace or not yet heard of.
@@ -241,21 +287,21 @@ impl Mirror {
             .map_or_else(|| Ifname::new(&format!("if{index}")), |device| device.name.clone())
     }
 
-    fn address(&mut self, state: &mut State, payload: &[u8], present: bool) {
+    fn address(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
         let Some((index, address)) = parse::address(payload) else { return };
         if !present && self.routes.values().flatten().any(|held| held.route.src == Some(address.addr())) {
             self.stale.routes = true;
         }
         let key = |name| Key::Address(name, address);
-        self.hang(state, index, key, present.then_some(Object::Address));
+        self.hang(shown, index, key, present.then_some(Object::Address));
     }
 
-    fn neighbour(&mut self, state: &mut State, payload: &[u8], present: bool) {
+    fn neighbour(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
         let Some(entry) = parse::neighbour(payload) else { return };
         match entry {
             parse::Entry::Neighbour { index, address, mac } => {
                 let object = mac.filter(|_| present).map(Object::Neighbour);
-                self.hang(state, index, |name| Key::Neighbour(name, address), object);
+                self.hang(shown, index, |name| Key::Neighbour(name, address), object);
             }
             parse::Entry::Fdb { index, mac, via, permanent } => {
                 let Some(device) = self.devices.get(&index) else { return };
@@ -263,10 +309,10 @@ impl Mirror {
                     return;
                 }
                 let key = Key::Fdb(device.name.clone(), mac);
-                let known = state.get(&(self.place.clone(), key.clone()));
+                let known = shown.state.get(&(self.place.clone(), key.clone()));
                 // The end of one of several destinations of a MAC is not the end of the entry.
                 if present && permanent || known == Some(&Object::Fdb(via)) {
-                    self.hang(state, index, |_| key, (present && permanent).then_some(Object::Fdb(via)));
+                    self.hang(shown, index, |_| key, (present && permanent).then_some(Object::Fdb(via)));
                 }
             }
         }
@@ -275,7 +321,7 @@ impl Mirror {
     /// Shows, or no longer shows, something that hangs on a device.
     fn hang(
         &mut self,
-        state: &mut State,
+        shown: &mut Shown,
         index: u32,
         key: impl FnOnce(Ifname) -> Key,
         object: Option<Object>,
@@ -291,7 +337,7 @@ impl Mirror {
         } else {
             device.hanging.remove(&key)
         };
-        self.set(state, key, object);
+        self.set(shown, key, object);
     }
 
     fn route(&self, payload: &[u8]) -> Option<(u32, IpNet, Held)> {
@@ -304,7 +350,7 @@ impl Mirror {
         Some((parsed.table, parsed.destination, Held { route, index: parsed.index }))
     }
 
-    fn new_route(&mut self, state: &mut State, payload: &[u8], replaces: bool) {
+    fn new_route(&mut self, shown: &mut Shown, payload: &[u8], replaces: bool) {
         let Some((table, destination, new)) = self.route(payload) else { return };
         let held = self.routes.entry((table, destination)).or_default();
         if replaces {
@@ -315,29 +361,29 @@ impl Mirror {
         }
         // The one with the lowest metric is the one that counts.
         held.sort_by_key(|held| held.route.metric);
-        self.show_route(state, table, destination);
+        self.show_route(shown, table, destination);
     }
 
-    fn lost_route(&mut self, state: &mut State, payload: &[u8]) {
+    fn lost_route(&mut self, shown: &mut Shown, payload: &[u8]) {
         let Some((table, destination, gone)) = self.route(payload) else { return };
         let held = self.routes.entry((table, destination)).or_default();
         match held.iter().position(|held| *held == gone) {
             Some(position) => drop(held.remove(position)),
             None => self.stale.routes |= !held.is_empty(),
         }
-        self.show_route(state, table, destination);
+        self.show_route(shown, table, destination);
     }
 
-    fn show_route(&mut self, state: &mut State, table: u32, destination: IpNet) {
+    fn show_route(&mut self, shown: &mut Shown, table: u32, destination: IpNet) {
         let first = self.routes.get(&(table, destination)).and_then(|held| held.first());
         let object = first.map(|held| Object::Route(held.route.clone()));
         if object.is_none() {
             self.routes.remove(&(table, destination));
         }
-        self.set(state, Key::Route(table, destination), object);
+        self.set(shown, Key::Route(table, destination), object);
     }
 
-    fn rule(&mut self, state: &mut State, payload: &[u8], present: bool) {
+    fn rule(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
         if self.place == Place::Host {
             return;
         }
@@ -350,6 +396,6 @@ impl Mirror {
             None => self.stale.rules |= !held.is_empty(),
         }
         let object = held.first().cloned().map(Object::Rule);
-        self.set(state, Key::Rule(priority), object);
+        self.set(shown, Key::Rule(priority), object);
     }
 }

@@ -1,12 +1,12 @@
 //! One namespace that is looked after: its sockets and its mirror.
 
 use nix::errno::Errno;
+use plan::Place;
 use plan::object::{Family, Ifname};
-use plan::{Place, State};
 
 use crate::error::{At, Error};
 use crate::message::{Message, Request, messages, u32_at};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, Shown};
 use crate::netlink::{Answer, Events, Protocol, Requests, Seen};
 use crate::netns::Netns;
 use crate::nft;
@@ -58,20 +58,20 @@ impl Namespace {
     }
 
     /// Takes in all events that wait, then reads anew what has become stale.
-    pub(crate) fn drain(&mut self, state: &mut State) -> Result<(), Error> {
+    pub(crate) fn drain(&mut self, shown: &mut Shown) -> Result<(), Error> {
         for _ in 0..ROUNDS {
-            self.take_events(state)?;
+            self.take_events(shown)?;
             let stale = &mut self.mirror.stale;
             if std::mem::take(&mut stale.all) {
-                self.read_all(state)?;
+                self.read_all(shown)?;
             } else if std::mem::take(&mut stale.routes) {
-                self.mirror.forget_routes(state);
-                self.dump(state, &query(RTM_GETROUTE, AF_UNSPEC))?;
+                self.mirror.forget_routes(shown);
+                self.dump(shown, &query(RTM_GETROUTE, AF_UNSPEC))?;
             } else if std::mem::take(&mut stale.rules) {
-                self.mirror.forget_rules(state);
-                self.dump(state, &query(RTM_GETRULE, AF_INET))?;
+                self.mirror.forget_rules(shown);
+                self.dump(shown, &query(RTM_GETRULE, AF_INET))?;
             } else if let Some(family) = stale.tables.pop_first() {
-                self.reread_table(state, family, false)?;
+                self.reread_table(shown, family, false)?;
             } else {
                 return Ok(());
             }
@@ -80,20 +80,20 @@ impl Namespace {
     }
 
     /// Reads everything anew, sysctls apart.
-    pub(crate) fn resync(&mut self, state: &mut State) -> Result<(), Error> {
+    pub(crate) fn resync(&mut self, shown: &mut Shown) -> Result<(), Error> {
         self.mirror.stale.all = true;
         self.mirror.stale.tables.extend(nft::FAMILIES);
-        self.drain(state)
+        self.drain(shown)
     }
 
     /// Reads an nft table anew. `ours`: we have just loaded it.
     pub(crate) fn reread_table(
         &mut self,
-        state: &mut State,
+        shown: &mut Shown,
         family: Family,
         ours: bool,
     ) -> Result<(), Error> {
-        let read = nft::reread(&mut self.nft, &mut self.mirror, state, family, ours);
+        let read = nft::reread(&mut self.nft, &mut self.mirror, shown, family, ours);
         if read.is_err() {
             self.mirror.stale.tables.insert(family);
         }
@@ -110,12 +110,12 @@ impl Namespace {
         answer.map_err(|refusal| refusal.to_error(attempted()))
     }
 
-    fn take_events(&mut self, state: &mut State) -> Result<(), Error> {
+    fn take_events(&mut self, shown: &mut Shown) -> Result<(), Error> {
         let attempted = |place: &Place| format!("read events of {}", At(place));
         loop {
             match self.route_events.next().map_err(|errno| Error::errno(attempted(&self.place), errno))? {
                 Seen::Datagram(datagram) => {
-                    messages(datagram).for_each(|message| self.mirror.take(state, &message));
+                    messages(datagram).for_each(|message| self.mirror.take(shown, &message));
                 }
                 Seen::Nothing => break,
                 Seen::Lost => {
@@ -127,7 +127,7 @@ impl Namespace {
         loop {
             match self.nft_events.next().map_err(|errno| Error::errno(attempted(&self.place), errno))? {
                 Seen::Datagram(datagram) => {
-                    messages(datagram).for_each(|message| nft::take(&mut self.mirror, state, &message));
+                    messages(datagram).for_each(|message| nft::take(&mut self.mirror, shown, &message));
                 }
                 Seen::Nothing => return Ok(()),
                 Seen::Lost => self.mirror.stale.tables.extend(nft::FAMILIES),
@@ -135,29 +135,29 @@ impl Namespace {
         }
     }
 
-    fn read_all(&mut self, state: &mut State) -> Result<(), Error> {
-        let read = self.try_read_all(state);
+    fn read_all(&mut self, shown: &mut Shown) -> Result<(), Error> {
+        let read = self.try_read_all(shown);
         if read.is_err() {
             self.mirror.stale.all = true;
         }
         read
     }
 
-    fn try_read_all(&mut self, state: &mut State) -> Result<(), Error> {
-        self.mirror.forget_all(state);
+    fn try_read_all(&mut self, shown: &mut Shown) -> Result<(), Error> {
+        self.mirror.forget_all(shown);
         // Twice: a port may come before its bridge, and is shown with its name.
         let links = query(RTM_GETLINK, AF_UNSPEC).put_u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
-        self.dump(state, &links)?;
-        self.dump(state, &links)?;
-        self.dump(state, &query(RTM_GETLINK, AF_BRIDGE))?;
-        self.dump(state, &query(RTM_GETADDR, AF_UNSPEC))?;
-        self.dump(state, &query(RTM_GETNEIGH, AF_UNSPEC))?;
-        self.dump(state, &query(RTM_GETNEIGH, AF_BRIDGE))?;
-        self.dump(state, &query(RTM_GETROUTE, AF_UNSPEC))?;
-        self.dump(state, &query(RTM_GETRULE, AF_INET))
+        self.dump(shown, &links)?;
+        self.dump(shown, &links)?;
+        self.dump(shown, &query(RTM_GETLINK, AF_BRIDGE))?;
+        self.dump(shown, &query(RTM_GETADDR, AF_UNSPEC))?;
+        self.dump(shown, &query(RTM_GETNEIGH, AF_UNSPEC))?;
+        self.dump(shown, &query(RTM_GETNEIGH, AF_BRIDGE))?;
+        self.dump(shown, &query(RTM_GETROUTE, AF_UNSPEC))?;
+        self.dump(shown, &query(RTM_GETRULE, AF_INET))
     }
 
-    fn dump(&mut self, state: &mut State, request: &Request) -> Result<(), Error> {
+    fn dump(&mut self, shown: &mut Shown, request: &Request) -> Result<(), Error> {
         let replies = match self.route.dump(request) {
             Ok(replies) => replies,
             // A kernel without bridges has no ports and no forwarding entries.
@@ -166,7 +166,7 @@ impl Namespace {
         };
         for reply in replies {
             let message = Message { kind: reply.kind, flags: 0, sequence: 0, payload: &reply.payload };
-            self.mirror.take(state, &message);
+            self.mirror.take(shown, &message);
         }
         Ok(())
     }

@@ -12,11 +12,11 @@ use std::process::{Command, Stdio};
 use model::Mac;
 use nix::errno::Errno;
 use plan::object::{Family, Field, FieldType, Ifname, Set, TABLE, Table};
-use plan::{Key, Object, State};
+use plan::{Key, Object};
 
 use crate::error::Error;
 use crate::message::{Message, Request, attribute, attributes, text};
-use crate::mirror::Mirror;
+use crate::mirror::{Mirror, Shown};
 use crate::netlink::{Answer, Refusal, Requests};
 use crate::netns::Netns;
 use crate::uapi::{
@@ -107,7 +107,7 @@ pub(crate) fn remove(requests: &mut Requests, set: Set, key: &[Field]) -> Result
 }
 
 /// Takes in an event. Those about other tables are passed over.
-pub(crate) fn take(mirror: &mut Mirror, state: &mut State, message: &Message<'_>) {
+pub(crate) fn take(mirror: &mut Mirror, shown: &mut Shown, message: &Message<'_>) {
     let [subsystem, kind] = message.kind.to_be_bytes();
     if u16::from(subsystem) != NFNL_SUBSYS_NFTABLES || kind == NFT_MSG_NEWGEN {
         return;
@@ -118,8 +118,8 @@ pub(crate) fn take(mirror: &mut Mirror, state: &mut State, message: &Message<'_>
         return;
     }
     match kind {
-        NFT_MSG_NEWSETELEM => take_elements(mirror, state, family, rest, true),
-        NFT_MSG_DELSETELEM => take_elements(mirror, state, family, rest, false),
+        NFT_MSG_NEWSETELEM => take_elements(mirror, shown, family, rest, true),
+        NFT_MSG_DELSETELEM => take_elements(mirror, shown, family, rest, false),
         _ => {
             mirror.stale.tables.insert(family);
         }
@@ -132,11 +132,11 @@ pub(crate) fn take(mirror: &mut Mirror, state: &mut State, message: &Message<'_>
 pub(crate) fn reread(
     requests: &mut Requests,
     mirror: &mut Mirror,
-    state: &mut State,
+    shown: &mut Shown,
     family: Family,
     ours: bool,
 ) -> Result<(), Error> {
-    mirror.drop_from(state, |key| match key {
+    mirror.drop_from(shown, |key| match key {
         Key::Table(other) => *other == family,
         Key::Element(set, _) => set.family() == family,
         _ => false,
@@ -157,7 +157,7 @@ pub(crate) fn reread(
             digest
         }
     };
-    mirror.set(state, Key::Table(family), Some(Object::Table(Table { text: String::new(), digest })));
+    mirror.set(shown, Key::Table(family), Some(Object::Table(Table { text: String::new(), digest })));
     for set in Set::ALL.into_iter().filter(|set| set.family() == family) {
         let request = request(NFT_MSG_GETSETELEM, 0, family)
             .put_text(NFTA_TABLE_NAME, TABLE)
@@ -165,7 +165,7 @@ pub(crate) fn reread(
         let replies =
             absent_is_empty(requests.dump(&request)).map_err(|refusal| refusal.to_error(attempted()))?;
         for reply in replies {
-            take_elements(mirror, state, family, reply.payload.get(4..).unwrap_or_default(), true);
+            take_elements(mirror, shown, family, reply.payload.get(4..).unwrap_or_default(), true);
         }
     }
     Ok(())
@@ -218,7 +218,7 @@ fn absent_is_empty(answer: Answer) -> Answer {
     }
 }
 
-fn take_elements(mirror: &mut Mirror, state: &mut State, family: Family, message: &[u8], present: bool) {
+fn take_elements(mirror: &mut Mirror, shown: &mut Shown, family: Family, message: &[u8], present: bool) {
     let name = attribute(message, NFTA_SET_ELEM_LIST_SET).map(text).unwrap_or_default();
     let Some(set) = Set::ALL.into_iter().find(|set| set.family() == family && set.name() == name) else {
         return;
@@ -232,7 +232,7 @@ fn take_elements(mirror: &mut Mirror, state: &mut State, family: Family, message
         };
         let Some(key) = fields(NFTA_SET_ELEM_KEY, set.key()).filter(|key| !key.is_empty()) else { continue };
         let Some(value) = fields(NFTA_SET_ELEM_DATA, set.value()) else { continue };
-        mirror.set(state, Key::Element(set, key), present.then_some(Object::Element(value)));
+        mirror.set(shown, Key::Element(set, key), present.then_some(Object::Element(value)));
     }
 }
 

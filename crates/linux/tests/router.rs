@@ -1,5 +1,7 @@
 //! A whole router made, drifting, healed, found again and removed: in real namespaces.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 mod sandbox;
 
 use std::time::{Duration, Instant};
@@ -379,5 +381,27 @@ fn waiting_ends_by_an_event_by_the_waker_or_by_time() {
         assert_eq!(kernel.wait(Some(Duration::from_secs(5))).unwrap(), Woken::Kernel);
         let seen = kernel.observe(&nothing).unwrap();
         assert!(seen.contains_key(&(Place::Host, Key::Link(name("dw9")))), "{seen:?}");
+    });
+}
+
+#[test]
+fn changes_name_what_is_worth_diffing_again() {
+    sandbox::run("changes_name_what_is_worth_diffing_again", |dir| {
+        underlay();
+        let mut kernel = Kernel::open(dir).unwrap();
+        let desired = desired();
+        assert_eq!(kernel.take_changes(), Scope::Everything, "at first nothing is known");
+        converge(&mut kernel, &desired);
+        kernel.take_changes();
+        kernel.observe(&desired).unwrap();
+        assert_eq!(kernel.take_changes(), Scope::Only([].into()));
+        let address = "169.254.169.250/32".parse().unwrap();
+        in_router(
+            &kernel,
+            "ip addr del 169.254.169.250/32 dev br0; ip neigh add 10.42.64.99 lladdr 02:00:00:00:00:01 dev br0 nud stale",
+        );
+        kernel.observe(&desired).unwrap();
+        let expected = [(router(), Key::Address(name("br0"), address))];
+        assert_eq!(kernel.take_changes(), Scope::Only(expected.into()));
     });
 }
