@@ -5,9 +5,9 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Extension, Json};
 use model::api::{ApiError, ErrorCode, JoinAnswer, JoinRequest};
 use model::{Host, HostId, JoinToken};
 
@@ -19,6 +19,7 @@ use crate::app::{App, Plan, now, put};
 use crate::ca::Request;
 use crate::keys::{Keys, Report, Token};
 use crate::secret;
+use crate::serve::Peer;
 use crate::state;
 use crate::store::{Compare, Txn};
 
@@ -29,6 +30,7 @@ use crate::store::{Compare, Txn};
 pub(super) async fn join(
     State(app): Shared,
     Environment(environment): Environment,
+    Extension(peer): Extension<Peer>,
     extract::Json(asked): extract::Json<JoinRequest>,
 ) -> Reply<(StatusCode, Json<JoinAnswer>)> {
     let token: JoinToken = asked
@@ -82,7 +84,7 @@ pub(super) async fn join(
         })
         .await?;
     drop(turn);
-    tracing::info!(%environment, host = %host.name, %id, token = token.id, new, "host joined");
+    tracing::info!(%environment, host = %host.name, %id, token = token.id, from = %peer.address, new, "host joined");
     Ok((StatusCode::CREATED, Json(answer(&app, &request, environment, id)?)))
 }
 

@@ -1,0 +1,10 @@
+//! The server as its clients meet it: over TLS, on a port of its own.
+#![allow(missing_docs, unreachable_pub)]
+
+mod addresses;
+mod edges;
+mod enrolment;
+mod harness;
+mod networks;
+mod starting;
+mod watching;

@@ -1,0 +1,210 @@
+use std::collections::BTreeSet;
+
+use model::api::{ClaimRequest, GiveBack, ServerInfo};
+use model::{Catalog, Change, EndpointId, Key, Object, Watch};
+use serde_json::json;
+
+use crate::harness::{DEFAULT, Server, Watching};
+
+/// What an agent would hold: the catalog, and the revision it is of.
+async fn catch_up(watch: &mut Watching, catalog: &mut Catalog, info: &ServerInfo) {
+    let mut at = 0;
+    while at < info.revision.0 {
+        match watch.next().await.expect("the watch ended") {
+            Watch::Snapshot { objects, revision, .. } => {
+                *catalog = Catalog::from_objects(objects);
+                at = revision.0;
+            }
+            Watch::Delta { revision, changes } => {
+                changes.into_iter().for_each(|change| catalog.apply(change));
+                at = revision.0;
+            }
+            Watch::Heartbeat { revision } => at = revision.0,
+        }
+    }
+}
+
+fn keys(changes: &[Change]) -> Vec<(bool, Key)> {
+    changes
+        .iter()
+        .map(|change| match change {
+            Change::Put(object) => (true, object.key()),
+            Change::Delete(key) => (false, key.clone()),
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn a_snapshot_has_the_host_all_networks_and_nothing_of_networks_it_is_not_in() {
+    let server = Server::start().await;
+    let (one, two) = (server.host("h1").await, server.host("h2").await);
+    let block = two.lease("managed", 0).await.unwrap();
+    two.put(&two.endpoint(&block, "db", 2)).await.unwrap();
+    let mut watch = one.watch().await;
+    let Some(Watch::Snapshot { epoch, environment, host, domain, objects, revision }) = watch.next().await else {
+        panic!("no snapshot")
+    };
+    let info: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
+    assert_eq!((epoch, revision), (info.epoch, info.revision));
+    assert_eq!((environment.as_str(), &host, domain.as_str()), ("default", &one.id, "droveway.internal"));
+    let catalog = Catalog::from_objects(objects);
+    assert_eq!(catalog.hosts.keys().collect::<Vec<_>>(), [&one.id]);
+    assert_eq!(catalog.networks.len(), 1);
+    assert!(catalog.blocks.is_empty() && catalog.endpoints.is_empty());
+}
+
+#[tokio::test]
+async fn a_host_sees_a_network_whole_when_it_takes_part_and_no_more_when_it_stops() {
+    let server = Server::start().await;
+    let (one, two) = (server.host("h1").await, server.host("h2").await);
+    let far = two.lease("managed", 0).await.unwrap();
+    let db = two.endpoint(&far, "db", 2);
+    two.put(&db).await.unwrap();
+    let mut watch = one.watch().await;
+    watch.snapshot().await;
+
+    let near = one.lease("managed", 0).await.unwrap();
+    let network = near.network.clone();
+    let mut expected = [
+        (true, Key::Host(two.id.clone())),
+        (true, Key::Block(network.clone(), near.cidr)),
+        (true, Key::Block(network.clone(), far.cidr)),
+        (true, Key::Endpoint(db.id.clone())),
+    ];
+    expected.sort();
+    let changes = watch.delta().await;
+    assert_eq!(keys(&changes), expected, "in one delta, what belongs to something after it");
+    assert!(changes.contains(&Change::Put(Object::Block(near.clone()))), "with its place in the order of leases");
+
+    let named = model::Endpoint { healthy: false, ..db.clone() };
+    two.put(&named).await.unwrap();
+    assert_eq!(watch.delta().await, [Change::Put(Object::Endpoint(named))]);
+    two.client.delete(&format!("{DEFAULT}/endpoints/{}", db.id)).await.unwrap();
+    assert_eq!(watch.delta().await, [Change::Delete(Key::Endpoint(db.id.clone()))]);
+
+    let give_back = GiveBack { network: "managed".into(), cidr: far.cidr };
+    two.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await.unwrap();
+    let gone = [(false, Key::Block(network.clone(), far.cidr)), (false, Key::Host(two.id.clone()))];
+    assert_eq!(keys(&watch.delta().await), gone, "the last block of a host takes the host along");
+
+    let request =
+        ClaimRequest { network: "managed".into(), address: "10.42.0.9".parse().unwrap(), endpoint: db.id.clone() };
+    two.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
+    let claim = Key::Claim(network.clone(), request.address);
+    assert_eq!(keys(&watch.delta().await), [(true, Key::Host(two.id.clone())), (true, claim.clone())]);
+
+    let give_back = GiveBack { network: "managed".into(), cidr: near.cidr };
+    one.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await.unwrap();
+    let gone = [(false, claim), (false, Key::Block(network.clone(), near.cidr)), (false, Key::Host(two.id.clone()))];
+    assert_eq!(keys(&watch.delta().await), gone);
+
+    let red = server.admin().make_network(json!({ "name": "red", "cidrs": ["10.50.0.0/16"] })).await.unwrap();
+    assert_eq!(watch.delta().await, [Change::Put(Object::Network(red.clone()))]);
+    server.admin().delete(&format!("{DEFAULT}/networks/red")).await.unwrap();
+    assert_eq!(watch.delta().await, [Change::Delete(Key::Network(red.id))]);
+}
+
+#[tokio::test]
+async fn deltas_lead_to_what_a_fresh_snapshot_says_whatever_happens_meanwhile() {
+    let server = Server::start().await;
+    let admin = server.admin();
+    for name in ["red", "blue"] {
+        admin.make_network(json!({ "name": name, "cidrs": ["10.50.0.0/16"] })).await.unwrap();
+    }
+    let mut hosts = Vec::new();
+    for i in 0..3 {
+        hosts.push(server.host(&format!("h{i}")).await);
+    }
+    let mut watch = hosts[0].watch().await;
+    let mut catalog = Catalog::default();
+    // A fixed, lively sequence: leases, endpoints, departures and returns, in all three networks.
+    let mut seed = 7u32;
+    let mut next = |n: u32| {
+        seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        (seed >> 16) % n
+    };
+    for round in 0..120 {
+        let host = &hosts[next(3) as usize];
+        let network = ["managed", "red", "blue"][next(3) as usize];
+        match next(4) {
+            0 | 1 => {
+                let block = host.lease(network, 0).await.unwrap();
+                host.put(&host.endpoint(&block, "c", 2 + next(8))).await.unwrap();
+            }
+            2 => {
+                let block = host.lease(network, 0).await.unwrap();
+                let id = host.endpoint(&block, "c", 2 + next(8)).id;
+                host.client.delete(&format!("{DEFAULT}/endpoints/{id}")).await.unwrap();
+            }
+            _ => {
+                let block = host.lease(network, 0).await.unwrap();
+                let give_back = GiveBack { network: network.into(), cidr: block.cidr };
+                // Refused while an endpoint is in it: that is part of the life here.
+                let _ = host.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await;
+            }
+        }
+        if round % 10 == 9 {
+            let info: ServerInfo = admin.get("/v1/info").await.unwrap();
+            catch_up(&mut watch, &mut catalog, &info).await;
+            let fresh = Catalog::from_objects(hosts[0].watch().await.snapshot().await);
+            assert_eq!(catalog, fresh, "after {round} rounds");
+        }
+    }
+    assert_eq!(catalog.networks.len(), 3);
+    assert!(!catalog.endpoints.is_empty());
+}
+
+#[tokio::test]
+async fn an_agent_that_is_up_to_date_resumes_with_nothing_and_any_other_with_a_snapshot() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let info: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
+    let mut watch = host.watch_from(Some((&info.epoch, info.revision))).await;
+    assert!(watch.delta().await.is_empty());
+    let block = host.lease("managed", 0).await.unwrap();
+    assert_eq!(watch.delta().await, [Change::Put(Object::Block(block))]);
+    let mut behind = host.watch_from(Some((&info.epoch, info.revision))).await;
+    assert_eq!(behind.snapshot().await.len(), 3);
+    let now: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
+    let other = model::Epoch::from_random([5; 8]);
+    let mut foreign = host.watch_from(Some((&other, now.revision))).await;
+    assert_eq!(foreign.snapshot().await.len(), 3);
+}
+
+#[tokio::test]
+async fn a_quiet_watch_says_that_it_lives() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let mut watch = host.watch().await;
+    watch.snapshot().await;
+    let info: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
+    assert_eq!(watch.next().await, Some(Watch::Heartbeat { revision: info.revision }));
+}
+
+#[tokio::test]
+async fn a_reader_that_sleeps_gets_one_large_delta_in_place_of_many() {
+    let server = Server::start().await;
+    let (one, two) = (server.host("h1").await, server.host("h2").await);
+    one.lease("managed", 0).await.unwrap();
+    let block = two.lease("managed", 0).await.unwrap();
+    let mut watch = one.watch().await;
+    watch.snapshot().await;
+    let mut ids: BTreeSet<EndpointId> = BTreeSet::new();
+    let puts = (2..60).map(|n| two.endpoint(&block, "c", n)).map(|endpoint| {
+        ids.insert(endpoint.id.clone());
+        let two = &two;
+        async move { two.put(&endpoint).await.unwrap() }
+    });
+    futures_util::future::join_all(puts.collect::<Vec<_>>()).await;
+    let mut messages = 0;
+    while !ids.is_empty() {
+        messages += 1;
+        for (put, key) in keys(&watch.delta().await) {
+            assert!(put);
+            if let Key::Endpoint(id) = key {
+                ids.remove(&id);
+            }
+        }
+    }
+    assert!(messages <= 58, "never more messages than changes: {messages}");
+}
