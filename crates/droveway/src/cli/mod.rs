@@ -114,7 +114,7 @@ impl Cli {
     fn run(self) -> Result<(), Failure> {
         let output = output::Output::new(self.output);
         match self.command {
-            // integrator: `long_lived(run::server(args))` and `long_lived(run::agent(args))`.
+            // integrator: `Command::Server(args) => run::server(args)`, `Command::Agent(args) => run::agent(args)`.
             Command::Server(_) | Command::Agent(_) => {
                 Err(Failure::new(Exit::Internal, "this build has neither server nor agent in it"))
             }

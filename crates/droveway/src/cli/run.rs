@@ -2,26 +2,36 @@
 
 use std::future::Future;
 
-use tokio::signal::unix::{signal, SignalKind};
+use tokio::runtime::Builder;
+use tokio::signal::unix::{SignalKind, signal};
 
-use super::agent::{token_variable, AgentArgs};
+use super::agent::{AgentArgs, Settings, token_variable};
 use super::exit::{Exit, Failure};
-use super::output::{warn, write};
-use super::server::{greeting, Ready, ServerArgs};
 use super::local;
+use super::output::{warn, write};
+use super::server::{Ready, ServerArgs, greeting};
 
 /// Runs the server until SIGINT or SIGTERM.
-pub(super) async fn server(args: ServerArgs) -> Result<(), Failure> {
+pub(super) fn server(args: ServerArgs) -> Result<(), Failure> {
     args.log.start()?;
+    super::on(Builder::new_multi_thread(), serve(args))
+}
+
+async fn serve(args: ServerArgs) -> Result<(), Failure> {
     let stop = shutdown()?;
-    let config =
-        server::Config { data_dir: args.data_dir, listen: args.listen, names: args.names, domain: args.domain };
+    let config = server::Config {
+        data_dir: args.data_dir,
+        listen: args.listen,
+        names: args.names,
+        domain: args.domain,
+    };
     let ready = |ready: server::Ready| {
         let ready = Ready {
             address: ready.address,
             ca: ready.ca,
             first_start: ready.first_start,
-            admin_key_file: ready.admin_key_file,
+            // As it can be typed from anywhere.
+            admin_key_file: std::path::absolute(&ready.admin_key_file).unwrap_or(ready.admin_key_file),
         };
         if let Err(failure) = write(&greeting(&ready, local::address())) {
             warn(&failure.render());
@@ -31,10 +41,13 @@ pub(super) async fn server(args: ServerArgs) -> Result<(), Failure> {
 }
 
 /// Runs the agent until SIGINT or SIGTERM. What it made in the kernel stays: containers go on.
-pub(super) async fn agent(args: AgentArgs) -> Result<(), Failure> {
+pub(super) fn agent(args: AgentArgs) -> Result<(), Failure> {
     args.log.start()?;
+    super::on(Builder::new_multi_thread(), host(args.settle(token_variable())?))
+}
+
+async fn host(settings: Settings) -> Result<(), Failure> {
     let stop = shutdown()?;
-    let settings = args.settle(token_variable())?;
     let config = agent::Config {
         server: settings.server,
         token: settings.token,
