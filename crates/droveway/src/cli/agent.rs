@@ -144,7 +144,7 @@ fn read_token(
                 )
                 .remedy("put what `droveway token create` printed there")
             })?;
-            (text, file.display().to_string())
+            (text, from)
         }
         (None, None, Some(text)) => (text, TOKEN_VARIABLE.to_owned()),
         (None, None, None) => return Ok(None),

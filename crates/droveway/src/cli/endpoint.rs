@@ -9,7 +9,7 @@ use super::connection::{Connection, each, unknown};
 use super::exit::Failure;
 use super::output::Output;
 use super::table::{Details, Table};
-use super::text;
+use super::{parse, text};
 use crate::client::Client;
 
 /// Endpoints: the attachments of containers to networks
@@ -47,7 +47,7 @@ enum Verb {
 A container's name may be there on several hosts; then all of them are shown.")]
     Inspect {
         /// Ids, container names, container ids (their beginning will do) or addresses
-        #[arg(required = true, value_name = "ENDPOINT")]
+        #[arg(required = true, value_name = "ENDPOINT", value_parser = parse::reference)]
         names: Vec<String>,
     },
 }
@@ -158,7 +158,10 @@ fn matching<'a>(endpoints: &'a [Endpoint], wanted: &str) -> Result<Vec<&'a Endpo
 
 fn table(endpoints: &[Endpoint], names: &Names) -> Table {
     let now = text::now();
-    let mut table = Table::new(["ID", "NAME", "NETWORK", "HOST", "ADDRESS", "MAC", "SERVICE", "KIND", "AGE"]);
+    let mut table = Table::new(
+        ["ID", "NAME", "NETWORK", "HOST", "ADDRESS", "MAC", "SERVICE", "KIND", "AGE"],
+        &["ID", "NAME", "ADDRESS"],
+    );
     for endpoint in endpoints {
         table.row([
             endpoint.id.to_string(),

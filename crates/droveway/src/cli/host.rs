@@ -38,7 +38,7 @@ STATE is whether the host's agent is connected to the server. What runs on a hos
   droveway host inspect h1 h2 -o yaml")]
     Inspect {
         /// Names or ids
-        #[arg(required = true, value_name = "HOST")]
+        #[arg(required = true, value_name = "HOST", value_parser = parse::reference)]
         names: Vec<String>,
     },
     /// Set and remove labels of a host
@@ -47,7 +47,7 @@ STATE is whether the host's agent is connected to the server. What runs on a hos
   droveway host label h1 rack-               # removes it")]
     Label {
         /// Name or id
-        #[arg(value_name = "HOST")]
+        #[arg(value_name = "HOST", value_parser = parse::reference)]
         name: String,
         /// KEY=VALUE sets, KEY- removes
         #[arg(required = true, value_name = "CHANGE", value_parser = parse::label_change)]
@@ -60,7 +60,7 @@ Examples:
   droveway host rm h3")]
     Rm {
         /// Names or ids
-        #[arg(required = true, value_name = "HOST")]
+        #[arg(required = true, value_name = "HOST", value_parser = parse::reference)]
         names: Vec<String>,
     },
 }
@@ -123,8 +123,10 @@ fn labelled(view: &HostView) -> String {
 
 fn table(hosts: &[HostView]) -> Table {
     let now = text::now();
-    let mut table =
-        Table::new(["NAME", "STATE", "SEEN", "ADDRESS", "BLOCKS", "ENDPOINTS", "VERSION", "LABELS"]);
+    let mut table = Table::new(
+        ["NAME", "STATE", "SEEN", "ADDRESS", "BLOCKS", "ENDPOINTS", "VERSION", "LABELS"],
+        &["NAME", "STATE", "ADDRESS"],
+    );
     for view in hosts {
         table.row([
             view.host.name.to_string(),

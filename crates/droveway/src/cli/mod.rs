@@ -110,8 +110,8 @@ impl Cli {
     fn run(self) -> Result<(), Failure> {
         let output = output::Output::new(self.output);
         match self.command {
-            Command::Server(args) => long_lived(run::server(args)),
-            Command::Agent(args) => long_lived(run::agent(args)),
+            Command::Server(args) => run::server(args),
+            Command::Agent(args) => run::agent(args),
             Command::Status(args) => short_lived(args.run(output)),
             Command::Network(args) => short_lived(args.run(output)),
             Command::Host(args) => short_lived(args.run(output)),
@@ -125,13 +125,6 @@ impl Cli {
 /// Runs a verb that asks and answers: one thread is enough.
 fn short_lived(verb: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     on(tokio::runtime::Builder::new_current_thread(), verb)
-}
-
-/// Runs a server or an agent: two threads serve thousands of connections, and more would only cost memory.
-fn long_lived(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
-    let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    runtime.worker_threads(2);
-    on(runtime, work)
 }
 
 fn on(

@@ -53,7 +53,7 @@ ENCRYPTED \"no (clear)\" means that packets travel between hosts as they are: an
   droveway network inspect managed backend -o yaml")]
     Inspect {
         /// Names or ids
-        #[arg(required = true, value_name = "NAME")]
+        #[arg(required = true, value_name = "NAME", value_parser = parse::reference)]
         names: Vec<String>,
     },
     /// Remove networks; refused while containers are attached
@@ -62,7 +62,7 @@ ENCRYPTED \"no (clear)\" means that packets travel between hosts as they are: an
   droveway endpoint ls --network backend     # who uses it")]
     Rm {
         /// Names or ids
-        #[arg(required = true, value_name = "NAME")]
+        #[arg(required = true, value_name = "NAME", value_parser = parse::reference)]
         names: Vec<String>,
     },
 }
@@ -205,8 +205,10 @@ fn details(network: &Network, use_: &Use) -> Details {
 
 fn table(networks: &[Network]) -> Table {
     let now = text::now();
-    let mut table =
-        Table::new(["NAME", "SUBNET", "DRIVER", "ENCRYPTED", "VNI", "PORT", "MTU", "INTERNAL", "AGE"]);
+    let mut table = Table::new(
+        ["NAME", "SUBNET", "DRIVER", "ENCRYPTED", "VNI", "PORT", "MTU", "INTERNAL", "AGE"],
+        &["NAME", "SUBNET", "ENCRYPTED"],
+    );
     for network in networks {
         let (vni, port) = match network.driver {
             Driver::Vxlan { vni, port } => (vni, port),

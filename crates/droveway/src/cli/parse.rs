@@ -72,6 +72,14 @@ pub(super) fn subnet(text: &str) -> Result<IpNet, String> {
     })
 }
 
+/// The name or id of something that is there.
+pub(super) fn reference(text: &str) -> Result<String, String> {
+    match text {
+        "" | "." | ".." => Err("write a name or an id".to_owned()),
+        _ => Ok(text.to_owned()),
+    }
+}
+
 /// Where the server is: `https://HOST:PORT`; `https://` may be left out.
 pub(super) fn server_url(text: &str) -> Result<Url, String> {
     let wrong = || "write https://HOST:PORT, for example https://10.0.0.5:7443".to_owned();
@@ -149,6 +157,12 @@ mod tests {
         assert!(subnet("10.43.0.0/16").is_ok());
         assert!(subnet("10.43.0.0").unwrap_err().contains("10.43.0.0/16"));
         assert!(subnet("ten").is_err());
+    }
+
+    #[test]
+    fn nothing_is_called_nothing() {
+        assert_eq!(reference("managed").as_deref(), Ok("managed"));
+        assert!(["", ".", ".."].into_iter().all(|bad| reference(bad).is_err()));
     }
 
     #[test]

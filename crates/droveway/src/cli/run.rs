@@ -2,17 +2,22 @@
 
 use std::future::Future;
 
+use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::agent::{AgentArgs, token_variable};
+use super::agent::{AgentArgs, Settings, token_variable};
 use super::exit::{Exit, Failure};
 use super::local;
 use super::output::{warn, write};
 use super::server::{Ready, ServerArgs, greeting};
 
 /// Runs the server until SIGINT or SIGTERM.
-pub(super) async fn server(args: ServerArgs) -> Result<(), Failure> {
+pub(super) fn server(args: ServerArgs) -> Result<(), Failure> {
     args.log.start()?;
+    super::on(threads(), serve(args))
+}
+
+async fn serve(args: ServerArgs) -> Result<(), Failure> {
     let stop = shutdown()?;
     let config = server::Config {
         data_dir: args.data_dir,
@@ -25,7 +30,8 @@ pub(super) async fn server(args: ServerArgs) -> Result<(), Failure> {
             address: ready.address,
             ca: ready.ca,
             first_start: ready.first_start,
-            admin_key_file: ready.admin_key_file,
+            // As it can be typed from anywhere.
+            admin_key_file: std::path::absolute(&ready.admin_key_file).unwrap_or(ready.admin_key_file),
         };
         if let Err(failure) = write(&greeting(&ready, local::address())) {
             warn(&failure.render());
@@ -35,10 +41,13 @@ pub(super) async fn server(args: ServerArgs) -> Result<(), Failure> {
 }
 
 /// Runs the agent until SIGINT or SIGTERM. What it made in the kernel stays: containers go on.
-pub(super) async fn agent(args: AgentArgs) -> Result<(), Failure> {
+pub(super) fn agent(args: AgentArgs) -> Result<(), Failure> {
     args.log.start()?;
+    super::on(threads(), host(args.settle(token_variable())?))
+}
+
+async fn host(settings: Settings) -> Result<(), Failure> {
     let stop = shutdown()?;
-    let settings = args.settle(token_variable())?;
     let config = agent::Config {
         server: settings.server,
         token: settings.token,
@@ -53,6 +62,13 @@ pub(super) async fn agent(args: AgentArgs) -> Result<(), Failure> {
         forwarders: settings.forwarders,
     };
     Ok(agent::run(config, stop).await?)
+}
+
+/// Two threads serve thousands of connections; more would only cost memory.
+fn threads() -> Builder {
+    let mut builder = Builder::new_multi_thread();
+    builder.worker_threads(2);
+    builder
 }
 
 /// Ends with the first SIGINT or SIGTERM after the call.

@@ -7,19 +7,25 @@ use std::fmt::Write as _;
 use super::text::printable;
 
 const GAP: usize = 2;
-/// A column is not cut below this while another is wider.
-const LEAST: usize = 5;
+/// A column is not cut below this while another is wider; a firm one not below the second.
+const LEAST: (usize, usize) = (3, 5);
 
 /// Rows under a header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Table {
     header: Vec<&'static str>,
+    firm: &'static [&'static str],
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    pub(super) fn new<const N: usize>(header: [&'static str; N]) -> Self {
-        Self { header: header.to_vec(), rows: Vec::new() }
+    /// A table of these columns. Those that are `firm` are cut only when the others have given all they can.
+    pub(super) fn new<const N: usize>(header: [&'static str; N], firm: &'static [&'static str]) -> Self {
+        debug_assert!(
+            firm.iter().all(|column| header.contains(column)),
+            "{firm:?} must be columns of {header:?}"
+        );
+        Self { header: header.to_vec(), firm, rows: Vec::new() }
     }
 
     /// Adds a row. An empty cell shows as `-`.
@@ -39,7 +45,8 @@ impl Table {
             }
         }
         if let Some(width) = width {
-            shrink(&mut widths, width);
+            let firm: Vec<bool> = self.header.iter().map(|column| self.firm.contains(column)).collect();
+            shrink(&mut widths, &firm, width);
         }
         let header: Vec<String> = self.header.iter().map(|text| (*text).to_owned()).collect();
         let mut text = String::new();
@@ -58,13 +65,17 @@ impl Table {
     }
 }
 
-/// Takes from the widest column, one by one, until the line fits or nothing useful can be taken.
-fn shrink(widths: &mut [usize], width: usize) {
+/// Takes from the widest column, one by one, until the line fits or nothing useful can be taken: first from those that
+/// are not firm.
+fn shrink(widths: &mut [usize], firm: &[bool], width: usize) {
     let gaps = GAP * widths.len().saturating_sub(1);
-    while widths.iter().sum::<usize>() + gaps > width {
-        match widths.iter_mut().max() {
-            Some(widest) if *widest > LEAST => *widest -= 1,
-            Some(_) | None => return,
+    for (which, least) in [(false, LEAST.0), (true, LEAST.1)] {
+        while widths.iter().sum::<usize>() + gaps > width {
+            let candidates = widths.iter_mut().zip(firm).filter(|(_, firm)| **firm == which);
+            match candidates.map(|(width, _)| width).max() {
+                Some(widest) if *widest > least => *widest -= 1,
+                Some(_) | None => break,
+            }
         }
     }
 }
@@ -115,7 +126,7 @@ mod tests {
     use super::*;
 
     fn table() -> Table {
-        let mut table = Table::new(["NAME", "SUBNET", "LABELS"]);
+        let mut table = Table::new(["NAME", "SUBNET", "LABELS"], &["NAME"]);
         table.row(["managed".into(), "10.42.0.0/16".into(), "zone=north-of-the-river,rack=seventeen".into()]);
         table.row(["red".into(), String::new(), "x=\x1b[31my".into()]);
         table
@@ -131,11 +142,12 @@ mod tests {
     }
 
     #[test]
-    fn the_widest_column_gives_way_first() {
-        let text = table().render(Some(40));
-        let line = text.lines().nth(1).unwrap();
-        assert_eq!(line, "managed  10.42.0.0/16  zone=north-of-th…");
-        assert_eq!(length(line), 40);
+    fn the_widest_column_gives_way_first_and_a_firm_one_last() {
+        let line = |width| table().render(Some(width)).lines().nth(1).unwrap().to_owned();
+        assert_eq!(line(40), "managed  10.42.0.0/16  zone=north-of-th…");
+        assert_eq!(length(&line(40)), 40);
+        assert_eq!(line(21), "managed  10.4…  zone…");
+        assert_eq!(line(16), "manag…  10…  zo…");
     }
 
     #[test]

@@ -55,7 +55,7 @@ enum Verb {
   droveway token rm ab3d9k")]
     Rm {
         /// Ids, as `droveway token ls` shows them
-        #[arg(required = true, value_name = "ID")]
+        #[arg(required = true, value_name = "ID", value_parser = parse::reference)]
         ids: Vec<String>,
     },
 }
@@ -141,7 +141,7 @@ fn instructions(created: &TokenCreated, url: &str) -> String {
 
 fn table(tokens: &[TokenView]) -> Table {
     let now = text::now();
-    let mut table = Table::new(["ID", "USED", "USES LEFT", "EXPIRES IN", "AGE"]);
+    let mut table = Table::new(["ID", "USED", "USES LEFT", "EXPIRES IN", "AGE"], &["ID"]);
     for token in tokens {
         table.row([
             token.id.clone(),
