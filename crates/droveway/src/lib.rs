@@ -1,0 +1,3 @@
+//! The library part of the `droveway` program.
+
+pub mod lab;
