@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use linux::{Kernel, Woken};
 use model::api::{ApiError, ErrorCode};
 use model::{EndpointId, NetworkId, Object};
+use plan::object::{Ifname, Set};
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
 
@@ -48,7 +49,9 @@ pub(crate) struct Reconciler {
     refused: Vec<String>,
     /// What else went wrong lately, newest last.
     troubles: VecDeque<String>,
-    /// Something changed that the kernel may have to follow.
+    /// What the kernel should show, as of the last look at the books; attachments are kept up to date in it.
+    wanted: State,
+    /// Something changed for which `wanted` has to be worked out anew.
     stale: bool,
     /// Something changed that others should know.
     unpublished: bool,
@@ -75,6 +78,7 @@ impl Reconciler {
             unconverged: BTreeSet::new(),
             refused: Vec::new(),
             troubles: VecDeque::new(),
+            wanted: State::new(),
             stale: true,
             unpublished: true,
             last_published: Instant::now(),
@@ -95,19 +99,16 @@ impl Reconciler {
             }
             self.drop_lingered();
             if self.stale {
-                self.stale = false;
-                self.converge(&Scope::Everything, None);
-                self.unpublished = true;
+                self.converge_all(None);
             }
             self.publish();
             match self.kernel.wait(self.deadline())? {
-                Woken::Kernel => self.stale = true,
+                Woken::Kernel => self.look(&BTreeSet::new()),
                 Woken::Waker => {}
-                Woken::Timeout => {
-                    if self.retry.is_some_and(|(at, _)| Instant::now() >= at) {
-                        self.stale = true;
-                    }
-                }
+                Woken::Timeout => {}
+            }
+            if self.retry.is_some_and(|(at, _)| Instant::now() >= at) {
+                self.stale = true;
             }
         }
     }
@@ -210,8 +211,7 @@ impl Reconciler {
         let Some(id) = self.book.by_foreign(foreign).cloned() else { return Ok(()) };
         let names = self.names_of(&id);
         self.book.set_sandbox(&id, None)?;
-        self.converge(&Scope::Only(names), None);
-        self.unpublished = true;
+        self.take_down(names);
         Ok(())
     }
 
@@ -223,9 +223,11 @@ impl Reconciler {
         let id = self.book.by_foreign(foreign).cloned().ok_or_else(|| unknown(foreign))?;
         let mut names = self.names_of(&id);
         let ports = self.book.set_ports(&id, ports)?;
-        names.extend(self.names_of(&id));
-        self.converge(&Scope::Only(names), None);
-        self.unpublished = true;
+        names.retain(|(_, key)| matches!(key, Key::Element(Set::Publish, _)));
+        self.take_down(names);
+        if self.book.record(&id).is_some_and(|record| record.sandbox.is_some()) {
+            self.put_up(&id, Some(End::Handed))?;
+        }
         Ok(ports)
     }
 
@@ -238,14 +240,15 @@ impl Reconciler {
         self.unpublished = true;
         if outcome.is_err() {
             let names = self.names_of(id);
-            let undone = match self.book.record(id).is_some_and(|record| record.foreign.is_some()) {
-                true => self.book.set_sandbox(id, None),
-                false => self.book.forget(id, false),
+            let undone = if self.book.record(id).is_some_and(|record| record.foreign.is_some()) {
+                self.book.set_sandbox(id, None)
+            } else {
+                self.book.forget(id, false)
             };
             if let Err(error) = undone {
                 self.trouble(error.message);
             }
-            self.converge(&Scope::Only(names), None);
+            self.take_down(names);
         }
         outcome.map_err(Refusal::from)
     }
@@ -253,21 +256,41 @@ impl Reconciler {
     fn try_put_up(&mut self, id: &EndpointId, network: &NetworkId, end: Option<End>) -> Result<(), ApiError> {
         self.book.slot(network)?;
         self.lingering.remove(network);
-        let has_router = self
-            .kernel
-            .observe(&State::new())
-            .map_err(|error| ApiError::new(ErrorCode::Internal, error.to_string()))?
-            .contains_key(&(Place::Router(network.clone()), Key::Link(plan::object::Ifname::new("br0"))));
-        if !has_router || self.stale {
-            // The router first, and all else with it; this attachment is not looked at yet where its end is special.
-            self.stale = false;
-            self.converge(&Scope::Everything, end.is_some().then_some(id));
+        let bridge = (Place::Router(network.clone()), Key::Link(Ifname::new("br0")));
+        if self.stale || !self.wanted.contains_key(&bridge) || !self.kernel.state().contains_key(&bridge) {
+            // The router first, and all else with it.
+            self.converge_all(Some(id));
         }
         let end = end.or_else(|| self.inside(id)).unwrap_or(End::Nowhere);
-        let wanted = plan::desired_attachment(&self.book.catalog, &self.book.local_of(Some((id, end))), id);
-        self.apply_until_there(&wanted).map_err(|why| {
-            ApiError::new(ErrorCode::Internal, format!("the kernel refused the attachment: {why}"))
-        })
+        let part = plan::desired_attachment(&self.book.catalog, &self.book.local_of(Some((id, end))), id);
+        let names: BTreeSet<_> = part.keys().cloned().collect();
+        self.wanted.extend(part);
+        let scope = Scope::Only(names);
+        for _ in 0..ROUNDS {
+            let steps = self.difference(&scope).map_err(refused_attachment)?;
+            if steps.is_empty() {
+                let Scope::Only(names) = scope else { return Ok(()) };
+                self.look(&names);
+                return Ok(());
+            }
+            for step in &steps {
+                self.kernel.apply(step).map_err(refused_attachment)?;
+            }
+        }
+        Err(refused_attachment(format!("it was not there after {ROUNDS} tries")))
+    }
+
+    /// Takes objects away that are wanted no more.
+    fn take_down(&mut self, names: BTreeSet<(Place, Key)>) {
+        for name in &names {
+            self.wanted.remove(name);
+        }
+        let scope = Scope::Only(names);
+        self.converge(&scope);
+        if let Scope::Only(names) = scope {
+            self.look(&names);
+        }
+        self.unpublished = true;
     }
 
     fn inside(&self, id: &EndpointId) -> Option<End> {
@@ -279,11 +302,10 @@ impl Reconciler {
         let names = self.names_of(id);
         let network = self.book.record(id).map(|record| record.endpoint.network.clone());
         self.book.forget(id, keep)?;
-        self.converge(&Scope::Only(names), None);
+        self.take_down(names);
         if let Some(network) = network.filter(|network| !self.book.has_endpoints(network)) {
             self.lingering.insert(network, Instant::now() + LINGER);
         }
-        self.unpublished = true;
         Ok(())
     }
 
@@ -296,45 +318,55 @@ impl Reconciler {
 
     // ---- towards the kernel ----
 
-    /// Makes `wanted` and nothing else; a refusal is the caller's.
-    fn apply_until_there(&mut self, wanted: &State) -> Result<(), String> {
-        let scope = Scope::Only(wanted.keys().cloned().collect());
-        for _ in 0..ROUNDS {
-            let observed = self.kernel.observe(wanted).map_err(|error| error.to_string())?;
-            let steps = plan::diff(observed, wanted, &scope);
-            if steps.is_empty() {
-                return Ok(());
-            }
-            for step in &steps {
-                self.kernel.apply(step).map_err(|error| error.to_string())?;
+    /// Takes in what happened in the kernel, and mends what it did to us. `ours` is what we have just done ourselves.
+    fn look(&mut self, ours: &BTreeSet<(Place, Key)>) {
+        if let Err(error) = self.kernel.observe(&self.wanted) {
+            return self.trouble(error.to_string());
+        }
+        match self.kernel.take_changes() {
+            Scope::Everything => self.stale = true,
+            Scope::Only(mut names) => {
+                names.retain(|name| !ours.contains(name));
+                // A lost device may be made in another way than it was at first: that is worked out anew.
+                if names.iter().any(|(_, key)| matches!(key, Key::Netns | Key::Link(_))) {
+                    self.stale = true;
+                } else if !names.is_empty() {
+                    self.converge(&Scope::Only(names));
+                }
             }
         }
-        Err(format!("it was not there after {ROUNDS} tries"))
+    }
+
+    /// Works out anew what should be, and makes it so; the device of attachment `except` is left to its caller.
+    fn converge_all(&mut self, except: Option<&EndpointId>) {
+        self.stale = false;
+        self.unpublished = true;
+        if let Err(error) = self.kernel.observe(&self.wanted) {
+            return self.trouble(error.to_string());
+        }
+        let observed = self.kernel.state();
+        for id in self.book.orphans(|id| port_is_there(observed, &self.book, id)) {
+            tracing::info!(endpoint = %id, "its namespace is gone: detached");
+            if let Err(error) = self.book.forget(&id, false) {
+                self.troubles.push_back(error.message);
+            }
+        }
+        self.wanted = self.work_out(except);
+        self.converge(&Scope::Everything);
+        // What this did is not to be looked at again.
+        if self.kernel.observe(&self.wanted).is_ok() {
+            self.kernel.take_changes();
+        }
     }
 
     /// Diffs and applies until nothing is left or nothing helps.
-    fn converge(&mut self, scope: &Scope, except: Option<&EndpointId>) {
+    fn converge(&mut self, scope: &Scope) {
         let mut refused: Vec<String> = Vec::new();
-        for round in 0..ROUNDS {
-            let observed = match self.kernel.observe(&State::new()) {
-                Ok(observed) => observed,
-                Err(error) => return self.trouble(error.to_string()),
+        for _ in 0..ROUNDS {
+            let steps = match self.difference(scope) {
+                Ok(steps) => steps,
+                Err(error) => return self.trouble(error),
             };
-            if round == 0 {
-                let orphans = self.book.orphans(|id| port_is_there(observed, &self.book, id));
-                for id in orphans {
-                    tracing::info!(endpoint = %id, "its namespace is gone: detached");
-                    if let Err(error) = self.book.forget(&id, false) {
-                        self.troubles.push_back(error.message);
-                    }
-                }
-            }
-            let wanted = self.wanted(except);
-            let steps = match self.kernel.observe(&wanted) {
-                Ok(observed) => plan::diff(observed, &wanted, scope),
-                Err(error) => return self.trouble(error.to_string()),
-            };
-            let steps: Vec<Step> = steps.into_iter().filter(|step| !touches(step, except)).collect();
             if *scope == Scope::Everything {
                 self.unconverged = steps.iter().map(|step| place_of(step).clone()).collect();
             }
@@ -366,6 +398,11 @@ impl Reconciler {
         self.refused(refused);
     }
 
+    fn difference(&mut self, scope: &Scope) -> Result<Vec<Step>, String> {
+        let observed = self.kernel.observe(&self.wanted).map_err(|error| error.to_string())?;
+        Ok(plan::diff(observed, &self.wanted, scope))
+    }
+
     /// Tells what the kernel refuses now; what it refused before is not told again.
     fn refused(&mut self, now: Vec<String>) {
         for why in now.iter().filter(|why| !self.refused.contains(why)) {
@@ -375,7 +412,7 @@ impl Reconciler {
         self.refused = now;
     }
 
-    fn wanted(&mut self, except: Option<&EndpointId>) -> State {
+    fn work_out(&mut self, except: Option<&EndpointId>) -> State {
         if let Err(error) = self.book.forget_gone_networks() {
             self.trouble(error.to_string());
         }
@@ -486,14 +523,13 @@ fn port_is_there(observed: &State, book: &Book, id: &EndpointId) -> bool {
     })
 }
 
-fn touches(step: &Step, except: Option<&EndpointId>) -> bool {
-    let (Step::Remove(_, key) | Step::Add(_, key, _) | Step::Change(_, key, ..)) = step;
-    except.is_some_and(|id| *key == Key::Link(plan::port_name(id)))
-}
-
 fn place_of(step: &Step) -> &Place {
     let (Step::Remove(place, _) | Step::Add(place, ..) | Step::Change(place, ..)) = step;
     place
+}
+
+fn refused_attachment(why: impl std::fmt::Display) -> ApiError {
+    ApiError::new(ErrorCode::Internal, format!("the kernel refused the attachment: {why}"))
 }
 
 fn unknown(foreign: &str) -> ApiError {

@@ -137,10 +137,11 @@ fn read_token(
     let (text, from) = match (given, file, variable) {
         (Some(text), _, _) => (text, "--token".to_owned()),
         (None, Some(file), _) => {
+            let from = if file == Path::new("-") { "standard input".to_owned() } else { file.display().to_string() };
             let text = read_file(file).map_err(|error| {
                 Failure::new(
                     Exit::Usage,
-                    format!("cannot read the join token in {}: {error}", file.display()),
+                    format!("cannot read the join token in {from}: {error}"),
                 )
                 .remedy("put what `droveway token create` printed there")
             })?;

@@ -140,6 +140,15 @@ impl From<ApiError> for Failure {
     }
 }
 
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        match error.downcast::<ApiError>() {
+            Ok(error) => error.into(),
+            Err(error) => Self::new(Exit::Internal, format!("{error:#}")),
+        }
+    }
+}
+
 impl From<client::Error> for Failure {
     fn from(error: client::Error) -> Self {
         let message = error.to_string();

@@ -25,6 +25,8 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::lab;
+
 pub use exit::{Exit, Failure};
 pub use output::Format;
 
@@ -72,6 +74,10 @@ enum Command {
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Token(token::TokenArgs),
     Completion(completion::CompletionArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Lab(lab::cli::LabCommand),
+    #[command(flatten)]
+    Hidden(lab::hidden::Hidden),
 }
 
 fn long_help() -> String {
@@ -98,7 +104,7 @@ Environment:
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.run() {
-        Ok(()) => Exit::Ok.into(),
+        Ok(code) => code,
         Err(failure) => {
             output::warn(&failure.render());
             failure.exit.into()
@@ -107,9 +113,11 @@ pub fn main() -> ExitCode {
 }
 
 impl Cli {
-    fn run(self) -> Result<(), Failure> {
+    fn run(self) -> Result<ExitCode, Failure> {
         let output = output::Output::new(self.output);
-        match self.command {
+        let done = match self.command {
+            Command::Lab(command) => return Ok(lab::cli::main(command, self.output)?),
+            Command::Hidden(verb) => return Ok(lab::hidden::main(verb)?),
             Command::Server(args) => run::server(args),
             Command::Agent(args) => run::agent(args),
             Command::Status(args) => short_lived(args.run(output)),
@@ -118,7 +126,8 @@ impl Cli {
             Command::Endpoint(args) => short_lived(args.run(output)),
             Command::Token(args) => short_lived(args.run(output)),
             Command::Completion(args) => args.run(),
-        }
+        };
+        done.map(|()| Exit::Ok.into())
     }
 }
 

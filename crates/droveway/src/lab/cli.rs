@@ -1,0 +1,387 @@
+//! `droveway lab …`: the lab's verbs as people type them.
+
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail, ensure};
+use clap::{Args, Subcommand};
+use model::{Name, Protocol, PublishedPort};
+use serde::Serialize;
+
+use super::underlay::Share;
+use crate::cli::Format;
+use super::{Daemon, Lab, LabSpec, RunSpec, SERVER, default_dir};
+
+/// Several hosts on this one machine, as namespaces: try Droveway without touching the machine's own network.
+#[derive(Debug, Args)]
+pub struct LabCommand {
+    /// Which lab: several can be up at once.
+    #[arg(long = "lab", global = true, value_name = "NAME", default_value = "lab", env = "DROVEWAY_LAB")]
+    name: Name,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Bring a lab up: a server and some hosts, each with an agent of its own.
+    ///
+    /// Without --docker it needs no root where the kernel allows user namespaces. Nothing of the machine is changed,
+    /// and `droveway lab down` leaves nothing.
+    ///
+    ///   droveway lab up --hosts 3
+    #[command(verbatim_doc_comment)]
+    Up(Up),
+    /// Run a program in an endpoint of its own on a host: a container without an engine.
+    ///
+    ///   droveway lab run h1 --name web -- python3 -m http.server 80
+    ///   droveway lab run h2 --name me -it -- bash
+    #[command(verbatim_doc_comment)]
+    Run(Run),
+    /// Run a command on a host, or in a container of it.
+    ///
+    ///   droveway lab exec h1 -- ip route
+    ///   droveway lab exec h1/web -- ping -c 3 db
+    ///   droveway lab exec server -- droveway host ls
+    #[command(verbatim_doc_comment)]
+    Exec {
+        /// HOST, or HOST/NAME for a container (the lab's own or Docker's).
+        #[arg(value_name = "HOST[/NAME]")]
+        target: String,
+        /// The command. Its exit status is passed on.
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<String>,
+    },
+    /// List hosts, and the containers on them.
+    Ls,
+    /// Let no packet pass between two hosts, in either direction.
+    Cut {
+        /// A host, or `server`.
+        one: String,
+        /// Another.
+        other: String,
+    },
+    /// Lose a share of the packets between two hosts: `droveway lab loss h1 h2 1%`.
+    Loss {
+        /// A host, or `server`.
+        one: String,
+        /// Another.
+        other: String,
+        /// How many are lost: 0% to 100%.
+        #[arg(value_name = "PERCENT%")]
+        share: Share,
+    },
+    /// End every cut and every loss.
+    Heal,
+    /// Switch a host off, as if its plug were pulled; or kill one container of it.
+    Kill {
+        /// HOST, or HOST/NAME for a container.
+        #[arg(value_name = "HOST[/NAME]")]
+        target: String,
+    },
+    /// Switch a host on again: its disk is as it was.
+    Start {
+        /// The host.
+        host: String,
+    },
+    /// Take the lab down: nothing is left. Works after a crash, too.
+    Down,
+}
+
+#[derive(Debug, Args)]
+struct Up {
+    /// How many hosts: h1, h2 and so on.
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    hosts: u32,
+    /// Give each host a Docker Engine of its own (needs root and dockerd).
+    #[arg(long)]
+    docker: bool,
+    /// MTU of the underlay, in bytes.
+    #[arg(long, default_value_t = 1500, value_name = "BYTES")]
+    mtu: u32,
+    /// Only hosts and the underlay between them: no server, no agents.
+    #[arg(long)]
+    bare: bool,
+    /// The underlay's addresses.
+    #[arg(long, value_name = "CIDR")]
+    underlay: Option<ipnet::Ipv4Net>,
+    /// Where the lab keeps its things.
+    #[arg(long, value_name = "DIR", hide = true)]
+    dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// The host.
+    host: String,
+    /// Its name: in DNS, and its hostname.
+    #[arg(long)]
+    name: Name,
+    /// The network it is attached to.
+    #[arg(long, default_value = "managed", value_name = "NET")]
+    network: String,
+    /// The stack that it belongs to.
+    #[arg(long)]
+    stack: Option<Name>,
+    /// The service of that stack.
+    #[arg(long, requires = "stack")]
+    service: Option<Name>,
+    /// Another name of it in DNS; may be repeated.
+    #[arg(long = "alias", value_name = "NAME")]
+    aliases: Vec<Name>,
+    /// A label; may be repeated.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
+    labels: Vec<(String, String)>,
+    /// Ask for this address.
+    #[arg(long, value_name = "ADDRESS")]
+    address: Option<IpAddr>,
+    /// Publish a port on the host; may be repeated.
+    #[arg(long = "publish", value_name = "HOSTPORT:PORT[/udp]", value_parser = port)]
+    ports: Vec<PublishedPort>,
+    /// Stay in the foreground with this terminal, until the program ends.
+    #[arg(long, short = 'a', alias = "it", visible_short_aliases = ['i', 't'])]
+    attach: bool,
+    /// The program.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<String>,
+}
+
+/// Does what was typed.
+pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
+    let dir = default_dir(&command.name);
+    let open = || Lab::open(&dir);
+    match command.verb {
+        Verb::Up(up) => bring_up(command.name.as_str(), up)?,
+        Verb::Run(run) => return run_container(&open()?, run),
+        Verb::Exec { target, command } => {
+            let status = open()?.command(&target, &command)?.status()?;
+            return Ok(ExitCode::from(super::process::exit_code(status)));
+        }
+        Verb::Ls => list(&open()?, format)?,
+        Verb::Cut { one, other } => open()?.cut(&one, &other)?,
+        Verb::Loss { one, other, share } => open()?.lose(&one, &other, share.0)?,
+        Verb::Heal => open()?.heal()?,
+        Verb::Kill { target } => match target.split_once('/') {
+            Some((host, name)) => open()?.kill_container(host, name)?,
+            None => open()?.kill(&target)?,
+        },
+        Verb::Start { host } => open()?.start(&host)?,
+        Verb::Down => {
+            if !Lab::down_dir(&dir)? {
+                bail!("lab {} is not up: there is nothing to take down", command.name);
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn bring_up(name: &str, up: Up) -> Result<()> {
+    let mut spec = LabSpec::new(name)?;
+    spec.hosts = up.hosts;
+    spec.docker = up.docker;
+    spec.mtu = up.mtu;
+    spec.bare = up.bare;
+    spec.underlay = up.underlay.unwrap_or(spec.underlay);
+    spec.dir = up.dir.unwrap_or(spec.dir);
+    let lab = Lab::up_with(spec, &mut |line| eprintln!("{line}"))?;
+    let bare = lab.spec().bare;
+    lab.keep()?;
+    if !bare {
+        println!("The lab is up. Go on with:");
+        println!("  droveway lab run h1 --name web -- sleep 1h");
+        println!("  droveway lab run h2 --name me -it -- ping -c 3 web");
+        println!("  droveway lab exec server -- droveway endpoint ls");
+        println!("  droveway lab down");
+    }
+    Ok(())
+}
+
+fn run_container(lab: &Lab, run: Run) -> Result<ExitCode> {
+    ensure!(
+        !lab.spec().bare,
+        "the lab is bare: it has no agents to attach a container; bring it up without --bare"
+    );
+    let spec = RunSpec {
+        name: run.name,
+        network: run.network,
+        stack: run.stack,
+        service: run.service,
+        aliases: run.aliases,
+        labels: run.labels.into_iter().collect::<BTreeMap<_, _>>(),
+        address: run.address,
+        ports: run.ports,
+        command: run.command,
+    };
+    if run.attach {
+        let status = lab.run_foreground(&run.host, &spec)?;
+        return Ok(ExitCode::from(super::process::exit_code(status)));
+    }
+    let container = lab.run(&run.host, &spec)?;
+    let addresses: Vec<String> =
+        container.attached.endpoint.addresses.iter().map(ToString::to_string).collect();
+    println!("{}", addresses.join(" "));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A row of `lab ls`.
+#[derive(Debug, Serialize)]
+struct HostRow {
+    name: String,
+    state: &'static str,
+    address: String,
+    pid: Option<u32>,
+    /// What runs on it; in a `table`, by name.
+    daemons: Vec<Daemon>,
+    containers: Vec<ContainerRow>,
+    /// What it loses of packets from others, in percent.
+    lost: BTreeMap<String, f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct ContainerRow {
+    name: String,
+    addresses: Vec<String>,
+    docker: bool,
+}
+
+fn list(lab: &Lab, format: Format) -> Result<()> {
+    let state = lab.state()?;
+    let mut rows = Vec::new();
+    for (name, _) in lab.spec().nodes() {
+        let node = state.node(&name)?;
+        let running = node.running();
+        let mut containers: Vec<ContainerRow> = lab
+            .containers(&name)?
+            .into_iter()
+            .map(|(name, addresses)| ContainerRow {
+                name,
+                addresses: addresses.iter().map(ToString::to_string).collect(),
+                docker: false,
+            })
+            .collect();
+        if running.is_some() && lab.spec().docker && name != SERVER {
+            containers.extend(docker_containers(lab, &name)?);
+        }
+        let others = state.faults.iter().filter_map(|fault| {
+            let other = if fault.a == name { &fault.b } else { &fault.a };
+            (fault.a == name || fault.b == name).then(|| (other.clone(), f64::from(fault.lost) / 100.0))
+        });
+        rows.push(HostRow {
+            state: if running.is_some() { "up" } else { "off" },
+            address: node.address.to_string(),
+            pid: running.map(|pin| pin.pid),
+            daemons: node.daemons.iter().filter(|(_, pin)| pin.alive()).map(|(daemon, _)| *daemon).collect(),
+            containers,
+            lost: others.collect(),
+            name,
+        });
+    }
+    let text = match format {
+        Format::Json => serde_json::to_string_pretty(&rows)? + "\n",
+        Format::Yaml => serde_yaml_ng::to_string(&rows)?,
+        Format::Table => table(&rows),
+    };
+    io::stdout().write_all(text.as_bytes())?;
+    Ok(())
+}
+
+/// The engine's own containers, with the addresses that it shows for them.
+fn docker_containers(lab: &Lab, host: &str) -> Result<Vec<ContainerRow>> {
+    let ids = lab.exec(host, &["docker", "ps", "-q"])?;
+    let ids = String::from_utf8_lossy(&ids.stdout).into_owned();
+    if ids.trim().is_empty() {
+        return Ok(Vec::new());
+    }
+    let show = "{{.Name}}{{range .NetworkSettings.Networks}} {{.IPAddress}}{{end}}";
+    let mut command = vec!["docker", "inspect", "--format", show];
+    command.extend(ids.split_ascii_whitespace());
+    let output = lab.exec(host, &command)?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let row = |line: &str| {
+        let mut words = line.split_ascii_whitespace();
+        let name = words.next()?.trim_start_matches('/').to_owned();
+        Some(ContainerRow { name, addresses: words.map(str::to_owned).collect(), docker: true })
+    };
+    Ok(text.lines().filter_map(row).collect())
+}
+
+fn table(rows: &[HostRow]) -> String {
+    let mut text = line(["HOST", "STATE", "UNDERLAY", "RUNS", "CONTAINER", "ADDRESS", "LOSES"]);
+    for row in rows {
+        let daemons = row.daemons.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let lost = row
+            .lost
+            .iter()
+            .map(|(from, share)| format!("{share}% from {from}"))
+            .collect::<Vec<_>>()
+            .join(", ");
+        let mut head = [row.name.as_str(), row.state, &row.address, or_dash(&daemons)];
+        let mut tail = or_dash(&lost);
+        if row.containers.is_empty() {
+            text.push_str(&line([head[0], head[1], head[2], head[3], "-", "-", tail]));
+        }
+        for container in &row.containers {
+            let addresses = container.addresses.join(" ");
+            text.push_str(&line([
+                head[0],
+                head[1],
+                head[2],
+                head[3],
+                &container.name,
+                or_dash(&addresses),
+                tail,
+            ]));
+            (head, tail) = ([""; 4], "");
+        }
+    }
+    text
+}
+
+fn or_dash(text: &str) -> &str {
+    if text.is_empty() { "-" } else { text }
+}
+
+fn line(cells: [&str; 7]) -> String {
+    let [host, state, underlay, runs, container, address, loses] = cells;
+    let line = format!("{host:<8}{state:<7}{underlay:<13}{runs:<15}{container:<16}{address:<16}{loses}");
+    line.trim_end().to_owned() + "\n"
+}
+
+fn label(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').unwrap_or((text, ""));
+    if key.is_empty() {
+        return Err(format!("{text:?} is no label; write KEY=VALUE"));
+    }
+    Ok((key.to_owned(), value.to_owned()))
+}
+
+fn port(text: &str) -> Result<PublishedPort, String> {
+    let bad = || format!("{text:?} is no published port; write HOSTPORT:PORT or HOSTPORT:PORT/udp");
+    let (ports, protocol) = match text.split_once('/') {
+        None | Some((_, "tcp")) => (text.split('/').next().unwrap_or(text), Protocol::Tcp),
+        Some((ports, "udp")) => (ports, Protocol::Udp),
+        Some(_) => return Err(bad()),
+    };
+    let (host, port) = ports.split_once(':').ok_or_else(bad)?;
+    let number = |text: &str| text.parse().ok().filter(|&port: &u16| port != 0).ok_or_else(bad);
+    Ok(PublishedPort { protocol, host_port: number(host)?, port: number(port)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_published_port_is_a_pair_with_a_protocol() {
+        let tcp = PublishedPort { protocol: Protocol::Tcp, host_port: 8080, port: 80 };
+        assert_eq!(port("8080:80").unwrap(), tcp);
+        assert_eq!(port("8080:80/tcp").unwrap(), tcp);
+        assert_eq!(port("53:53/udp").unwrap().protocol, Protocol::Udp);
+        for bad in ["80", "0:80", "80:0", "80:80/icmp", "a:b", ""] {
+            assert!(port(bad).unwrap_err().contains("HOSTPORT:PORT"), "{bad}");
+        }
+    }
+}
