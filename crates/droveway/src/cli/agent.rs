@@ -40,7 +40,7 @@ pub(super) struct AgentArgs {
     #[arg(long, env = "DROVEWAY_SERVER", hide_env_values = true, value_name = "URL", value_parser = parse::server_url)]
     server: Option<Url>,
     /// The join token itself. All users of the machine can read it in the list of processes: prefer --token-file
-    #[arg(long, value_name = "TOKEN", conflicts_with = "token_file")]
+    #[arg(long, value_name = "TOKEN")]
     token: Option<String>,
     /// File with the join token; - is standard input. Without it and --token, DROVEWAY_TOKEN is used
     #[arg(long, env = "DROVEWAY_TOKEN_FILE", hide_env_values = true, value_name = "FILE")]
@@ -137,13 +137,11 @@ fn read_token(
     let (text, from) = match (given, file, variable) {
         (Some(text), _, _) => (text, "--token".to_owned()),
         (None, Some(file), _) => {
-            let from = if file == Path::new("-") { "standard input".to_owned() } else { file.display().to_string() };
+            let stdin = file == Path::new("-");
+            let from = if stdin { "standard input".to_owned() } else { file.display().to_string() };
             let text = read_file(file).map_err(|error| {
-                Failure::new(
-                    Exit::Usage,
-                    format!("cannot read the join token in {from}: {error}"),
-                )
-                .remedy("put what `droveway token create` printed there")
+                Failure::new(Exit::Usage, format!("cannot read the join token in {from}: {error}"))
+                    .remedy("put what `droveway token create` printed there")
             })?;
             (text, from)
         }
