@@ -129,14 +129,17 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
                     error
                 }
             })?;
-            let configured = container::configure(&ns, container).and_then(|()| {
-                container::announce(site.home, shown, name, want.master.is_some(), &ns, container)
+            let configured = container::configure(&ns, container).and_then(|()| match want.master {
+                Some(_) => container::wait_for_port(site.home, shown, name),
+                None => Ok(()),
             });
             if configured.is_err() {
                 // Nothing is left behind: the other end goes with this one.
                 drop(remove(&mut site.home.route, name));
+                return configured;
             }
-            configured
+            container::announce(ns, container.clone());
+            Ok(())
         }
         (LinkKind::Veth | LinkKind::VethEnd, _) => Err(Error::words(
             format!("make device {name}"),

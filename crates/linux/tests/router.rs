@@ -286,8 +286,11 @@ fn a_container_is_announced_by_gratuitous_arp() {
         let (_ns, path) = container(dir, "c70");
         let ((place, key), object) = endpoint(path, "e70", 70);
         kernel.apply(&Step::Add(place, key, object)).unwrap();
-        let seen = in_router(&kernel, "ip neigh show 10.42.64.70");
-        assert!(seen.contains("02:1f:00:00:00:46"), "{seen}");
+        let heard = in_router(
+            &kernel,
+            "timeout 5 sh -c 'until ip neigh show 10.42.64.70 | grep 02:1f:00:00:00:46; do :; done'",
+        );
+        assert!(heard.contains("02:1f:00:00:00:46"), "{heard}");
     });
 }
 
