@@ -408,3 +408,23 @@ fn changes_name_what_is_worth_diffing_again() {
         assert_eq!(kernel.take_changes(), Scope::Only(expected.into()));
     });
 }
+
+#[test]
+fn a_device_left_over_on_the_host_is_in_the_way_only_if_it_is_not_ours() {
+    sandbox::run("a_device_left_over_on_the_host_is_in_the_way_only_if_it_is_not_ours", |dir| {
+        underlay();
+        sh("ip link add dw1 type bridge; ip link add foreign type bridge");
+        let mut kernel = Kernel::open(dir).unwrap();
+        let desired = desired();
+        assert!(converge(&mut kernel, &desired) <= 3);
+        let key = Key::Link(name("up1"));
+        let Some(Object::Link(mut link)) = desired.get(&(router(), Key::Link(name("up0")))).cloned() else {
+            panic!("up0 is a device")
+        };
+        if let Some(plan::object::Peer::Host { name: peer, .. }) = &mut link.peer {
+            *peer = name("foreign");
+        }
+        kernel.apply(&Step::Add(router(), key, Object::Link(link))).unwrap_err();
+        assert!(sh("ip -d link show foreign").contains("bridge"), "it is still there");
+    });
+}
