@@ -113,7 +113,7 @@ impl Kernel {
 
     /// What was there at the last [`Self::observe`].
     pub fn state(&self) -> &State {
-        &self.state
+        &self.shown.state
     }
 
     /// Reads everything anew; sysctls on the next [`Self::observe`].
