@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::AsFd;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -36,8 +37,6 @@ pub(crate) fn configure(ns: &Netns, end: &ContainerEnd) -> Result<(), Error> {
         if !end.addresses.iter().any(|address| address.addr().is_ipv6()) {
             write_if_there(&format!("ipv6/conf/{}/disable_ipv6", end.ifname), "1")?;
         }
-        // From now on a change of its MAC, even to the same, is announced by gratuitous ARP.
-        write_if_there(&format!("ipv4/conf/{}/arp_notify", end.ifname), "1")?;
 
         let mut steps = vec![("bring up lo".to_owned(), up(&Ifname::new("lo")))];
         for address in &end.addresses {
@@ -64,31 +63,34 @@ pub(crate) fn configure(ns: &Netns, end: &ContainerEnd) -> Result<(), Error> {
     })?
 }
 
-/// Waits until the bridge lets frames through the port `name`, then announces the addresses by gratuitous ARP.
-pub(crate) fn announce(
-    home: &mut Namespace,
-    shown: &mut Shown,
-    name: &Ifname,
-    bridged: bool,
-    ns: &Netns,
-    end: &ContainerEnd,
-) -> Result<(), Error> {
-    if bridged {
-        wait_for_port(home, shown, name)?;
-    }
-    ns.run(|| {
-        let mut requests = Requests::open(Protocol::Route)?;
+/// Announces the addresses by gratuitous ARP, on a thread of its own: the frame goes to each port of the bridge, and with
+/// a thousand of them that takes longer than all the rest. It is a courtesy to those with an old entry in their ARP
+/// table; that it failed is only logged.
+pub(crate) fn announce(ns: Netns, end: ContainerEnd) {
+    let announce = move || {
+        // With this set, a change of the MAC, even to the same, is announced by the kernel.
+        write_if_there(&format!("ipv4/conf/{}/arp_notify", end.ifname), "1")?;
         let again = link::request(RTM_SETLINK, 0, 0, 0)
             .put_text(IFLA_IFNAME, end.ifname.as_str())
             .put(IFLA_ADDRESS, &end.mac.0);
         let attempted = || format!("announce {} in {}", end.ifname, end.netns.display());
-        requests.request(again).map(drop).map_err(|refusal| refusal.to_error(attempted()))
-    })?
+        Requests::open(Protocol::Route)?
+            .request(again)
+            .map(drop)
+            .map_err(|refusal| refusal.to_error(attempted()))
+    };
+    let started = thread::Builder::new().name("announce".to_owned()).spawn(move || match ns.run(announce) {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) | Err(error) => tracing::debug!(%error, "a container was not announced"),
+    });
+    if let Err(error) = started {
+        tracing::debug!(%error, "a container was not announced");
+    }
 }
 
 /// A port lets frames through when its carrier was noticed: the kernel does that by itself, some time, or on being
 /// asked for the device.
-fn wait_for_port(home: &mut Namespace, shown: &mut Shown, name: &Ifname) -> Result<(), Error> {
+pub(crate) fn wait_for_port(home: &mut Namespace, shown: &mut Shown, name: &Ifname) -> Result<(), Error> {
     let attempted = || format!("wait for port {name}");
     let deadline = Instant::now() + PORT_DEADLINE;
     get_link(&mut home.route, name).map_err(|refusal| refusal.to_error(attempted()))?;

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
 use nix::errno::Errno;
-use plan::object::{Ifname, Link, LinkKind, Peer};
+use plan::object::{HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Peer};
 use plan::{Key, Object};
 
 use crate::container;
@@ -61,7 +61,10 @@ pub(crate) fn add(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &
             }
             let mut found =
                 remove(&mut site.home.route, name).map_err(|refusal| refusal.to_error(attempted()))?;
-            if let Some(Peer::Host { name, .. }) = &want.peer {
+            // On the host only what bears our prefix is ours to remove.
+            if let Some(Peer::Host { name, .. }) = &want.peer
+                && name.as_str().starts_with(HOST_DEVICE_PREFIX)
+            {
                 found |=
                     remove(&mut site.host().route, name).map_err(|refusal| refusal.to_error(attempted()))?;
             }
@@ -84,7 +87,8 @@ pub(crate) fn change(
     }
     remove(&mut site.home.route, name)
         .map_err(|refusal| refusal.to_error(format!("replace device {name}")))?;
-    add(site, shown, name, want)
+    // That end comes with the other one, which is next.
+    if want.kind == LinkKind::VethEnd { Ok(()) } else { add(site, shown, name, want) }
 }
 
 /// Removes a device; says whether it was there.
@@ -129,14 +133,17 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
                     error
                 }
             })?;
-            let configured = container::configure(&ns, container).and_then(|()| {
-                container::announce(site.home, shown, name, want.master.is_some(), &ns, container)
+            let configured = container::configure(&ns, container).and_then(|()| match want.master {
+                Some(_) => container::wait_for_port(site.home, shown, name),
+                None => Ok(()),
             });
             if configured.is_err() {
                 // Nothing is left behind: the other end goes with this one.
                 drop(remove(&mut site.home.route, name));
+                return configured;
             }
-            configured
+            container::announce(ns, container.clone());
+            Ok(())
         }
         (LinkKind::Veth | LinkKind::VethEnd, _) => Err(Error::words(
             format!("make device {name}"),

@@ -286,8 +286,11 @@ fn a_container_is_announced_by_gratuitous_arp() {
         let (_ns, path) = container(dir, "c70");
         let ((place, key), object) = endpoint(path, "e70", 70);
         kernel.apply(&Step::Add(place, key, object)).unwrap();
-        let seen = in_router(&kernel, "ip neigh show 10.42.64.70");
-        assert!(seen.contains("02:1f:00:00:00:46"), "{seen}");
+        let heard = in_router(
+            &kernel,
+            "timeout 5 sh -c 'until ip neigh show 10.42.64.70 | grep 02:1f:00:00:00:46; do :; done'",
+        );
+        assert!(heard.contains("02:1f:00:00:00:46"), "{heard}");
     });
 }
 
@@ -403,5 +406,25 @@ fn changes_name_what_is_worth_diffing_again() {
         kernel.observe(&desired).unwrap();
         let expected = [(router(), Key::Address(name("br0"), address))];
         assert_eq!(kernel.take_changes(), Scope::Only(expected.into()));
+    });
+}
+
+#[test]
+fn a_device_left_over_on_the_host_is_in_the_way_only_if_it_is_not_ours() {
+    sandbox::run("a_device_left_over_on_the_host_is_in_the_way_only_if_it_is_not_ours", |dir| {
+        underlay();
+        sh("ip link add dw1 type bridge; ip link add foreign type bridge");
+        let mut kernel = Kernel::open(dir).unwrap();
+        let desired = desired();
+        assert!(converge(&mut kernel, &desired) <= 3);
+        let key = Key::Link(name("up1"));
+        let Some(Object::Link(mut link)) = desired.get(&(router(), Key::Link(name("up0")))).cloned() else {
+            panic!("up0 is a device")
+        };
+        if let Some(plan::object::Peer::Host { name: peer, .. }) = &mut link.peer {
+            *peer = name("foreign");
+        }
+        kernel.apply(&Step::Add(router(), key, Object::Link(link))).unwrap_err();
+        assert!(sh("ip -d link show foreign").contains("bridge"), "it is still there");
     });
 }
