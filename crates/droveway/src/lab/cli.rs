@@ -20,7 +20,7 @@ use super::{Daemon, Lab, LabSpec, RunSpec, SERVER, default_dir};
 pub struct LabCommand {
     /// Which lab: several can be up at once.
     #[arg(long = "lab", global = true, value_name = "NAME", default_value = "lab", env = "DROVEWAY_LAB")]
-    name: Name,
+    lab: Name,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -151,10 +151,10 @@ struct Run {
 
 /// Does what was typed.
 pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
-    let dir = default_dir(&command.name);
+    let dir = default_dir(&command.lab);
     let open = || Lab::open(&dir);
     match command.verb {
-        Verb::Up(up) => bring_up(command.name.as_str(), up)?,
+        Verb::Up(up) => bring_up(command.lab.as_str(), up)?,
         Verb::Run(run) => return run_container(&open()?, run),
         Verb::Exec { target, command } => {
             let status = open()?.command(&target, &command)?.status()?;
@@ -171,7 +171,7 @@ pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
         Verb::Start { host } => open()?.start(&host)?,
         Verb::Down => {
             if !Lab::down_dir(&dir)? {
-                bail!("lab {} is not up: there is nothing to take down", command.name);
+                bail!("lab {} is not up: there is nothing to take down", command.lab);
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -114,7 +114,7 @@ impl Lab {
         let Some(spec) = spec.or_else(|| supervisor::spec(dir).ok()) else {
             let there = dir.exists();
             if there {
-                fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
+                remove_dir(dir)?;
             }
             return Ok(there);
         };
@@ -354,8 +354,7 @@ impl Lab {
 
     fn daemons_of(&self, node: &str) -> Vec<Daemon> {
         match (self.spec.bare, node == SERVER, self.spec.docker) {
-            (true, _, false) => vec![],
-            (true, true, true) => vec![],
+            (true, _, false) | (true, true, true) => vec![],
             (true, false, true) => vec![Daemon::Docker],
             (false, true, _) => vec![Daemon::Server],
             (false, false, false) => vec![Daemon::Agent],
@@ -463,12 +462,7 @@ impl Lab {
             super::process::put_down(&mut owned.child);
         }
         clear(&self.spec)?;
-        match fs::remove_dir_all(&self.spec.dir) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove {}", self.spec.dir.display()))
-            }
-            _ => Ok(()),
-        }
+        remove_dir(&self.spec.dir)
     }
 }
 
@@ -485,13 +479,20 @@ impl Drop for Lab {
     }
 }
 
+/// A directory that only we can read: join token and admin key will be below it.
 fn make_dir(spec: &LabSpec) -> Result<()> {
     let mut builder = fs::DirBuilder::new();
-    builder
-        .recursive(true)
-        .mode(0o700)
-        .create(&spec.dir)
-        .with_context(|| format!("cannot make {}", spec.dir.display()))
+    builder.recursive(true).mode(0o700);
+    // Again, if the last of the other labs took the directory of them all along.
+    let made = builder.create(&spec.dir).or_else(|_| builder.create(&spec.dir));
+    made.with_context(|| format!("cannot make {}", spec.dir.display()))?;
+    let owner = fs::symlink_metadata(&spec.dir)?.uid();
+    ensure!(
+        owner == nix::unistd::geteuid().as_raw(),
+        "{} belongs to user {owner}, who could read the lab's keys; remove it",
+        spec.dir.display()
+    );
+    Ok(())
 }
 
 fn launch(spec: &LabSpec) -> Result<Owned> {
@@ -506,9 +507,24 @@ fn launch(spec: &LabSpec) -> Result<Owned> {
 
 /// Removes what is not a process, when nothing can be said of a failure.
 pub(super) fn remove_leftovers(spec: &LabSpec) {
-    if let Err(error) = clear(spec).and_then(|()| Ok(fs::remove_dir_all(&spec.dir)?)) {
+    if let Err(error) = clear(spec).and_then(|()| remove_dir(&spec.dir)) {
         eprintln!("lab {}: something is left: {error:#}", spec.name);
     }
+}
+
+/// Removes the directory of a lab, and that of all labs if it was the last.
+fn remove_dir(dir: &Path) -> Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove {}", dir.display()));
+        }
+        _ => {}
+    }
+    let of_all = |parent: &&Path| {
+        parent.file_name().is_some_and(|name| name.to_string_lossy().starts_with("droveway-lab"))
+    };
+    let _ = dir.parent().filter(of_all).map(fs::remove_dir);
+    Ok(())
 }
 
 /// Removes what a lab leaves that is not a process: cgroups, the engines' disks, and all below its directory.
@@ -520,7 +536,7 @@ fn clear(spec: &LabSpec) -> Result<()> {
         // The directory of all labs goes with the last.
         let _ = docker.parent().map(fs::remove_dir);
     }
-    for entry in fs::read_dir(&spec.dir)? {
+    for entry in fs::read_dir(&spec.dir).into_iter().flatten() {
         let path = entry?.path();
         let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
         removed.with_context(|| format!("cannot remove {}", path.display()))?;

@@ -5,11 +5,10 @@ use std::path::Path;
 use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
-use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{dup2_stdout, sethostname};
 
-use super::process::{hold_sigchld, ip, ourselves, put_down, reap_forever};
-use super::supervisor::{die_with_parent, say, spec};
+use super::process::{hold_sigchld, ip, ourselves, put_down, reap_forever, spawn_as_pid_1};
+use super::supervisor::{die_with_parent, own_surroundings, say, spec};
 use super::{LabSpec, mounts};
 
 /// The inner process has its network namespace.
@@ -22,10 +21,9 @@ const READY: &str = "ready";
 /// The process that stays outside, in the lab: says the number that pid 1 of the node has there.
 pub(super) fn outer(dir: &Path, node: &str) -> Result<()> {
     let spec = spec(dir)?;
-    unshare(CloneFlags::CLONE_NEWPID)?;
     let mut command = ourselves();
     command.args(["lab-node", "--inner"]).arg(dir).arg(node);
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    let mut child = spawn_as_pid_1(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
     // Both pipes stay open as long as the child lives: it takes the end of the one as ours.
     let (Some(mut to), Some(from)) = (child.stdin.take(), child.stdout.take()) else {
         bail!("{node}: the pipes to pid 1 are not there");
@@ -75,11 +73,7 @@ pub(super) fn inner(dir: &Path, node: &str) -> Result<()> {
     die_with_parent()?;
     let spec = spec(dir)?;
     let sigchld = hold_sigchld()?;
-    let own = CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWIPC;
-    unshare(own)?;
+    own_surroundings()?;
     say(UNPLUGGED)?;
     sethostname(node)?;
     mounts::private(true)?;

@@ -2,7 +2,9 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -10,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
+use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
@@ -43,6 +46,15 @@ pub(super) fn ourselves() -> Command {
     let mut command = Command::new("/proc/self/exe");
     command.arg0("droveway");
     command
+}
+
+/// Starts a command as pid 1 of a new namespace of process ids. What is started after it is again where we are.
+pub(super) fn spawn_as_pid_1(command: &mut Command) -> Result<Child> {
+    let own = File::open("/proc/self/ns/pid")?;
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let child = command.spawn();
+    setns(own.as_fd(), CloneFlags::CLONE_NEWPID)?;
+    child.context("cannot start a pid 1")
 }
 
 /// The caller's `PATH`, with the administrator's directories that a plain user's often lacks.
@@ -106,8 +118,8 @@ pub(super) fn tail(log: &Path) -> String {
     if last.is_empty() {
         return format!("\n  ({} is empty)", log.display());
     }
-    let lines: String = last.iter().map(|line| format!("\n  | {line}")).collect();
-    format!("\n  the end of {}:{lines}", log.display())
+    let lines: Vec<&str> = last.into();
+    format!("\n  the end of {}:\n  | {}", log.display(), lines.join("\n  | "))
 }
 
 /// Blocks `SIGCHLD` for this thread: [`reap_forever`] takes it from there. Programs started later do not inherit that.

@@ -13,9 +13,9 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
@@ -25,16 +25,15 @@ use anyhow::{Context, Result, bail};
 use model::agent_api::{AttachRequest, Attached, SOCKET};
 use model::{EndpointId, Name, PublishedPort};
 use nix::fcntl::OFlag;
-use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{close, pipe2, sethostname};
 use serde::{Deserialize, Serialize};
 
-use super::process::{exit_code, ip, ourselves, put_down, tail, wait_for};
+use super::process::{exit_code, ip, ourselves, put_down, spawn_as_pid_1, tail, wait_for};
 use super::state::{Pin, read_json, write_json};
-use super::supervisor::say;
+use super::supervisor::{own_surroundings, say};
 use super::{mounts, socket};
 
 /// How long an agent that is away is asked to detach.
@@ -245,12 +244,8 @@ impl Open {
             let log = File::options().create(true).append(true).open(Record::log(dir, spec.name.as_str()))?;
             command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         }
-        let own = File::open("/proc/self/ns/pid")?;
-        unshare(CloneFlags::CLONE_NEWPID)?;
-        let child = command.spawn().context("cannot start the container");
-        // So that what this process starts later is again where it is itself.
-        setns(own.as_fd(), CloneFlags::CLONE_NEWPID)?;
-        Ok(Self { child: child?, ready: ready.into(), go: go.into() })
+        let child = spawn_as_pid_1(&mut command)?;
+        Ok(Self { child, ready: ready.into(), go: go.into() })
     }
 
     fn attach(&mut self, dir: &Path, record: &mut Record) -> Result<Attached> {
@@ -279,10 +274,9 @@ impl Open {
 
     /// Lets the program begin, and learns whether it did.
     fn release(&mut self, spec: &RunSpec, attached: &Attached) -> Result<()> {
-        let mut hosts = "127.0.0.1 localhost\n::1 localhost\n".to_owned();
-        for address in &attached.endpoint.addresses {
-            hosts.push_str(&format!("{address} {}\n", spec.name));
-        }
+        let mut hosts = vec!["127.0.0.1 localhost".to_owned(), "::1 localhost".to_owned()];
+        hosts.extend(attached.endpoint.addresses.iter().map(|address| format!("{address} {}", spec.name)));
+        let hosts = hosts.join("\n") + "\n";
         let mut go = serde_json::to_vec(&Go { resolv_conf: attached.resolv_conf.clone(), hosts })?;
         go.push(b'\n');
         self.go.write_all(&go).context("the container died before it began")?;
@@ -352,12 +346,8 @@ fn detach(endpoint: &EndpointId) {
 pub(super) fn inside(ready: RawFd, go: RawFd, name: &str, command: &[String]) -> Result<ExitCode> {
     set_pdeathsig(Signal::SIGKILL)?;
     let mut ready = adopt(ready, true)?;
-    let mut go = adopt(go, false)?;
-    let own = CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWIPC;
-    unshare(own)?;
+    let mut go = BufReader::new(adopt(go, false)?);
+    own_surroundings()?;
     sethostname(name)?;
     mounts::follow()?;
     mounts::fresh_proc()?;
@@ -366,12 +356,12 @@ pub(super) fn inside(ready: RawFd, go: RawFd, name: &str, command: &[String]) ->
     ip("link set lo up\n")?;
     ready.write_all(b".")?;
 
-    let mut line = Vec::new();
-    go.read_to_end(&mut line)?;
+    let mut line = String::new();
+    go.read_line(&mut line)?;
     if line.is_empty() {
         bail!("the container was not attached");
     }
-    let Go { resolv_conf, hosts } = serde_json::from_slice(&line)?;
+    let Go { resolv_conf, hosts } = serde_json::from_str(&line)?;
     mounts::replace_file("/etc/resolv.conf", "resolv.conf", &resolv_conf)?;
     mounts::replace_file("/etc/hosts", "hosts", &hosts)?;
     let Some((program, args)) = command.split_first() else { bail!("there is no command to run") };

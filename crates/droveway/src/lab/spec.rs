@@ -158,11 +158,9 @@ impl LabSpec {
 
     /// `/etc/hosts` of every node: they know one another by name.
     pub(super) fn hosts_file(&self) -> String {
-        let mut text = "127.0.0.1 localhost\n::1 localhost ip6-localhost\n".to_owned();
-        for (name, address) in self.nodes() {
-            text.push_str(&format!("{address} {name}\n"));
-        }
-        text
+        let mut lines = vec!["127.0.0.1 localhost".to_owned(), "::1 localhost ip6-localhost".to_owned()];
+        lines.extend(self.nodes().map(|(name, address)| format!("{address} {name}")));
+        lines.join("\n") + "\n"
     }
 
     /// What a program on a node finds in its environment, so that `droveway host ls` needs no flags there.

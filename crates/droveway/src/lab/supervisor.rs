@@ -34,7 +34,7 @@ pub(super) fn outer(dir: &Path, tied: bool) -> Result<()> {
     let supervisor = Pin::of(std::process::id())?;
     Supervisor { supervisor, init: None }.save(dir)?;
     let spec = spec(dir)?;
-    own_namespaces()?;
+    own_processes()?;
 
     let mut events = SigSet::empty();
     events.add(Signal::SIGCHLD);
@@ -91,14 +91,10 @@ fn watch(child: &mut Child, events: &SignalFd, mut tied: bool) -> Result<End> {
     }
 }
 
-/// Leaves the caller's namespaces; where that takes a privilege we lack, first into a user namespace where we have it.
-fn own_namespaces() -> Result<()> {
-    let wanted = CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWIPC;
-    match unshare(wanted) {
+/// Has the next process begin a namespace of process ids; where that takes a privilege we lack, in a user namespace
+/// where we have it. Of the caller's files and devices we lose nothing: we may have to clean up.
+fn own_processes() -> Result<()> {
+    match unshare(CloneFlags::CLONE_NEWPID) {
         Ok(()) => return Ok(()),
         Err(Errno::EPERM) => {}
         Err(error) => return Err(error).context("the kernel makes no namespaces"),
@@ -111,6 +107,15 @@ fn own_namespaces() -> Result<()> {
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("0 {gid} 1"))?;
+    unshare(CloneFlags::CLONE_NEWPID).context("the kernel makes no namespaces")
+}
+
+/// Leaves the namespaces we were started in, but for users and process ids: these our parent has left already.
+pub(super) fn own_surroundings() -> Result<()> {
+    let wanted = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC;
     unshare(wanted).context("the kernel makes no namespaces")
 }
 
@@ -119,6 +124,7 @@ pub(super) fn inner(dir: &Path) -> Result<()> {
     die_with_parent()?;
     let spec = spec(dir)?;
     let sigchld = hold_sigchld()?;
+    own_surroundings()?;
     sethostname(format!("lab-{}", spec.name))?;
     mounts::private(false)?;
     mounts::fresh_proc()?;
