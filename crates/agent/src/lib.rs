@@ -1,6 +1,7 @@
 //! The agent of one host: reconcile, attach, names, metadata, ledger, Docker.
 
 pub mod control;
+pub mod docker;
 pub mod view;
 
 pub use control::Control;
