@@ -117,6 +117,8 @@ pub(crate) enum Command {
     Watch(Box<model::Watch>),
     /// The host's own addresses or settings changed.
     Underlay(Vec<model::Candidate>),
+    /// Docker's engine has started: it may have changed the host's firewall.
+    EngineStarted,
     /// End the thread; the kernel stays as it is.
     Stop,
 }

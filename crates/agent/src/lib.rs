@@ -9,6 +9,7 @@
 mod book;
 mod chores;
 pub mod control;
+pub mod docker;
 mod ipam;
 mod ledger;
 mod link;
@@ -233,14 +234,30 @@ async fn follow_underlay(
     }
 }
 
+/// Serves Docker. Should that not be possible, all else goes on, and the status says why.
 async fn follow_docker(config: &Config, control: Control, status: watch::Sender<DockerStatus>) {
-    match &config.docker {
-        None => std::future::pending().await,
-        Some(_) => {
-            let _ = (control, status);
-            std::future::pending().await
+    let Some(engine) = &config.docker else { return std::future::pending().await };
+    let docker = docker::Config {
+        engine: engine.clone(),
+        plugin_socket: config.docker_plugin.clone(),
+        ..docker::Config::new(&config.state_dir)
+    };
+    // An engine that starts sets up its firewall, which may be in our way.
+    let mut states = status.subscribe();
+    let watcher = control.clone();
+    let watch_engine = async move {
+        while states.changed().await.is_ok() {
+            if matches!(*states.borrow_and_update(), DockerStatus::Up { .. }) {
+                watcher.send(Command::EngineStarted);
+            }
         }
-    }
+    };
+    let serve = async {
+        let Err(error) = docker::run(docker, control, status.clone()).await;
+        tracing::error!("{error}");
+        status.send_replace(DockerStatus::Waiting { why: error.to_string() });
+    };
+    tokio::join!(serve, watch_engine);
 }
 
 fn internal(error: impl std::fmt::Display) -> ApiError {

@@ -192,6 +192,7 @@ impl Reconciler {
                 self.stale |= self.book.candidates != candidates;
                 self.book.candidates = candidates;
             }
+            Command::EngineStarted => self.open_forwarding(),
             Command::Stop => {}
         }
     }
@@ -351,11 +352,23 @@ impl Reconciler {
                 self.troubles.push_back(error.message);
             }
         }
+        let had_routers = self.has_routers();
         self.wanted = self.work_out(except);
+        if !had_routers && self.has_routers() {
+            self.open_forwarding();
+        }
         self.converge(&Scope::Everything);
         // What this did is not to be looked at again.
         if self.kernel.observe(&self.wanted).is_ok() {
             self.kernel.take_changes();
+        }
+    }
+
+    /// Docker's engine sets the host to forward nothing but its own; packets of our routers have to pass.
+    fn open_forwarding(&mut self) {
+        match linux::forward::ensure(&format!("{}+", plan::object::HOST_DEVICE_PREFIX)) {
+            Ok(forwarding) => tracing::debug!(?forwarding, "the host's own firewall"),
+            Err(error) => self.trouble(format!("containers may not reach the outside: {error}")),
         }
     }
 
@@ -396,6 +409,10 @@ impl Reconciler {
         let pause = self.retry.map_or(RETRY.0, |(_, pause)| (pause * 2).min(RETRY.1));
         self.retry = Some((Instant::now() + pause, pause));
         self.refused(refused);
+    }
+
+    fn has_routers(&self) -> bool {
+        self.wanted.keys().any(|(place, _)| *place != Place::Host)
     }
 
     fn difference(&mut self, scope: &Scope) -> Result<Vec<Step>, String> {
