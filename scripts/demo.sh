@@ -12,10 +12,10 @@ bold=$'\e[1m' dim=$'\e[2m' off=$'\e[0m'
 title() { printf '\n%s== %s%s\n' "$bold" "$1" "$off"; }
 look() { printf '%s   look: %s%s\n' "$dim" "$1" "$off"; }
 show() { printf '%s$ %s%s\n' "$dim" "$*" "$off"; "$@" 2>&1 | sed 's/^/  /'; }
-on() { "$droveway" lab --name "$lab" exec "$@"; }
+on() { "$droveway" lab --lab "$lab" exec "$@"; }
 
 if [ "${1:-up}" = down ]; then
-  exec "$droveway" lab --name "$lab" down
+  exec "$droveway" lab --lab "$lab" down
 fi
 if [ "$(id -u)" -ne 0 ]; then
   echo "error: the demo starts Docker Engines, which needs root; run: sudo make demo" >&2
@@ -23,8 +23,8 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 
 title "A lab of two hosts, each with its own agent and Docker Engine"
-"$droveway" lab --name "$lab" down 2>/dev/null || true
-"$droveway" lab --name "$lab" up --hosts 2 --docker
+"$droveway" lab --lab "$lab" down 2>/dev/null || true
+"$droveway" lab --lab "$lab" up --hosts 2 --docker
 
 # An image from what Debian has: busybox, statically linked.
 image() {
@@ -117,15 +117,15 @@ show on h1 -- docker network ls
 look "the managed network is there without anybody having made it"
 
 title "What the cluster says of itself"
-show "$droveway" lab --name $lab exec server -- droveway endpoint ls
-show "$droveway" lab --name $lab exec server -- droveway host ls
+show "$droveway" lab --lab $lab exec server -- droveway endpoint ls
+show "$droveway" lab --lab $lab exec server -- droveway host ls
 
 cat <<EOF
 
 ${bold}Go on by hand${off} (as root, in this directory):
-  $droveway lab --name $lab exec h1 -- docker run --rm --network managed app:demo ping -c 3 mongo
-  $droveway lab --name $lab exec h1 -- droveway status
-  $droveway lab --name $lab exec server -- droveway network create red --subnet 10.43.0.0/16
-  $droveway lab --name $lab cut h1 h2        # and: heal
+  $droveway lab --lab $lab exec h1 -- docker run --rm --network managed app:demo ping -c 3 mongo
+  $droveway lab --lab $lab exec h1 -- droveway status
+  $droveway lab --lab $lab exec server -- droveway network create red --subnet 10.43.0.0/16
+  $droveway lab --lab $lab cut h1 h2        # and: heal
   make demo-down                             # take it all away
 EOF
