@@ -1,6 +1,8 @@
 //! The agent of one host: reconcile, attach, names, metadata, ledger, Docker.
 
 pub mod control;
+pub mod metadata;
+pub mod names;
 pub mod view;
 
 pub use control::Control;
