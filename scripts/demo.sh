@@ -41,7 +41,7 @@ image() {
 
 title "Images made on the spot, and the stack $stack: mongo and hubot on h2, rocketchat on h1"
 for host in h1 h2; do
-  image | on $host -- docker import -q - app:demo >/dev/null
+  image | on $host -- docker import - app:demo >/dev/null
 done
 
 # Stand-ins that talk to each other: a store that answers over HTTP, a chat server that reads from it and serves what it

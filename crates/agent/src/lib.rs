@@ -13,8 +13,10 @@ pub mod docker;
 mod ipam;
 mod ledger;
 mod link;
+pub mod metadata;
+pub mod names;
 mod reconcile;
-//mod routers;
+mod routers;
 pub mod server;
 pub mod socket;
 pub mod tls;
@@ -131,11 +133,19 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         docker,
     };
 
+    let upstreams = if config.forwarders.is_empty() {
+        names::Upstreams::File("/etc/resolv.conf".into())
+    } else {
+        names::Upstreams::Given(config.forwarders.iter().map(|address| (*address, 53).into()).collect())
+    };
+    let own = context.candidates.borrow().iter().map(|candidate| candidate.address).collect();
+    let forwarder = Arc::new(names::Forwarder::new(upstreams, own));
+
     let outcome = tokio::select! {
         served = socket::serve(listener, context) => served.map_err(internal),
         () = link::follow(server.clone(), control.clone(), connection_tx) => Ok(()),
         () = link::tell(server, control.clone(), chores, report, connection) => Ok(()),
-        //routers
+        () = routers::serve(control.clone(), forwarder) => Ok(()),
         () = follow_underlay(&config, &identity, &control, &candidates_tx, &report_tx) => Ok(()),
         () = follow_docker(&config, control.clone(), docker_tx) => Ok(()),
         ended = ended => match ended {

@@ -13,7 +13,7 @@ use model::{NetworkId, SERVICE_ADDRESS};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::names::{Forwarder, Zone};
+use crate::names::{Forwarder, Udp, Zone};
 use crate::view::View;
 use crate::{Control, NETNS_DIR, metadata, names};
 
@@ -69,7 +69,14 @@ impl Running {
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let netns = Netns::open(&std::path::Path::new(NETNS_DIR).join(netns))?;
         let dns = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 53);
-        let udp = linux::socket::udp_transparent(&netns, dns)?;
+        let udp = Udp {
+            socket: linux::socket::udp_transparent(&netns, dns)?,
+            receive: |socket, buffer| {
+                let (length, from, to) = linux::socket::recv_with_destination(socket, buffer)?;
+                Ok((length, from, to.ip()))
+            },
+            send: linux::socket::send_from,
+        };
         let tcp = linux::socket::tcp_listener_transparent(&netns, dns)?;
         let http = netns.run(|| std::net::TcpListener::bind((SERVICE_ADDRESS, 80)))??;
         let (zone, zones) = watch::channel(Arc::new(Zone::new(view, id)));
@@ -77,14 +84,12 @@ impl Running {
         let metadata = metadata::serve(http, id.clone(), views.clone());
         let tasks = vec![
             tokio::spawn(async move {
-                if let Err(error) = names.await {
-                    tracing::warn!("names: {error}");
-                }
+                let Err(error) = names.await;
+                tracing::warn!("names: {error}");
             }),
             tokio::spawn(async move {
-                if let Err(error) = metadata.await {
-                    tracing::warn!("metadata: {error}");
-                }
+                let Err(error) = metadata.await;
+                tracing::warn!("metadata: {error}");
             }),
         ];
         Ok(Self { generation, zone, tasks })

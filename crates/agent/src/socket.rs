@@ -17,7 +17,7 @@ use model::{EndpointId, agent_api};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 
-//use crate::names;
+use crate::names;
 use crate::{Control, VERSION};
 
 /// What the socket tells besides what control knows.
@@ -127,7 +127,8 @@ async fn attach(
     })?;
     let mut attached = context.control.attach(request).await?;
     let view = context.control.view();
-    let _ = (&view, &mut attached);
+    let host = std::fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
+    attached.resolv_conf = names::resolv_conf(&view, &attached.endpoint, &names::Resolv::parse(&host).search);
     Ok(Json(attached))
 }
 
