@@ -32,7 +32,7 @@ image() {
   root=$(mktemp -d)
   mkdir -p "$root"/{bin,www,etc,tmp,proc,sys}
   cp "$(command -v busybox)" "$root/bin/busybox"
-  for applet in sh sleep ping traceroute wget httpd nc ip arp nslookup cat echo date hostname; do
+  for applet in sh sleep ping traceroute wget httpd nc ip arp nslookup cat cp ls echo date hostname; do
     ln -s busybox "$root/bin/$applet"
   done
   tar -C "$root" -c .
@@ -53,8 +53,8 @@ start() { # host name command
 }
 start h2 mongo 'echo "{\"rooms\": [\"general\"], \"served_by\": \"mongo\"}" >/www/rooms; exec httpd -f -p 27017 -h /www'
 start h1 rocketchat 'httpd -p 3000 -h /www; while :; do
-    wget -q -T 2 -O /www/new http://mongo:27017/rooms && cp /www/new /www/rooms; sleep 1; done'
-start h2 hubot 'while :; do wget -q -T 2 -O - http://rocketchat:3000/rooms && echo " <- rocketchat"; sleep 1; done'
+    wget -q -O /www/new http://mongo:27017/rooms && cp /www/new /www/rooms; sleep 1; done'
+start h2 hubot 'while :; do wget -q -O - http://rocketchat:3000/rooms && echo " <- rocketchat"; sleep 1; done'
 
 for _ in $(seq 100); do
   on h2 -- docker logs hubot 2>/dev/null | grep -q mongo && break
