@@ -18,11 +18,11 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use crate::files::{self, DataDir};
 use crate::{Error, SERVER_NAME, secret};
 
-const YEAR: Duration = Duration::from_secs(365 * 86_400);
-const CA_LIFE: Duration = Duration::from_secs(50 * 365 * 86_400);
-const SERVER_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
+const YEAR: Duration = Duration::from_hours(365 * 24);
+const CA_LIFE: Duration = Duration::from_hours(50 * 365 * 24);
+const SERVER_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 /// A host's certificate that ran out is shown, not enforced: see `tls`.
-const HOST_LIFE: Duration = Duration::from_secs(10 * 365 * 86_400);
+const HOST_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
 
 /// The certificate authority.
 pub(crate) struct Ca {

@@ -168,6 +168,6 @@ async fn answer(
 async fn silent(asked: &AtomicBool) {
     tokio::time::sleep(HANDSHAKE).await;
     if asked.load(Ordering::Relaxed) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }

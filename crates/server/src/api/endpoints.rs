@@ -84,13 +84,13 @@ pub(super) async fn put(
                     return Err(refuse(ErrorCode::Conflict, message));
                 }
                 Some(_) => {
-                    compares.push(Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()))
+                    compares.push(Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()));
                 }
             }
             for address in &endpoint.addresses {
                 compares.push(authority(&keys, env, network, &endpoint, *address)?);
             }
-            let made = env.catalog.endpoints.get(&id).is_none();
+            let made = !env.catalog.endpoints.contains_key(&id);
             Ok(Plan::Commit(Txn::new(compares, vec![put_op(key, &endpoint)?]), Some(made)))
         })
         .await?;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::body::Body as HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
+use axum::http::HeaderValue;
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use axum::http::request::Parts;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -18,6 +19,7 @@ use super::{Refusal, refuse};
 use crate::app::{App, no_environment};
 use crate::secret;
 use crate::serve::Peer;
+use crate::state::State;
 
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(30);
@@ -70,50 +72,10 @@ impl FromRequestParts<Arc<App>> for Caller {
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
         let wanted = parameter(parts, app, "environment").await?;
         let state = app.shared.read();
-        let (environment, who) = match parts.headers.get(AUTHORIZATION) {
-            Some(value) => {
-                let unknown = || {
-                    refuse(
-                        ErrorCode::Unauthenticated,
-                        "the key is not valid; send `Authorization: Bearer KEY` with the key from the server's admin.key file",
-                    )
-                };
-                let text = value.to_str().map_err(|_| unknown())?;
-                let (scheme, key) = text.split_once(' ').ok_or_else(unknown)?;
-                if !scheme.eq_ignore_ascii_case("bearer") {
-                    return Err(unknown().into());
-                }
-                let hash = secret::sha256(key.trim().as_bytes());
-                let keys = state
-                    .environments
-                    .iter()
-                    .flat_map(|(id, env)| env.api_keys.iter().map(move |key| (id, key)));
-                // All are compared, whichever fits.
-                let found: Vec<_> = keys.filter(|(_, (_, key))| secret::same(&key.hash, &hash)).collect();
-                let here = found.iter().find(|(id, _)| id.as_str() == wanted).or(found.first());
-                let (id, (name, _)) = here.ok_or_else(unknown)?;
-                ((*id).clone(), Who::Person((*name).clone()))
-            }
-            None => {
-                let peer = parts.extensions.get::<Peer>();
-                let key = peer.and_then(|peer| peer.key).ok_or_else(|| {
-                    refuse(
-                        ErrorCode::Unauthenticated,
-                        "neither a key nor a client certificate was sent; people send `Authorization: Bearer KEY`, agents show the certificate they got when they joined",
-                    )
-                })?;
-                let key = key.to_string();
-                let mut found = state.environments.iter().filter_map(|(id, env)| {
-                    let host = env.by_key.get(&key)?;
-                    Some((id.clone(), Who::Agent(host.clone(), env.host_name(host).to_owned())))
-                });
-                found.next().ok_or_else(|| {
-                    refuse(
-                        ErrorCode::Unauthenticated,
-                        "the certificate's key is that of no host: the host was removed, or joined another environment; join again with a token from `droveway token create`",
-                    )
-                })?
-            }
+        let (environment, who) = if let Some(header) = parts.headers.get(AUTHORIZATION) {
+            person(&state, header, &wanted)?
+        } else {
+            agent(&state, parts.extensions.get::<Peer>())?
         };
         if environment.as_str() != wanted {
             return Err(match state.environments.keys().find(|id| id.as_str() == wanted) {
@@ -131,6 +93,47 @@ impl FromRequestParts<Arc<App>> for Caller {
         }
         Ok(Self { environment, who })
     }
+}
+
+/// The person whose key is in the header: of the environment that is wanted, if the key is known there.
+fn person(state: &State, header: &HeaderValue, wanted: &str) -> Result<(EnvironmentId, Who), ApiError> {
+    let unknown = || {
+        let message = "the key is not valid; send `Authorization: Bearer KEY` with the key from the server's admin.key file";
+        refuse(ErrorCode::Unauthenticated, message)
+    };
+    let (scheme, key) = header.to_str().ok().and_then(|text| text.split_once(' ')).ok_or_else(unknown)?;
+    if !scheme.eq_ignore_ascii_case("bearer") {
+        return Err(unknown());
+    }
+    let hash = secret::sha256(key.trim().as_bytes());
+    let keys = state.environments.iter().flat_map(|(id, env)| env.api_keys.iter().map(move |key| (id, key)));
+    // All are compared, whichever fits.
+    let found: Vec<_> = keys.filter(|(_, (_, key))| secret::same(&key.hash, &hash)).collect();
+    let here = found.iter().find(|(id, _)| id.as_str() == wanted).or(found.first());
+    let (id, (name, _)) = here.ok_or_else(unknown)?;
+    Ok(((*id).clone(), Who::Person((*name).clone())))
+}
+
+/// The agent of the host whose key the other side proved to hold.
+fn agent(state: &State, peer: Option<&Peer>) -> Result<(EnvironmentId, Who), ApiError> {
+    let refused = |message: &str| refuse(ErrorCode::Unauthenticated, message);
+    let key = peer.and_then(|peer| peer.key).ok_or_else(|| {
+        refused(
+            "neither a key nor a client certificate was sent; people send `Authorization: Bearer KEY`, agents show \
+             the certificate they got when they joined",
+        )
+    })?;
+    let key = key.to_string();
+    let mut found = state.environments.iter().filter_map(|(id, env)| {
+        let host = env.by_key.get(&key)?;
+        Some((id.clone(), Who::Agent(host.clone(), env.host_name(host).to_owned())))
+    });
+    found.next().ok_or_else(|| {
+        refused(
+            "the certificate's key is that of no host: the host was removed, or joined another environment; join \
+             again with a token from `droveway token create`",
+        )
+    })
 }
 
 impl FromRequestParts<Arc<App>> for Person {

@@ -7,8 +7,11 @@ use serde_json::json;
 use crate::harness::{Agent, DEFAULT, Server};
 
 async fn claim(agent: &Agent, address: &str, endpoint: &EndpointId) -> Result<Claim, ApiError> {
-    let request =
-        ClaimRequest { network: "managed".into(), address: address.parse().unwrap(), endpoint: endpoint.clone() };
+    let request = ClaimRequest {
+        network: "managed".into(),
+        address: address.parse().unwrap(),
+        endpoint: endpoint.clone(),
+    };
     agent.client.post(&format!("{DEFAULT}/claims"), &request).await
 }
 
@@ -60,7 +63,11 @@ async fn a_repeated_request_gets_the_same_block_and_a_full_pool_says_who_holds_i
     assert!(second.leased > first.leased && second.cidr != first.cidr);
     assert_eq!(one.lease("small", 1).await.unwrap(), second);
     two.lease("small", 0).await.unwrap();
-    refused(two.lease("small", 1).await, ErrorCode::Exhausted, "all 3 blocks of 10.50.0.0/24 are leased (h1: 2, h2: 1)");
+    refused(
+        two.lease("small", 1).await,
+        ErrorCode::Exhausted,
+        "all 3 blocks of 10.50.0.0/24 are leased (h1: 2, h2: 1)",
+    );
     refused(two.lease("none", 0).await, ErrorCode::NotFound, "\"none\"");
     let view: model::api::HostView = server.admin().get(&format!("{DEFAULT}/hosts/h1")).await.unwrap();
     assert_eq!(view.blocks, [first, second], "in the order of leases");
@@ -92,7 +99,10 @@ async fn an_address_is_claimed_once_and_only_where_no_block_is_leased() {
     refused(claim(&one, "10.42.0.7", &b).await, ErrorCode::Conflict, "on host h1");
     let block = two.lease("managed", 0).await.unwrap();
     let inside = two.endpoint(&block, "x", 9).addresses[0].to_string();
-    let message = format!("address {inside} lies in block {} leased to host h2; choose one from 10.42.0.2 to 10.42.15.255", block.cidr);
+    let message = format!(
+        "address {inside} lies in block {} leased to host h2; choose one from 10.42.0.2 to 10.42.15.255",
+        block.cidr
+    );
     refused(claim(&one, &inside, &b).await, ErrorCode::Conflict, &message);
     refused(claim(&two, &inside, &b).await, ErrorCode::Conflict, "assigns it itself");
     refused(claim(&one, "10.43.0.7", &b).await, ErrorCode::Invalid, "outside the pool 10.42.0.0/16");
@@ -118,7 +128,8 @@ async fn one_of_many_claims_of_an_address_wins() {
     let server = Server::start().await;
     let (one, two) = (server.host("h1").await, server.host("h2").await);
     let ids: Vec<EndpointId> = (0..20).map(|i| EndpointId::from_random([i; 8])).collect();
-    let claims = ids.iter().enumerate().map(|(i, id)| claim(if i % 2 == 0 { &one } else { &two }, "10.42.1.1", id));
+    let claims =
+        ids.iter().enumerate().map(|(i, id)| claim(if i % 2 == 0 { &one } else { &two }, "10.42.1.1", id));
     let claims = futures_util::future::join_all(claims).await;
     assert_eq!(claims.iter().filter(|claim| claim.is_ok()).count(), 1);
 }
@@ -146,7 +157,8 @@ async fn an_agent_keeps_its_own_endpoints_and_no_others() {
     refused(one.put(&outside).await, ErrorCode::Invalid, "outside the pool");
     let none = model::Endpoint { addresses: vec![], ..web.clone() };
     refused(one.put(&none).await, ErrorCode::Invalid, "needs one address");
-    let moved = server.admin().make_network(json!({ "name": "red", "cidrs": ["10.42.0.0/16"] })).await.unwrap();
+    let moved =
+        server.admin().make_network(json!({ "name": "red", "cidrs": ["10.42.0.0/16"] })).await.unwrap();
     let moved = model::Endpoint { network: moved.id, ..web.clone() };
     refused(one.put(&moved).await, ErrorCode::Conflict, "make another in red");
     let wrong = one.client.put::<()>(&format!("{DEFAULT}/endpoints/{}", same.id), &web).await;

@@ -39,8 +39,10 @@ async fn an_oversized_body_is_refused_with_and_without_a_length() {
     let networks = format!("{DEFAULT}/networks");
     let (status, text) = server.admin().raw(Method::POST, &networks, vec![b'x'; BODY_MAX + 1]).await;
     assert_eq!((status.as_u16(), error(&text).code), (413, ErrorCode::TooLarge));
-    let chunks = futures_util::stream::iter((0..40).map(|_| Ok::<_, std::io::Error>(vec![b' '; BODY_MAX / 20])));
-    let (status, text) = server.admin().raw(Method::POST, &networks, reqwest::Body::wrap_stream(chunks)).await;
+    let chunks =
+        futures_util::stream::iter((0..40).map(|_| Ok::<_, std::io::Error>(vec![b' '; BODY_MAX / 20])));
+    let (status, text) =
+        server.admin().raw(Method::POST, &networks, reqwest::Body::wrap_stream(chunks)).await;
     assert_eq!((status.as_u16(), error(&text).code), (413, ErrorCode::TooLarge));
     server.admin().get::<serde_json::Value>(&networks).await.unwrap();
 }
@@ -64,14 +66,20 @@ async fn who_has_no_or_wrong_credentials_sees_nothing() {
             (Method::PUT, "/hosts/self"),
         ] {
             let (status, text) = client.raw(method.clone(), &format!("{DEFAULT}{path}"), "").await;
-            assert_eq!((status.as_u16(), error(&text).code), (401, ErrorCode::Unauthenticated), "{method} {path}");
+            assert_eq!(
+                (status.as_u16(), error(&text).code),
+                (401, ErrorCode::Unauthenticated),
+                "{method} {path}"
+            );
             let (status, _) = client.raw(method, &format!("/v1/environments/none{path}"), "").await;
             assert_eq!(status, 401, "not even which environments there are");
         }
     }
     nobody.get::<serde_json::Value>("/v1/info").await.unwrap();
     let document: serde_json::Value = nobody.get("/openapi.json").await.unwrap();
-    assert!(document["paths"][format!("{}/networks", DEFAULT.replace("default", "{environment}"))].is_object());
+    assert!(
+        document["paths"][format!("{}/networks", DEFAULT.replace("default", "{environment}"))].is_object()
+    );
 }
 
 #[tokio::test]
@@ -173,8 +181,11 @@ async fn http_1_works_too() {
         .with_no_client_auth();
     let stream = tokio::net::TcpStream::connect(server.ready.address).await.unwrap();
     let name = "drove.example".try_into().unwrap();
-    let mut tls = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config)).connect(name, stream).await.unwrap();
-    tls.write_all(b"GET /v1/info HTTP/1.1\r\nHost: drove.example\r\nConnection: close\r\n\r\n").await.unwrap();
+    let mut tls =
+        tokio_rustls::TlsConnector::from(std::sync::Arc::new(config)).connect(name, stream).await.unwrap();
+    tls.write_all(b"GET /v1/info HTTP/1.1\r\nHost: drove.example\r\nConnection: close\r\n\r\n")
+        .await
+        .unwrap();
     let mut answer = Vec::new();
     tls.read_to_end(&mut answer).await.unwrap();
     assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));

@@ -48,7 +48,10 @@ async fn bad_tokens_are_refused_with_the_remedy_and_without_being_quoted() {
     ] {
         let error = server.join("h2", token, &[]).await.err().unwrap();
         assert_eq!(error.code, code, "{error}");
-        assert!(error.message.contains(expected) && error.message.contains("droveway token create"), "{error}");
+        assert!(
+            error.message.contains(expected) && error.message.contains("droveway token create"),
+            "{error}"
+        );
         let secret = token.split('.').nth(2);
         assert!(secret.is_none_or(|secret| !error.message.contains(secret)), "{error}");
     }
@@ -97,7 +100,10 @@ async fn a_name_a_key_and_a_route_that_clash_are_refused_and_cost_no_use() {
     let copy = KeyPair::from_pem(&first.key.serialize_pem()).unwrap();
     refused(server.join_with(copy, "h2", &token.token, &[]).await.err(), conflict, &["joined as \"h1\""]);
     let routes = [("0.0.0.0/0", "eth0"), ("10.42.8.0/24", "eth1")];
-    let words = ["network \"managed\": pool 10.42.0.0/16 overlaps route 10.42.8.0/24 dev eth1 on host h2", "--subnet"];
+    let words = [
+        "network \"managed\": pool 10.42.0.0/16 overlaps route 10.42.8.0/24 dev eth1 on host h2",
+        "--subnet",
+    ];
     refused(server.join("h2", &token.token, &routes).await.err(), conflict, &words);
     refused(server.join("self", &token.token, &[]).await.err(), ErrorCode::Invalid, &["reserved"]);
     let id = first.id.as_str().to_owned();

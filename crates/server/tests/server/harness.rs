@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use model::api::{ApiError, ErrorCode, HostRoute, JoinAnswer, LeaseRequest, TokenCreated, TokenRequest};
 use model::{
-    Block, Candidate, Change, Endpoint, EndpointId, EndpointKind, Fingerprint, HostId, Mac, Network, Object, Revision,
-    Source, Watch,
+    Block, Candidate, Change, Endpoint, EndpointId, EndpointKind, Fingerprint, HostId, Mac, Network, Object,
+    Revision, Source, Watch,
 };
 use rcgen::KeyPair;
 use reqwest::{Method, StatusCode};
@@ -49,15 +49,13 @@ impl Server {
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = oneshot::channel();
         let config = config(dir.path().join("data"));
-        let task = tokio::spawn(server::run(
-            config,
-            move |ready| drop(tell.send(ready)),
-            async move { drop(stopped.await) },
-        ));
-        match told.await {
-            Ok(ready) => Self { dir, ready, stop: Some(stop), task },
-            Err(_) => panic!("the server did not start: {:?}", task.await),
+        let task = tokio::spawn(server::run(config, move |ready| drop(tell.send(ready)), async move {
+            drop(stopped.await)
+        }));
+        if let Ok(ready) = told.await {
+            return Self { dir, ready, stop: Some(stop), task };
         }
+        panic!("the server did not start: {:?}", task.await)
     }
 
     pub async fn stop(mut self) -> TempDir {
@@ -168,15 +166,21 @@ impl Client {
         }
     }
 
-    pub async fn raw(&self, method: Method, path: &str, body: impl Into<reqwest::Body>) -> (StatusCode, String) {
+    pub async fn raw(
+        &self,
+        method: Method,
+        path: &str,
+        body: impl Into<reqwest::Body>,
+    ) -> (StatusCode, String) {
         let response = self.request(method, path).body(body).send().await.unwrap();
         (response.status(), response.text().await.unwrap())
     }
 
     async fn answer<T: DeserializeOwned>(request: reqwest::RequestBuilder) -> Result<T, ApiError> {
-        let response = request.send().await.map_err(|error| {
-            ApiError::new(ErrorCode::Unavailable, format!("no answer: {error:?}"))
-        })?;
+        let response = request
+            .send()
+            .await
+            .map_err(|error| ApiError::new(ErrorCode::Unavailable, format!("no answer: {error:?}")))?;
         let (status, text) = (response.status(), response.text().await.unwrap());
         if status.is_success() {
             let text = if text.is_empty() { "null" } else { &text };
@@ -265,7 +269,8 @@ impl Agent {
     }
 
     pub async fn watch_from(&self, from: Option<(&model::Epoch, Revision)>) -> Watching {
-        let query = from.map_or_else(String::new, |(epoch, revision)| format!("?epoch={epoch}&revision={revision}"));
+        let query =
+            from.map_or_else(String::new, |(epoch, revision)| format!("?epoch={epoch}&revision={revision}"));
         let response =
             self.client.request(Method::GET, &format!("{DEFAULT}/watch{query}")).send().await.unwrap();
         assert_eq!(response.status(), 200);

@@ -1,5 +1,5 @@
 //! The server as its clients meet it: over TLS, on a port of its own.
-#![allow(missing_docs, unreachable_pub)]
+#![allow(missing_docs, clippy::unwrap_used, clippy::expect_used)]
 
 mod addresses;
 mod edges;

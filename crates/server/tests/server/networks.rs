@@ -15,9 +15,14 @@ async fn a_network_is_made_looked_at_and_removed() {
     let admin = server.admin();
     let red = admin.make_network(json!({ "name": "red", "cidrs": ["10.50.0.0/16"] })).await.unwrap();
     assert_eq!(red.driver, Driver::Vxlan { vni: 2, port: 4789 }, "managed has VNI 1");
-    let twin = json!({ "name": "twin", "cidrs": ["10.50.0.0/16"], "internal": true, "mtu": 1400, "port": 9999 });
+    let twin =
+        json!({ "name": "twin", "cidrs": ["10.50.0.0/16"], "internal": true, "mtu": 1400, "port": 9999 });
     let twin = admin.make_network(twin).await.unwrap();
-    assert_eq!(twin.driver, Driver::Vxlan { vni: 1, port: 9999 }, "networks are isolated: equal pools are fine");
+    assert_eq!(
+        twin.driver,
+        Driver::Vxlan { vni: 1, port: 9999 },
+        "networks are isolated: equal pools are fine"
+    );
     assert_eq!(names(&admin).await, ["managed", "red", "twin"]);
     for id in ["red", red.id.as_str()] {
         assert_eq!(admin.get::<Network>(&format!("{DEFAULT}/networks/{id}")).await.unwrap(), red);
@@ -41,12 +46,17 @@ async fn what_cannot_be_is_refused_with_the_remedy_and_nothing_changes() {
     let host = server.host("h2").await;
     let route = HostRoute { cidr: "10.60.8.0/24".parse().unwrap(), device: "eth1".into() };
     let default = HostRoute { cidr: "0.0.0.0/0".parse().unwrap(), device: "eth0".into() };
-    let report = HostReport { candidates: vec![candidate(7)], routes: vec![default, route], version: "0.1.0".into() };
+    let report =
+        HostReport { candidates: vec![candidate(7)], routes: vec![default, route], version: "0.1.0".into() };
     host.client.put::<serde_json::Value>(&format!("{DEFAULT}/hosts/self"), &report).await.unwrap();
     let before: model::api::ServerInfo = admin.get("/v1/info").await.unwrap();
     let red = |cidr: &str| json!({ "name": "red", "cidrs": [cidr] });
     let cases = [
-        (red("10.60.0.0/16"), ErrorCode::Conflict, "network \"red\": pool 10.60.0.0/16 overlaps route 10.60.8.0/24 dev eth1 on host h2; choose another --subnet"),
+        (
+            red("10.60.0.0/16"),
+            ErrorCode::Conflict,
+            "network \"red\": pool 10.60.0.0/16 overlaps route 10.60.8.0/24 dev eth1 on host h2; choose another --subnet",
+        ),
         (red("10.60.8.0/22"), ErrorCode::Conflict, "overlaps route"),
         (red("10.43.3.0/16"), ErrorCode::Invalid, "did you mean 10.43.0.0/16"),
         (red("10.43.0.0/25"), ErrorCode::Invalid, "room for"),
@@ -56,15 +66,31 @@ async fn what_cannot_be_is_refused_with_the_remedy_and_nothing_changes() {
         (red("fd00::/64"), ErrorCode::Invalid, "IPv4"),
         (json!({ "name": "red", "cidrs": [] }), ErrorCode::Invalid, "exactly one"),
         (json!({ "name": "red" }), ErrorCode::Invalid, "cidrs"),
-        (json!({ "name": "no good", "cidrs": ["10.43.0.0/16"] }), ErrorCode::Invalid, "begin with a letter or digit"),
-        (json!({ "name": "n-abcdefghij", "cidrs": ["10.43.0.0/16"] }), ErrorCode::Invalid, "looks like an id"),
+        (
+            json!({ "name": "no good", "cidrs": ["10.43.0.0/16"] }),
+            ErrorCode::Invalid,
+            "begin with a letter or digit",
+        ),
+        (
+            json!({ "name": "n-abcdefghij", "cidrs": ["10.43.0.0/16"] }),
+            ErrorCode::Invalid,
+            "looks like an id",
+        ),
         (json!({ "name": "managed", "cidrs": ["10.43.0.0/16"] }), ErrorCode::Conflict, "choose another name"),
-        (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "vni": 1 }), ErrorCode::Conflict, "choose another --vni"),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "vni": 1 }),
+            ErrorCode::Conflict,
+            "choose another --vni",
+        ),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "vni": 0 }), ErrorCode::Invalid, "VNI"),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "gre" }), ErrorCode::Invalid, "vxlan"),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "mtu": 100 }), ErrorCode::Invalid, "576"),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "colour": "red" }), ErrorCode::Invalid, "colour"),
-        (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "labels": { "": "x" } }), ErrorCode::Invalid, "label"),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "labels": { "": "x" } }),
+            ErrorCode::Invalid,
+            "label",
+        ),
     ];
     for (spec, code, expected) in cases {
         let error = admin.make_network(spec.clone()).await.unwrap_err();
@@ -106,10 +132,12 @@ async fn a_network_in_use_is_not_removed_and_its_users_are_named() {
 async fn only_one_of_two_that_make_the_same_network_at_once_gets_it() {
     let server = Server::start().await;
     let admin = server.admin();
-    let makes = (0..8).map(|i| admin.make_network(json!({ "name": "red", "cidrs": [format!("10.{}.0.0/16", 50 + i)] })));
+    let makes = (0..8)
+        .map(|i| admin.make_network(json!({ "name": "red", "cidrs": [format!("10.{}.0.0/16", 50 + i)] })));
     let made: Vec<Result<Network, ApiError>> = futures_util::future::join_all(makes).await;
     assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 1);
-    let makes = (0..8).map(|i| admin.make_network(json!({ "name": format!("n{i}"), "cidrs": ["10.50.0.0/16"] })));
+    let makes =
+        (0..8).map(|i| admin.make_network(json!({ "name": format!("n{i}"), "cidrs": ["10.50.0.0/16"] })));
     let mut vnis: Vec<u32> = futures_util::future::join_all(makes)
         .await
         .into_iter()
@@ -140,9 +168,14 @@ async fn labels_are_set_and_removed_and_candidates_follow_the_report() {
     assert_eq!(before.revision, after.revision, "the same report again changes nothing");
     let view: HostView = server.admin().get(&path).await.unwrap();
     assert_eq!((view.host.candidates, view.version.as_deref()), (vec![candidate(9)], Some("0.1.0")));
-    let routes = json!({ "candidates": [], "version": "1", "routes": [{ "cidr": "10.42.0.0/24", "device": "eth1" }] });
-    host.client.put::<serde_json::Value>(&own, &routes).await.expect("a colliding route is kept, not refused");
-    let bad = json!({ "candidates": [{ "address": "0.0.0.0", "mtu": 1500, "source": "given" }], "version": "1" });
+    let routes =
+        json!({ "candidates": [], "version": "1", "routes": [{ "cidr": "10.42.0.0/24", "device": "eth1" }] });
+    host.client
+        .put::<serde_json::Value>(&own, &routes)
+        .await
+        .expect("a colliding route is kept, not refused");
+    let bad =
+        json!({ "candidates": [{ "address": "0.0.0.0", "mtu": 1500, "source": "given" }], "version": "1" });
     let error = host.client.put::<serde_json::Value>(&own, &bad).await.unwrap_err();
     assert!(error.message.contains("0.0.0.0"), "{error}");
 }

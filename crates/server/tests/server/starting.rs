@@ -12,7 +12,10 @@ async fn a_first_start_makes_everything_private_and_a_second_start_keeps_it() {
     assert_eq!(server.ready.ca, fingerprint_of(&server.file("ca.pem")));
     let networks: Vec<Network> = server.admin().get(&format!("{DEFAULT}/networks")).await.unwrap();
     assert_eq!(networks.len(), 1);
-    assert_eq!((networks[0].name.as_str(), networks[0].pool().to_string().as_str()), ("managed", "10.42.0.0/16"));
+    assert_eq!(
+        (networks[0].name.as_str(), networks[0].pool().to_string().as_str()),
+        ("managed", "10.42.0.0/16")
+    );
     let before: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
     assert_eq!(before.ca, server.ready.ca);
     let key = server.file("admin.key");
@@ -85,7 +88,8 @@ async fn a_port_in_use_is_said_with_the_remedy() {
     let server = Server::start().await;
     let dir = tempfile::tempdir().unwrap();
     let config = server::Config { listen: server.ready.address, ..config(dir.path().join("data")) };
-    let error = server::run(config, |_| panic!("it started"), std::future::pending()).await.unwrap_err().to_string();
+    let error =
+        server::run(config, |_| panic!("it started"), std::future::pending()).await.unwrap_err().to_string();
     assert!(error.contains("choose another --listen"), "{error}");
 }
 

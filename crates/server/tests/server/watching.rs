@@ -41,7 +41,8 @@ async fn a_snapshot_has_the_host_all_networks_and_nothing_of_networks_it_is_not_
     let block = two.lease("managed", 0).await.unwrap();
     two.put(&two.endpoint(&block, "db", 2)).await.unwrap();
     let mut watch = one.watch().await;
-    let Some(Watch::Snapshot { epoch, environment, host, domain, objects, revision }) = watch.next().await else {
+    let Some(Watch::Snapshot { epoch, environment, host, domain, objects, revision }) = watch.next().await
+    else {
         panic!("no snapshot")
     };
     let info: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
@@ -74,7 +75,10 @@ async fn a_host_sees_a_network_whole_when_it_takes_part_and_no_more_when_it_stop
     expected.sort();
     let changes = watch.delta().await;
     assert_eq!(keys(&changes), expected, "in one delta, what belongs to something after it");
-    assert!(changes.contains(&Change::Put(Object::Block(near.clone()))), "with its place in the order of leases");
+    assert!(
+        changes.contains(&Change::Put(Object::Block(near.clone()))),
+        "with its place in the order of leases"
+    );
 
     let named = model::Endpoint { healthy: false, ..db.clone() };
     two.put(&named).await.unwrap();
@@ -87,15 +91,19 @@ async fn a_host_sees_a_network_whole_when_it_takes_part_and_no_more_when_it_stop
     let gone = [(false, Key::Block(network.clone(), far.cidr)), (false, Key::Host(two.id.clone()))];
     assert_eq!(keys(&watch.delta().await), gone, "the last block of a host takes the host along");
 
-    let request =
-        ClaimRequest { network: "managed".into(), address: "10.42.0.9".parse().unwrap(), endpoint: db.id.clone() };
+    let request = ClaimRequest {
+        network: "managed".into(),
+        address: "10.42.0.9".parse().unwrap(),
+        endpoint: db.id.clone(),
+    };
     two.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
     let claim = Key::Claim(network.clone(), request.address);
     assert_eq!(keys(&watch.delta().await), [(true, Key::Host(two.id.clone())), (true, claim.clone())]);
 
     let give_back = GiveBack { network: "managed".into(), cidr: near.cidr };
     one.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await.unwrap();
-    let gone = [(false, claim), (false, Key::Block(network.clone(), near.cidr)), (false, Key::Host(two.id.clone()))];
+    let gone =
+        [(false, claim), (false, Key::Block(network.clone(), near.cidr)), (false, Key::Host(two.id.clone()))];
     assert_eq!(keys(&watch.delta().await), gone);
 
     let red = server.admin().make_network(json!({ "name": "red", "cidrs": ["10.50.0.0/16"] })).await.unwrap();
