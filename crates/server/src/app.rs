@@ -1,13 +1,13 @@
 //! What all requests share, and the one way in which they change the state.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use model::api::{ApiError, ErrorCode};
 use model::{EnvironmentId, HostId, Revision, UnixMillis};
 use serde::Serialize;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::ca::Ca;
 use crate::keys;
@@ -16,6 +16,8 @@ use crate::store::{Op, Store, StoreError, Txn};
 
 /// How often a change is planned anew when something else changed at the same time.
 const ATTEMPTS: usize = 100;
+/// How many bodies of people without credentials are read at a time.
+const STRANGERS: usize = 32;
 /// How long the state in memory may need to follow the store.
 const FOLLOW: Duration = Duration::from_secs(10);
 
@@ -30,6 +32,10 @@ pub(crate) struct App {
     /// Held while planning and doing changes that others of this server would make fail. It saves attempts; what keeps
     /// the state right, with other servers too, are the compares.
     pub(crate) turn: tokio::sync::Mutex<()>,
+    /// How many bodies of strangers may be read at the same time.
+    pub(crate) strangers: Semaphore,
+    /// The API's description, once somebody asked for it.
+    pub(crate) description: OnceLock<String>,
 }
 
 /// What a change would do, and its answer.
@@ -50,6 +56,8 @@ impl App {
             presence: Arc::default(),
             stopping: watch::Sender::new(false),
             turn: tokio::sync::Mutex::new(()),
+            strangers: Semaphore::new(STRANGERS),
+            description: OnceLock::new(),
         }
     }
 

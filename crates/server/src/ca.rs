@@ -13,7 +13,7 @@ use rcgen::{
     IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, DnsName, PrivateKeyDer};
 
 use crate::files::{self, DataDir};
 use crate::{Error, SERVER_NAME, secret};
@@ -123,9 +123,12 @@ impl Ca {
             }
         };
         for name in [SERVER_NAME, "localhost"].into_iter().chain(names.iter().map(String::as_str)) {
-            push(match name.parse() {
-                Ok(address) => SanType::IpAddress(address),
-                Err(_) => SanType::DnsName(name.try_into().map_err(|_| Error::BadName(name.to_owned()))?),
+            push(if let Ok(address) = name.parse() {
+                SanType::IpAddress(address)
+            } else {
+                let bad = || Error::BadName(name.to_owned());
+                DnsName::try_from(name).map_err(|_| bad())?;
+                SanType::DnsName(name.try_into().map_err(|_| bad())?)
             });
         }
         for address in addresses {

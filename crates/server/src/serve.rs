@@ -135,6 +135,9 @@ async fn connection(
         .keep_alive_interval(PING)
         .keep_alive_timeout(PING)
         .max_concurrent_streams(128)
+        .initial_stream_window_size(64 << 10)
+        .initial_connection_window_size(128 << 10)
+        .max_send_buf_size(64 << 10)
         .max_header_list_size(16 << 10);
     let builder = if http2 { builder.http2_only() } else { builder.http1_only() };
     let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), service));

@@ -51,12 +51,25 @@ pub async fn run(
         make_environment(&data, &*store, &environment).await?;
     }
     let shared = Arc::new(Shared::new(State::load(&*store).await.map_err(fault)?));
-    let feeder = tokio::spawn(feed(store.clone(), shared.clone()));
+    let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
     let app = Arc::new(App::new(store, shared, ca, config.domain));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
-    serve::serve(listener, tls, app, shutdown).await;
+    let mut store_ended = false;
+    let end = async {
+        tokio::select! {
+            () = shutdown => {}
+            // It follows the store for as long as there is one.
+            _ = &mut feeder => store_ended = true,
+        }
+    };
+    serve::serve(listener, tls, app, end).await;
+    if store_ended {
+        return Err(Error::Store(
+            "the store ended; look at the log for why, and start the server again".into(),
+        ));
+    }
     feeder.abort();
     // The feeder holds the store: its file is closed when the feeder is gone, and the lock only after that.
     drop(feeder.await);

@@ -18,7 +18,7 @@ use crate::keys::{self, ApiKey, Record, Report, Slot, Token};
 use crate::store::{Batch, Event, KeyValue, Store, StoreError};
 
 /// How many changes of objects are remembered for watches that are behind.
-const REMEMBERED: usize = 16_384;
+pub(crate) const REMEMBERED: usize = 16_384;
 
 /// All environments at one revision.
 #[derive(Debug, Default)]
@@ -403,5 +403,38 @@ async fn follow(store: &dyn Store, shared: &Shared) -> StoreError {
             Ok(batch) => shared.change(|state| state.apply(&batch)),
             Err(error) => return error,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use model::Epoch;
+
+    use super::*;
+    use crate::store::{Op, SqliteStore, Txn};
+
+    #[tokio::test]
+    async fn a_state_that_is_behind_the_kept_log_is_read_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("store.sqlite");
+        let token =
+            Token { hash: crate::secret::sha256(b""), created: 0, expires: 1, uses_left: None, used: 0 };
+        let key = keys::Keys(&EnvironmentId::default()).token("ab");
+        {
+            let store = SqliteStore::open(&path, Epoch::from_random([1; 8])).unwrap();
+            store.txn(Txn::new(vec![], vec![keys::put(key.clone(), &token).unwrap()])).await.unwrap();
+        }
+        let forget = "UPDATE meta SET value = '1' WHERE name = 'compacted'; DELETE FROM log";
+        rusqlite::Connection::open(&path).unwrap().execute_batch(forget).unwrap();
+        let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&path, Epoch::from_random([1; 8])).unwrap());
+        let shared = Arc::new(Shared::new(State::default()));
+        let feeder = tokio::spawn(feed(store.clone(), shared.clone()));
+        let mut revisions = shared.subscribe();
+        revisions.wait_for(|revision| *revision == Revision(1)).await.unwrap();
+        assert_eq!(shared.read().environments[&EnvironmentId::default()].tokens["ab"], token);
+        store.txn(Txn::new(vec![], vec![Op::Delete(key)])).await.unwrap();
+        revisions.wait_for(|revision| *revision == Revision(2)).await.unwrap();
+        assert!(shared.read().environments[&EnvironmentId::default()].tokens.is_empty());
+        feeder.abort();
     }
 }

@@ -150,3 +150,66 @@ fn objects_of<'a>(env: &'a Environment, network: &'a NetworkId) -> impl Iterator
     let endpoints = env.endpoints_of(network).cloned().map(Object::Endpoint);
     blocks.chain(claims).chain(endpoints)
 }
+
+#[cfg(test)]
+mod tests {
+    use model::{Host, Name};
+
+    use super::*;
+    use crate::keys::{Keys, put};
+    use crate::store::{Batch, Event, KeyValue, Op};
+
+    fn host(seed: u8) -> Host {
+        Host {
+            id: HostId::from_random([seed; 8]),
+            name: format!("h{seed}").parse::<Name>().unwrap(),
+            candidates: vec![],
+            labels: std::collections::BTreeMap::new(),
+            key: format!("key {seed}"),
+            joined: 0,
+        }
+    }
+
+    fn apply(state: &mut State, op: Op) {
+        let revision = Revision(state.revision.0 + 1);
+        let event = match op {
+            Op::Put(key, value) => {
+                Event::Put(KeyValue { key, value, created: revision, modified: revision, version: 1 })
+            }
+            Op::Delete(key) | Op::DeletePrefix(key) => Event::Delete(key),
+        };
+        state.apply(&Batch { revision, events: vec![event] });
+    }
+
+    #[test]
+    fn a_watch_that_is_further_behind_than_is_remembered_begins_anew() {
+        let environment = EnvironmentId::default();
+        let keys = Keys(&environment);
+        let mut state = State::default();
+        let own = host(1);
+        apply(&mut state, put(keys.host(&own.id), &own).unwrap());
+        let mut behind = Cursor::new(&state, &environment, &own.id).unwrap();
+        let other = host(2);
+        for _ in 0..crate::state::REMEMBERED {
+            apply(&mut state, put(keys.host(&other.id), &other).unwrap());
+        }
+        let mut near = Cursor { at: Revision(2), ..Cursor::new(&state, &environment, &own.id).unwrap() };
+        assert_eq!(near.advance(&state), Step::Nothing, "another host, in no network of ours");
+        apply(&mut state, put(keys.host(&other.id), &other).unwrap());
+        assert_eq!(behind.advance(&state), Step::Lost);
+    }
+
+    #[test]
+    fn a_removed_host_is_gone() {
+        let environment = EnvironmentId::default();
+        let keys = Keys(&environment);
+        let mut state = State::default();
+        let own = host(1);
+        apply(&mut state, put(keys.host(&own.id), &own).unwrap());
+        let mut cursor = Cursor::new(&state, &environment, &own.id).unwrap();
+        assert_eq!(cursor.advance(&state), Step::Nothing);
+        apply(&mut state, Op::Delete(keys.host(&own.id)));
+        assert_eq!(cursor.advance(&state), Step::Gone);
+        assert!(Cursor::new(&state, &environment, &own.id).is_none());
+    }
+}

@@ -23,6 +23,8 @@ use crate::state::State;
 
 /// How long a body may take to arrive.
 const BODY_TIME: Duration = Duration::from_secs(30);
+/// The largest body read from someone without credentials, in bytes.
+const STRANGERS_BODY_MAX: usize = 512 << 10;
 
 /// Anyone with valid credentials for the environment.
 #[derive(Debug, Clone)]
@@ -222,25 +224,39 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for Json<T> {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, _: &Arc<App>) -> Result<Self, Refusal> {
-        let bytes = read(request).await?;
-        // The last part of the type's path is what OpenAPI calls it.
-        let what = type_name::<T>().rsplit("::").next().unwrap_or_default();
-        let parsed = serde_json::from_slice(&bytes);
-        let refused =
-            |error| refuse(ErrorCode::Invalid, format!("the body is not a {what} in JSON: {error}"));
-        Ok(Self(parsed.map_err(refused)?))
+        Ok(Self(parse(&read(request, BODY_MAX).await?)?))
     }
 }
 
-async fn read(request: Request<HttpBody>) -> Result<Vec<u8>, ApiError> {
+/// A body in JSON from someone who has shown no credentials: it is smaller, and few are read at a time, so strangers can
+/// neither fill the memory nor stop anybody but those who join.
+pub(super) struct StrangersJson<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<Arc<App>> for StrangersJson<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Refusal> {
+        let _turn = app.strangers.acquire().await;
+        Ok(Self(parse(&read(request, STRANGERS_BODY_MAX).await?)?))
+    }
+}
+
+fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    // The last part of the type's path is what OpenAPI calls it.
+    let what = type_name::<T>().rsplit("::").next().unwrap_or_default();
+    serde_json::from_slice(bytes)
+        .map_err(|error| refuse(ErrorCode::Invalid, format!("the body is not a {what} in JSON: {error}")))
+}
+
+async fn read(request: Request<HttpBody>, most: usize) -> Result<Vec<u8>, ApiError> {
     let too_large =
-        || refuse(ErrorCode::TooLarge, format!("the body is larger than {BODY_MAX} bytes; send less"));
+        || refuse(ErrorCode::TooLarge, format!("the body is larger than {most} bytes; send less"));
     let announced =
         request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|length: u64| length > BODY_MAX as u64) {
+    if announced.is_some_and(|length: u64| length > most as u64) {
         return Err(too_large());
     }
-    let body = Limited::new(request.into_body(), BODY_MAX).collect();
+    let body = Limited::new(request.into_body(), most).collect();
     match tokio::time::timeout(BODY_TIME, body).await {
         Ok(Ok(body)) => Ok(body.to_bytes().into()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),

@@ -11,7 +11,7 @@ use axum::{Extension, Json};
 use model::api::{ApiError, ErrorCode, JoinAnswer, JoinRequest};
 use model::{Host, HostId, JoinToken};
 
-use super::extract::{self, Environment};
+use super::extract::{Environment, StrangersJson};
 use super::hosts::{check_labels, check_report};
 use super::networks::{collision, random};
 use super::{Reply, Shared, refuse};
@@ -31,7 +31,7 @@ pub(super) async fn join(
     State(app): Shared,
     Environment(environment): Environment,
     Extension(peer): Extension<Peer>,
-    extract::Json(asked): extract::Json<JoinRequest>,
+    StrangersJson(asked): StrangersJson<JoinRequest>,
 ) -> Reply<(StatusCode, Json<JoinAnswer>)> {
     let token: JoinToken = asked
         .token

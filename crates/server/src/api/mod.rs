@@ -45,6 +45,7 @@ impl From<ApiError> for Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
+        tracing::debug!(code = ?self.0.code, message = self.0.message, "refused");
         let status = StatusCode::from_u16(self.0.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         (status, Json(self.0)).into_response()
     }
@@ -128,8 +129,15 @@ async fn info(State(app): Shared) -> Json<ServerInfo> {
 
 /// This description.
 #[utoipa::path(get, path = "/openapi.json", tag = "server", security(()), responses((status = 200, body = serde_json::Value)))]
-async fn description() -> Json<Description> {
-    Json(documented().into_openapi())
+async fn description(State(app): Shared) -> Reply<Response> {
+    let text = if let Some(text) = app.description.get() {
+        text
+    } else {
+        let text = documented().into_openapi().to_json();
+        let text = text.map_err(|error| refuse(ErrorCode::Internal, error.to_string()))?;
+        app.description.get_or_init(|| text)
+    };
+    Ok(([(header::CONTENT_TYPE, "application/json")], text.clone()).into_response())
 }
 
 async fn unknown(uri: Uri) -> Refusal {

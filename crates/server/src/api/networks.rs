@@ -1,5 +1,7 @@
 //! Networks: made, looked at, removed.
 
+use std::collections::BTreeMap;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -79,11 +81,19 @@ fn plan(env: &Environment, spec: &NetworkSpec, id: &NetworkId, created: u64) -> 
             format!("network {:?}: the name looks like an id; choose another name", spec.name.as_str());
         return Err(refuse(ErrorCode::Invalid, message));
     }
-    let taken = |network: &&Network, vni: u32, port: u16| network.driver == Driver::Vxlan { vni, port };
     let port = spec.port.unwrap_or(VXLAN_PORT);
-    let vni = (1..1 << 24).find(|vni| !env.catalog.networks.values().any(|n| taken(&n, *vni, port)));
+    let taken: BTreeMap<u32, &Network> = env
+        .catalog
+        .networks
+        .values()
+        .filter_map(|network| match network.driver {
+            Driver::Vxlan { vni, port: other } => (other == port).then_some((vni, network)),
+        })
+        .collect();
+    // Where all are taken, the first that is none is refused by the validation.
+    let vni = (1..1 << 24).find(|vni| !taken.contains_key(vni)).unwrap_or(1 << 24);
     let network = spec
-        .validate(id.clone(), vni.unwrap_or(0), created)
+        .validate(id.clone(), vni, created)
         .map_err(|error| refuse(ErrorCode::Invalid, error.to_string()))?;
     let name = &network.name;
     if env.catalog.network_named(name.as_str()).is_some() {
@@ -91,7 +101,7 @@ fn plan(env: &Environment, spec: &NetworkSpec, id: &NetworkId, created: u64) -> 
         return Err(refuse(ErrorCode::Conflict, message));
     }
     let Driver::Vxlan { vni, port } = network.driver;
-    if let Some(other) = env.catalog.networks.values().find(|n| taken(n, vni, port)) {
+    if let Some(other) = taken.get(&vni) {
         let message = format!(
             "network \"{name}\": VNI {vni} on port {port} is that of network \"{}\"; choose another --vni, or leave it out",
             other.name

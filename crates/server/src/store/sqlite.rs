@@ -523,4 +523,25 @@ mod tests {
         assert_eq!(error, StoreError::Compacted { asked: Revision(4999), oldest: Revision(5000) });
         assert!(worker.watch("/".into(), Revision(5000)).is_ok());
     }
+
+    #[tokio::test]
+    async fn a_full_disk_refuses_changes_keeps_what_is_there_and_is_forgotten_when_there_is_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let (connection, ..) = open(&dir.path().join("store.sqlite"), &epoch(1)).unwrap();
+        let mut worker =
+            Worker { connection, revision: Revision(0), compacted: Revision(0), watches: vec![] };
+        let put = |worker: &mut Worker, size: usize| {
+            let (reply, mut answer) = oneshot::channel();
+            worker.commit(vec![(Txn::new(vec![], vec![Op::Put("/a".into(), vec![7; size])]), reply)]);
+            answer.try_recv().unwrap()
+        };
+        put(&mut worker, 1).unwrap();
+        worker.connection.execute_batch("PRAGMA max_page_count = 10").unwrap();
+        let error = put(&mut worker, 1 << 20).unwrap_err();
+        assert!(error.to_string().contains("check the data directory's disk"), "{error}");
+        let (revision, all) = worker.range("/").unwrap();
+        assert_eq!((revision, all[0].value.as_slice()), (Revision(1), &[7][..]));
+        worker.connection.execute_batch("PRAGMA max_page_count = 100000").unwrap();
+        assert_eq!(put(&mut worker, 1 << 20).unwrap().revision, Revision(2));
+    }
 }

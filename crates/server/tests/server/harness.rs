@@ -50,7 +50,7 @@ impl Server {
         let (tell, told) = oneshot::channel();
         let config = config(dir.path().join("data"));
         let task = tokio::spawn(server::run(config, move |ready| drop(tell.send(ready)), async move {
-            drop(stopped.await)
+            drop(stopped.await);
         }));
         if let Ok(ready) = told.await {
             return Self { dir, ready, stop: Some(stop), task };

@@ -134,6 +134,16 @@ async fn a_domain_that_is_none_is_refused() {
 }
 
 #[tokio::test]
+async fn a_name_that_no_certificate_can_have_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["two words", "", "a/b"] {
+        let config = server::Config { names: vec![name.to_owned()], ..config(dir.path().join("data")) };
+        let error = server::run(config, |_| panic!("it started"), std::future::pending()).await.unwrap_err();
+        assert!(error.to_string().contains("correct --name"), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_pins_another_ca_talks_to_nobody() {
     let (server, other) = (Server::start().await, Server::start().await);
     let error = server.client(&other.file("ca.pem"), None).get::<ServerInfo>("/v1/info").await.unwrap_err();

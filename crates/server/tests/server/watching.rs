@@ -16,7 +16,9 @@ async fn catch_up(watch: &mut Watching, catalog: &mut Catalog, info: &ServerInfo
                 at = revision.0;
             }
             Watch::Delta { revision, changes } => {
-                changes.into_iter().for_each(|change| catalog.apply(change));
+                for change in changes {
+                    catalog.apply(change);
+                }
                 at = revision.0;
             }
             Watch::Heartbeat { revision } => at = revision.0,
@@ -215,4 +217,18 @@ async fn a_reader_that_sleeps_gets_one_large_delta_in_place_of_many() {
         }
     }
     assert!(messages <= 58, "never more messages than changes: {messages}");
+}
+
+#[tokio::test]
+async fn a_server_that_stops_ends_its_watches_and_leaves_the_directory_to_the_next() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let mut watch = host.watch().await;
+    watch.snapshot().await;
+    let (dir, end) = tokio::join!(server.stop(), watch.next());
+    assert_eq!(end, None);
+    let server = Server::start_in(dir).await;
+    let again = server.client(&host.answer.ca, Some((&host.answer.certificate, &host.key)));
+    let agent = crate::harness::Agent { client: again, ..host };
+    assert_eq!(agent.watch().await.snapshot().await.len(), 2);
 }
