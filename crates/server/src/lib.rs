@@ -90,6 +90,9 @@ pub enum Error {
     /// A certificate and a foreign key.
     #[error("{0} and {1} do not belong together; restore both from one backup")]
     Mismatch(PathBuf, PathBuf),
+    /// The admin key's file holds something else.
+    #[error("{0} does not hold a key; restore it, or remove it and start again: a new key is made")]
+    BadAdminKey(PathBuf),
     /// A name that no certificate can have.
     #[error("{0:?} is neither a DNS name nor an address; correct --name")]
     BadName(String),

@@ -1,8 +1,8 @@
 //! From a data directory to a running server, and down again.
 //!
-//! A first start makes, in this order: the store's file, the CA's key and certificate, the server's key, the admin key's
-//! file, and then in one transaction the environment with the `managed` network and the admin key's hash. Until that
-//! transaction nobody depends on any of it, so a start that was cut short is simply taken up again.
+//! A first start makes, in this order: the store's file, the CA's key and certificate, the server's key, then in one
+//! transaction the environment with the `managed` network, and at last the admin key's file and its hash in the store.
+//! Every step is taken up again by the next start if this one was cut short, and nothing that was made is made anew.
 
 use std::collections::BTreeSet;
 use std::future::Future;
@@ -22,6 +22,10 @@ use crate::{Config, Error, Ready, secret, serve, tls};
 
 /// The admin key's name in the store.
 const ADMIN: &str = "admin";
+/// What every key of people begins with.
+const KEY_PREFIX: &str = "dwk1.";
+/// A key is not shorter than this: the prefix and 256 bits.
+const KEY_LEN: usize = 48;
 
 /// Runs a server until `shutdown` is ready. `ready` is called once, when it listens.
 pub async fn run(
@@ -48,8 +52,9 @@ pub async fn run(
     let identity = ca.server(&data, &config.names, &local_addresses(address.ip()))?;
     let tls = tls::config(&ca, identity)?;
     if first_start {
-        make_environment(&data, &*store, &environment).await?;
+        make_environment(&*store, &environment).await?;
     }
+    keep_admin_key(&data, &*store, &environment).await?;
     let shared = Arc::new(Shared::new(State::load(&*store).await.map_err(fault)?));
     let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
@@ -78,19 +83,7 @@ pub async fn run(
     Ok(())
 }
 
-async fn make_environment(
-    data: &DataDir,
-    store: &dyn Store,
-    environment: &EnvironmentId,
-) -> Result<(), Error> {
-    let key = match data.read(files::ADMIN_KEY)? {
-        Some(key) if !key.trim().is_empty() => key.trim().to_owned(),
-        _ => {
-            let key = format!("dwk1.{}", secret::secret()?);
-            data.write(files::ADMIN_KEY, &format!("{key}\n"))?;
-            key
-        }
-    };
+async fn make_environment(store: &dyn Store, environment: &EnvironmentId) -> Result<(), Error> {
     let (created, keys) = (now(), Keys(environment));
     let internal =
         |what: &dyn std::fmt::Display| Error::Store(format!("cannot make the first network: {what}"));
@@ -99,17 +92,42 @@ async fn make_environment(
     let network =
         spec.validate(NetworkId::from_random(secret::random()?), 1, created).map_err(|e| internal(&e))?;
     let model::Driver::Vxlan { vni, port } = network.driver;
-    let api_key = ApiKey { hash: secret::sha256(key.as_bytes()), created };
     let puts = [
         put(keys.environment(), &serde_json::json!({ "created": created })),
         put(keys.network(&network.id), &network),
         put(keys.network_name(&network.name), &network.id),
         put(keys.vni(port, vni), &network.id),
-        put(keys.api_key(ADMIN), &api_key),
     ];
     let puts = puts.into_iter().collect::<Result<_, _>>().map_err(|e| internal(&e))?;
     store.txn(Txn::new(vec![Compare::Absent(keys.environment())], puts)).await.map_err(fault)?;
     tracing::info!(%environment, network = MANAGED_NETWORK, "made the environment");
+    Ok(())
+}
+
+/// Makes the store's admin key that of the file, and the file where there is none. So whoever may write the directory,
+/// and with it the CA's key, changes the admin key by removing the file and starting the server again.
+async fn keep_admin_key(data: &DataDir, store: &dyn Store, environment: &EnvironmentId) -> Result<(), Error> {
+    let key = match data.read(files::ADMIN_KEY)? {
+        Some(key) if !key.trim().is_empty() => key.trim().to_owned(),
+        _ => {
+            let key = format!("{KEY_PREFIX}{}", secret::secret()?);
+            data.write(files::ADMIN_KEY, &format!("{key}\n"))?;
+            key
+        }
+    };
+    if !key.starts_with(KEY_PREFIX) || key.len() < KEY_LEN || key.contains(char::is_whitespace) {
+        return Err(Error::BadAdminKey(data.path(files::ADMIN_KEY)));
+    }
+    let (hash, place) = (secret::sha256(key.as_bytes()), Keys(environment).api_key(ADMIN));
+    let (_, known) = store.range(&place).await.map_err(fault)?;
+    let known = known.iter().find(|kv| kv.key == place);
+    if known.is_some_and(|kv| serde_json::from_slice(&kv.value).is_ok_and(|known: ApiKey| known.hash == hash))
+    {
+        return Ok(());
+    }
+    let op = put(place, &ApiKey { hash, created: now() }).map_err(|error| Error::Store(error.to_string()))?;
+    store.txn(Txn::new(vec![], vec![op])).await.map_err(fault)?;
+    tracing::info!(%environment, file = %data.path(files::ADMIN_KEY).display(), "the admin key is that of the file");
     Ok(())
 }
 

@@ -76,6 +76,29 @@ async fn refused(dir: &std::path::Path) -> String {
 }
 
 #[tokio::test]
+async fn the_admin_key_is_that_of_its_file_and_removing_the_file_makes_another() {
+    let server = Server::start().await;
+    let old = server.admin().key;
+    let dir = server.stop().await;
+    let file = dir.path().join("data/admin.key");
+    std::fs::remove_file(&file).unwrap();
+    let server = Server::start_in(dir).await;
+    assert!(!server.ready.first_start);
+    assert_ne!(server.admin().key, old);
+    let networks = format!("{DEFAULT}/networks");
+    server.admin().get::<Vec<Network>>(&networks).await.unwrap();
+    let before = crate::harness::Client { key: old, ..server.nobody() };
+    let error = before.get::<Vec<Network>>(&networks).await.unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unauthenticated);
+    let dir = server.stop().await;
+    for weak in ["1234", "dwk1.short", "dwk1.two words that are long enough to be a key of ours"] {
+        std::fs::write(&file, weak).unwrap();
+        let error = refused(&dir.path().join("data")).await;
+        assert!(error.contains("admin.key does not hold a key") && !error.contains(weak), "{error}");
+    }
+}
+
+#[tokio::test]
 async fn a_second_server_on_the_same_directory_is_refused() {
     let server = Server::start().await;
     let error = refused(&server.dir.path().join("data")).await;
