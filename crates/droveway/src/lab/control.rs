@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -75,6 +75,8 @@ impl Lab {
         }
         clear(&spec)?;
         write_json(&spec.dir.join("spec.json"), &spec)?;
+        fs::create_dir(spec.bin_dir())?;
+        symlink(&spec.program, spec.bin_dir().join("droveway"))?;
         let mut state = State::new(spec.clone());
         state.save()?;
         let owned = launch(&spec)?;
