@@ -359,6 +359,38 @@ fn unknown_hosts_are_named_with_those_that_there_are() {
     assert!(lab.start("h1").unwrap_err().to_string().contains("powered on already"));
 }
 
+#[test]
+fn an_engine_that_is_killed_leaves_no_container_cgroup_or_disk() {
+    if !nix::unistd::geteuid().is_root() {
+        // A Docker Engine needs root.
+        return;
+    }
+    let lab = Lab::up(LabSpec { docker: true, ..bare(1) }).unwrap();
+    let (name, dir) = (lab.spec().name.to_string(), lab.dir().to_owned());
+    // An image of one file that needs nothing else.
+    let script =
+        "cd $(mktemp -d) && cp \"$(command -v busybox)\" busybox && tar c busybox | docker import - lab-test";
+    lab.check("h1", &["sh", "-c", script]).unwrap();
+    lab.check("h1", &["docker", "run", "-d", "--name", "c1", "lab-test", "/busybox", "sleep", "1000"])
+        .unwrap();
+    assert_eq!(lab.check("h1/c1", &["/busybox", "echo", "hello"]).unwrap(), "hello\n");
+    let cgroups = || {
+        let roots = fs::read_dir("/sys/fs/cgroup").unwrap().map(|entry| entry.unwrap().path());
+        roots
+            .chain(["/sys/fs/cgroup".into()])
+            .filter(|root| root.join("droveway-lab").join(&name).exists())
+            .count()
+    };
+    assert!(cgroups() > 0);
+    let inhabitants = inhabitants(&lab);
+    lab.state().unwrap().init.unwrap().signal(Signal::SIGKILL).unwrap();
+    until("all processes are gone", || gone(&inhabitants));
+    lab.down().unwrap();
+    assert_eq!(cgroups(), 0);
+    assert!(!dir.exists());
+    assert!(!Path::new("/var/lib/droveway-lab").join(&name).exists());
+}
+
 /// A user who may do nothing, with the program where that user can read it.
 struct Anyone {
     uid: u32,

@@ -156,7 +156,9 @@ mod tests {
     /// `visit` for a command and all below it, with its words.
     fn walk(command: &mut clap::Command, words: &str, visit: &mut impl FnMut(&mut clap::Command, &str)) {
         visit(command, words);
-        for below in command.get_subcommands_mut().filter(|below| below.get_name() != "help") {
+        for below in
+            command.get_subcommands_mut().filter(|below| below.get_name() != "help" && !below.is_hide_set())
+        {
             let words = format!("{words} {}", below.get_name());
             walk(below, &words, visit);
         }

@@ -1,24 +1,27 @@
 //! `droveway lab …`: the lab's verbs as people type them.
 
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::net::IpAddr;
-use std::path::PathBuf;
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, Subcommand};
 use model::{Name, Protocol, PublishedPort};
 use serde::Serialize;
 
 use super::underlay::Share;
-use crate::cli::Format;
 use super::{Daemon, Lab, LabSpec, RunSpec, SERVER, default_dir};
+use crate::cli::Format;
 
-/// Several hosts on this one machine, as namespaces: try Droveway without touching the machine's own network.
+/// Several hosts on this one machine, as namespaces, to try things
+///
+/// A lab is a server and some hosts, each with its own network, processes and agent. Nothing of the machine is
+/// changed: `droveway lab down` leaves nothing, after a crash too.
 #[derive(Debug, Args)]
 pub struct LabCommand {
-    /// Which lab: several can be up at once.
+    /// Which lab: several can be up at once
     #[arg(long = "lab", global = true, value_name = "NAME", default_value = "lab", env = "DROVEWAY_LAB")]
     lab: Name,
     #[command(subcommand)]
@@ -27,124 +30,154 @@ pub struct LabCommand {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Bring a lab up: a server and some hosts, each with an agent of its own.
-    ///
-    /// Without --docker it needs no root where the kernel allows user namespaces. Nothing of the machine is changed,
-    /// and `droveway lab down` leaves nothing.
-    ///
-    ///   droveway lab up --hosts 3
-    #[command(verbatim_doc_comment)]
+    /// Bring a lab up: a server and some hosts, each with an agent of its own
+    #[command(after_help = "Without --docker it needs no root where the kernel allows user namespaces.
+
+Examples:
+  droveway lab up --hosts 3
+  droveway lab up --docker                     # as root: each host with a Docker Engine
+  droveway lab up --lab jumbo --mtu 9000")]
     Up(Up),
-    /// Run a program in an endpoint of its own on a host: a container without an engine.
-    ///
-    ///   droveway lab run h1 --name web -- python3 -m http.server 80
-    ///   droveway lab run h2 --name me -it -- bash
-    #[command(verbatim_doc_comment)]
+    /// Run a program in an endpoint of its own: a container without an engine
+    #[command(
+        after_help = "It prints the address. The program's output is in the lab's directory, unless -it is given.
+
+Examples:
+  droveway lab run h1 --name web -- python3 -m http.server 80
+  droveway lab run h2 --name db --stack shop --service db --label tier=1 -- sleep 1h
+  droveway lab run h2 --name me -it -- bash"
+    )]
     Run(Run),
-    /// Run a command on a host, or in a container of it.
-    ///
-    ///   droveway lab exec h1 -- ip route
-    ///   droveway lab exec h1/web -- ping -c 3 db
-    ///   droveway lab exec server -- droveway host ls
-    #[command(verbatim_doc_comment)]
+    /// Run a command on a host, or in a container of it
+    #[command(
+        after_help = "The exit status is passed on. On the node `server`, and on hosts, droveway's own verbs need no options.
+
+Examples:
+  droveway lab exec h1 -- ip route
+  droveway lab exec h1/web -- ping -c 3 db
+  droveway lab exec server -- droveway host ls"
+    )]
     Exec {
-        /// HOST, or HOST/NAME for a container (the lab's own or Docker's).
+        /// HOST, or HOST/NAME for a container (the lab's own or Docker's)
         #[arg(value_name = "HOST[/NAME]")]
         target: String,
-        /// The command. Its exit status is passed on.
+        /// The command
         #[arg(last = true, required = true, value_name = "CMD")]
         command: Vec<String>,
     },
-    /// List hosts, and the containers on them.
+    /// List hosts, and the containers on them
+    #[command(
+        alias = "list",
+        after_help = "Examples:
+  droveway lab ls
+  droveway lab ls -o json | jq -r '.[].address'"
+    )]
     Ls,
-    /// Let no packet pass between two hosts, in either direction.
+    /// Let no packet pass between two hosts, in either direction
+    #[command(after_help = "Examples:
+  droveway lab cut h1 h2
+  droveway lab cut h1 server")]
     Cut {
-        /// A host, or `server`.
+        /// A host, or `server`
+        #[arg(value_name = "HOST")]
         one: String,
-        /// Another.
+        /// Another
+        #[arg(value_name = "HOST")]
         other: String,
     },
-    /// Lose a share of the packets between two hosts: `droveway lab loss h1 h2 1%`.
+    /// Lose a share of the packets between two hosts, in both directions
+    #[command(after_help = "Examples:
+  droveway lab loss h1 h2 1%
+  droveway lab loss h1 h2 0%                   # ends it")]
     Loss {
-        /// A host, or `server`.
+        /// A host, or `server`
+        #[arg(value_name = "HOST")]
         one: String,
-        /// Another.
+        /// Another
+        #[arg(value_name = "HOST")]
         other: String,
-        /// How many are lost: 0% to 100%.
+        /// How many are lost: 0% to 100%
         #[arg(value_name = "PERCENT%")]
         share: Share,
     },
-    /// End every cut and every loss.
+    /// End every cut and every loss
+    #[command(after_help = "Examples:
+  droveway lab heal")]
     Heal,
-    /// Switch a host off, as if its plug were pulled; or kill one container of it.
+    /// Switch a host off, as if its plug were pulled; or kill one container of it
+    #[command(after_help = "Examples:
+  droveway lab kill h2                         # `droveway lab start h2` brings it back
+  droveway lab kill h1/web")]
     Kill {
-        /// HOST, or HOST/NAME for a container.
+        /// HOST, or HOST/NAME for a container
         #[arg(value_name = "HOST[/NAME]")]
         target: String,
     },
-    /// Switch a host on again: its disk is as it was.
+    /// Switch a host on again: its disk is as it was
+    #[command(after_help = "Examples:
+  droveway lab start h2")]
     Start {
-        /// The host.
+        /// The host
         host: String,
     },
-    /// Take the lab down: nothing is left. Works after a crash, too.
+    /// Take the lab down: nothing is left, after a crash too
+    #[command(after_help = "Examples:
+  droveway lab down
+  droveway lab down --lab jumbo")]
     Down,
 }
 
 #[derive(Debug, Args)]
 struct Up {
-    /// How many hosts: h1, h2 and so on.
+    /// How many hosts: h1, h2 and so on
     #[arg(long, default_value_t = 3, value_name = "N")]
     hosts: u32,
-    /// Give each host a Docker Engine of its own (needs root and dockerd).
+    /// Give each host a Docker Engine of its own (needs root and dockerd)
     #[arg(long)]
     docker: bool,
-    /// MTU of the underlay, in bytes.
+    /// MTU of the underlay, in bytes
     #[arg(long, default_value_t = 1500, value_name = "BYTES")]
     mtu: u32,
-    /// Only hosts and the underlay between them: no server, no agents.
+    /// Only hosts and the underlay between them: no server, no agents
     #[arg(long)]
     bare: bool,
-    /// The underlay's addresses.
+    /// The underlay's addresses [default: 10.0.0.0/24]
     #[arg(long, value_name = "CIDR")]
     underlay: Option<ipnet::Ipv4Net>,
-    /// Where the lab keeps its things.
-    #[arg(long, value_name = "DIR", hide = true)]
-    dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
 struct Run {
-    /// The host.
+    /// The host
     host: String,
-    /// Its name: in DNS, and its hostname.
+    /// Its name: in DNS, and its hostname
     #[arg(long)]
     name: Name,
-    /// The network it is attached to.
+    /// The network it is attached to
     #[arg(long, default_value = "managed", value_name = "NET")]
     network: String,
-    /// The stack that it belongs to.
+    /// The stack that it belongs to
     #[arg(long)]
     stack: Option<Name>,
-    /// The service of that stack.
+    /// The service of that stack
     #[arg(long, requires = "stack")]
     service: Option<Name>,
-    /// Another name of it in DNS; may be repeated.
+    /// Another name of it in DNS; may be repeated
     #[arg(long = "alias", value_name = "NAME")]
     aliases: Vec<Name>,
-    /// A label; may be repeated.
+    /// A label; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
-    /// Ask for this address.
+    /// Ask for this address
     #[arg(long, value_name = "ADDRESS")]
     address: Option<IpAddr>,
-    /// Publish a port on the host; may be repeated.
-    #[arg(long = "publish", value_name = "HOSTPORT:PORT[/udp]", value_parser = port)]
+    /// Publish a port on the host; may be repeated
+    #[arg(long = "publish", short = 'p', value_name = "HOSTPORT:PORT[/udp]", value_parser = port)]
     ports: Vec<PublishedPort>,
-    /// Stay in the foreground with this terminal, until the program ends.
-    #[arg(long, short = 'a', alias = "it", visible_short_aliases = ['i', 't'])]
+    /// Stay in the foreground with this terminal until the program ends; also as -it
+    #[arg(long, short = 'i', short_alias = 't', overrides_with = "attach")]
     attach: bool,
-    /// The program.
+    /// The program
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<String>,
 }
@@ -157,8 +190,8 @@ pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
         Verb::Up(up) => bring_up(command.lab.as_str(), up)?,
         Verb::Run(run) => return run_container(&open()?, run),
         Verb::Exec { target, command } => {
-            let status = open()?.command(&target, &command)?.status()?;
-            return Ok(ExitCode::from(super::process::exit_code(status)));
+            let terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
+            return become_that(open()?.command_at(&target, &command, terminal)?);
         }
         Verb::Ls => list(&open()?, format)?,
         Verb::Cut { one, other } => open()?.cut(&one, &other)?,
@@ -178,6 +211,11 @@ pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Nothing is left for us to do: signals, terminal and exit status are the other's.
+fn become_that(mut command: Command) -> Result<ExitCode> {
+    Err(command.exec()).with_context(|| format!("cannot run {}", command.get_program().display()))
+}
+
 fn bring_up(name: &str, up: Up) -> Result<()> {
     let mut spec = LabSpec::new(name)?;
     spec.hosts = up.hosts;
@@ -185,7 +223,6 @@ fn bring_up(name: &str, up: Up) -> Result<()> {
     spec.mtu = up.mtu;
     spec.bare = up.bare;
     spec.underlay = up.underlay.unwrap_or(spec.underlay);
-    spec.dir = up.dir.unwrap_or(spec.dir);
     let lab = Lab::up_with(spec, &mut |line| eprintln!("{line}"))?;
     let bare = lab.spec().bare;
     lab.keep()?;
@@ -216,8 +253,7 @@ fn run_container(lab: &Lab, run: Run) -> Result<ExitCode> {
         command: run.command,
     };
     if run.attach {
-        let status = lab.run_foreground(&run.host, &spec)?;
-        return Ok(ExitCode::from(super::process::exit_code(status)));
+        return become_that(lab.shim(&run.host, &spec, true)?);
     }
     let container = lab.run(&run.host, &spec)?;
     let addresses: Vec<String> =

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
@@ -75,6 +75,8 @@ impl Lab {
         }
         clear(&spec)?;
         write_json(&spec.dir.join("spec.json"), &spec)?;
+        fs::create_dir(spec.bin_dir())?;
+        symlink(&spec.program, spec.bin_dir().join("droveway"))?;
         let mut state = State::new(spec.clone());
         state.save()?;
         let owned = launch(&spec)?;
@@ -157,6 +159,16 @@ impl Lab {
     /// A command that runs on a node (`h1`) or in a container (`h1/web`), with its exit status; killing it kills what
     /// it runs. Its standard streams are the caller's to set.
     pub fn command<S: AsRef<str>>(&self, target: &str, words: &[S]) -> Result<Command> {
+        self.command_at(target, words, false)
+    }
+
+    /// [`Lab::command`], at a terminal or not: Docker has to be told.
+    pub(super) fn command_at<S: AsRef<str>>(
+        &self,
+        target: &str,
+        words: &[S],
+        terminal: bool,
+    ) -> Result<Command> {
         ensure!(!words.is_empty(), "give a command after --, as in `droveway lab exec {target} -- ip addr`");
         let (node, container) = split(target);
         let init = self.state()?.running(node)?;
@@ -166,7 +178,9 @@ impl Lab {
             Some(name) => match self.container_init(node, init, name)? {
                 Some(pin) => Door::inside(init, pin),
                 None if self.spec.docker && node != SERVER => {
-                    prefix = ["docker", "exec", "-i", name].map(str::to_owned).to_vec();
+                    prefix = ["docker", "exec", if terminal { "-it" } else { "-i" }, name]
+                        .map(str::to_owned)
+                        .to_vec();
                     Door::of(init)
                 }
                 None => bail!(no_container(node, name)),
@@ -228,7 +242,7 @@ impl Lab {
         Ok(self.shim(host, run, true)?.status()?)
     }
 
-    fn shim(&self, host: &str, run: &RunSpec, foreground: bool) -> Result<Command> {
+    pub(super) fn shim(&self, host: &str, run: &RunSpec, foreground: bool) -> Result<Command> {
         ensure!(
             !run.command.is_empty(),
             "give a command after --, as in `droveway lab run h1 --name web -- sleep 60`"

@@ -177,10 +177,14 @@ impl LabSpec {
         variables
     }
 
-    /// The caller's `PATH` with the administrator's directories, and this program by its name.
+    /// `droveway` is the lab's program, whatever is installed on the machine; then the caller's `PATH`.
     fn search_path(&self) -> String {
-        let program = self.program.parent().map(|dir| dir.display().to_string()).unwrap_or_default();
-        format!("{}:{program}", super::process::search_path())
+        format!("{}:{}", self.bin_dir().display(), super::process::search_path())
+    }
+
+    /// Where the program is found by its name.
+    pub(super) fn bin_dir(&self) -> PathBuf {
+        self.dir.join("bin")
     }
 }
 
