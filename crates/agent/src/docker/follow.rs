@@ -395,7 +395,7 @@ impl Follower {
                 self.control.delete(foreign).await?;
                 self.state.forget(foreign);
                 let local = endpoints.iter().find(|local| local.foreign.as_ref() == Some(foreign));
-                for local in local {
+                if let Some(local) = local {
                     for address in &local.endpoint.addresses {
                         self.control.unreserve(&local.endpoint.network, *address).await?;
                     }
