@@ -264,7 +264,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::names::zone::tests::{endpoint, network, view, walk};
+    use crate::names::fixtures::{endpoint, network, view, walk};
 
     const ASKER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 42, 0, 2));
 
