@@ -12,6 +12,7 @@
 //!
 //! Invariant: nothing of another network shows.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
@@ -40,7 +41,7 @@ const CONNECTIONS: (usize, usize) = (128, 16);
 /// How long a client may take for a request's head, a new request on an old connection included.
 const HEAD: Duration = Duration::from_secs(10);
 /// How long one connection may last.
-const LIFE: Duration = Duration::from_secs(300);
+const LIFE: Duration = Duration::from_mins(5);
 /// The largest head, in bytes.
 const HEAD_MAX: usize = 16 << 10;
 /// How long to leave a socket alone that failed.
@@ -147,21 +148,27 @@ fn with_type(status: StatusCode, kind: &'static str, body: String) -> Response<B
 /// The text of a part of the tree.
 fn plain(value: &Value) -> String {
     let further = |value: &Value| if value.is_object() || value.is_array() { "/" } else { "" };
+    let mut lines = String::new();
     match value {
-        Value::Null => String::new(),
-        Value::Bool(value) => value.to_string(),
-        Value::Number(value) => value.to_string(),
-        Value::String(value) => value.clone(),
-        Value::Array(values) => values
-            .iter()
-            .enumerate()
-            .map(|(i, value)| match value.get("name").and_then(Value::as_str) {
-                Some(name) => format!("{i}={name}\n"),
-                None => format!("{i}{}\n", further(value)),
-            })
-            .collect(),
-        Value::Object(map) => map.iter().map(|(key, value)| format!("{key}{}\n", further(value))).collect(),
+        Value::Null => {}
+        Value::Bool(value) => return value.to_string(),
+        Value::Number(value) => return value.to_string(),
+        Value::String(value) => return value.clone(),
+        Value::Array(values) => {
+            for (i, value) in values.iter().enumerate() {
+                match value.get("name").and_then(Value::as_str) {
+                    Some(name) => lines.extend([&i.to_string(), "=", name, "\n"]),
+                    None => lines.extend([&i.to_string(), further(value), "\n"]),
+                }
+            }
+        }
+        Value::Object(map) => {
+            for (key, value) in map {
+                lines.extend([key, further(value), "\n"]);
+            }
+        }
     }
+    lines
 }
 
 /// The tree, of which only what a path leads to is made.
@@ -176,7 +183,7 @@ impl Tree<'_> {
         let segments: Vec<String> =
             path.split('/').filter(|segment| !segment.is_empty()).map(decoded).collect::<Option<_>>()?;
         let Some((version, segments)) = segments.split_first() else {
-            return Some(VERSIONS.iter().map(|version| (format!("{version}/"), Value::Null)).collect());
+            return Some(VERSIONS.iter().map(|version| ((*version).to_owned(), self.whole())).collect());
         };
         if !VERSIONS.contains(&version.as_str()) {
             return None;
@@ -224,9 +231,10 @@ impl Tree<'_> {
             if let Some(stack) = &asker.stack {
                 let stack = first(self.stacks(|endpoint| endpoint.stack.as_ref() == Some(stack)));
                 own.extend(stack.map(|stack| ("stack".to_owned(), stack)));
-                let service = first(self.services(|endpoint| {
-                    endpoint.stack == asker.stack && endpoint.service == asker.service
-                }));
+                let service =
+                    first(self.services(|endpoint| {
+                        endpoint.stack == asker.stack && endpoint.service == asker.service
+                    }));
                 own.extend(service.map(|service| ("service".to_owned(), service)));
             }
         }
@@ -298,27 +306,30 @@ impl Tree<'_> {
             .collect()
     }
 
+    /// The stacks of the endpoints that are wanted, by name, with their services.
     fn stacks(&self, wanted: impl Fn(&Endpoint) -> bool) -> Value {
-        let endpoints = self.endpoints();
-        let names: std::collections::BTreeSet<&model::Name> = endpoints
-            .iter()
+        let mut stacks: BTreeMap<&str, Vec<Value>> = self
+            .view
+            .endpoints_of(self.network)
             .filter(|endpoint| wanted(endpoint))
-            .filter_map(|endpoint| endpoint.stack.as_ref())
+            .filter_map(|endpoint| Some((endpoint.stack.as_ref()?.as_str(), Vec::new())))
             .collect();
-        names
-            .into_iter()
-            .map(|name| {
-                let services = self.services(|endpoint| endpoint.stack.as_ref() == Some(name));
-                json!({ "name": name, "services": services })
-            })
-            .collect()
+        if let Value::Array(services) = self.services(wanted) {
+            for service in services {
+                let stack = service.get("stack_name").and_then(Value::as_str).unwrap_or_default();
+                if let Some(services) = stacks.get_mut(stack) {
+                    services.push(service);
+                }
+            }
+        }
+        stacks.into_iter().map(|(name, services)| json!({ "name": name, "services": services })).collect()
     }
 
     /// The hosts that have a part in the network, by name, this one among them.
     fn hosts(&self) -> Value {
         let of_blocks = self.view.catalog.blocks_of(self.network).map(|block| &block.host);
         let of_endpoints = self.view.endpoints_of(self.network).map(|endpoint| &endpoint.host);
-        let hosts: std::collections::BTreeSet<_> = of_blocks
+        let hosts: BTreeSet<_> = of_blocks
             .chain(of_endpoints)
             .chain([&self.view.host])
             .filter_map(|host| Some((self.view.host_name(host)?, host)))
@@ -376,8 +387,9 @@ fn decoded(segment: &str) -> Option<String> {
         rest = after;
         if byte == b'%' {
             let (digits, after) = rest.split_first_chunk::<2>()?;
-            let value =
-                digits.iter().try_fold(0, |value, digit| Some(value * 16 + (*digit as char).to_digit(16)?))?;
+            let value = digits
+                .iter()
+                .try_fold(0, |value, digit| Some(value * 16 + (*digit as char).to_digit(16)?))?;
             bytes.push(value as u8);
             rest = after;
         } else {

@@ -123,7 +123,7 @@ impl Forwarder {
         let mut known = self.known();
         match &self.upstreams {
             Upstreams::Given(given) if known.servers.is_empty() => {
-                known.servers = self.allowed(given.clone())
+                known.servers = self.allowed(given.clone());
             }
             Upstreams::Given(_) => {}
             Upstreams::File(path) => {

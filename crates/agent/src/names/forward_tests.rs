@@ -10,8 +10,8 @@ use tokio::net::TcpListener;
 
 use super::*;
 use crate::names::Zone;
+use crate::names::fixtures::{network, view};
 use crate::names::message::{Reaction, react};
-use crate::names::zone::tests::{network, view};
 
 /// What to send for a query: each its own datagram.
 type Script = fn(usize, &Message) -> Vec<Vec<u8>>;
@@ -111,7 +111,7 @@ async fn a_server_that_is_not_there_is_passed_over_at_once() {
     let gone = UdpSocket::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     let lively = upstream(good).await;
     let patient = Forwarder::new(Upstreams::Given(vec![gone, lively.address]), Vec::new())
-        .with_patience(Duration::from_secs(3600));
+        .with_patience(Duration::from_hours(1));
     assert_eq!(ask(&patient, Transport::Udp).await, "good");
 }
 

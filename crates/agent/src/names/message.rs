@@ -264,7 +264,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::names::zone::tests::{endpoint, network, view, walk};
+    use crate::names::fixtures::{endpoint, network, view, walk};
 
     const ASKER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 42, 0, 2));
 
@@ -474,13 +474,13 @@ mod tests {
         let names =
             prop::sample::select(vec!["hubot.", "mongo.rocket-chat.droveway.internal.", "example.com."]);
         let bent = prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
-        (names, bent, 0..80_usize).prop_map(|(name, bent, cut)| {
+        (names, bent, prop_oneof![Just(0), 0..20_usize]).prop_map(|(name, bent, cut)| {
             let mut bytes = with_edns(query(name, RecordType::A), 4096).to_vec().unwrap();
             for (at, value) in bent {
                 let at = at.index(bytes.len());
                 bytes[at] = value;
             }
-            bytes.truncate(bytes.len().max(cut) - if cut < 20 { cut } else { 0 });
+            bytes.truncate(bytes.len() - cut);
             bytes
         })
     }

@@ -21,5 +21,8 @@ mod zone;
 pub(crate) use budget::{Budget, Permit};
 pub use forward::{Forwarder, Unanswered, Upstreams};
 pub use resolv::{Resolv, resolv_conf};
-pub use serve::{Udp, serve};
+pub use serve::{Receive, Transmit, Udp, serve};
 pub use zone::{Outcome, TTL, Zone, follow};
+
+#[cfg(test)]
+pub(crate) use zone::tests as fixtures;

@@ -71,7 +71,7 @@ fn domain(word: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::names::zone::tests::{endpoint, view};
+    use crate::names::fixtures::{endpoint, view};
 
     #[test]
     fn a_container_searches_the_hosts_domains_then_stack_service_and_domain() {

@@ -38,15 +38,20 @@ const TAKE: Duration = Duration::from_secs(5);
 /// How long to leave a socket alone that failed.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// Gives a datagram's length, sender and destination.
+pub type Receive = fn(&UdpSocket, &mut [u8]) -> io::Result<(usize, SocketAddr, IpAddr)>;
+/// Sends a datagram to an address from an address.
+pub type Transmit = fn(&UdpSocket, &[u8], SocketAddr, IpAddr) -> io::Result<usize>;
+
 /// A datagram socket, and how to learn where a datagram was sent to and to answer from there.
 #[derive(Debug)]
 pub struct Udp {
     /// The socket.
     pub socket: UdpSocket,
     /// Gives length, sender and destination.
-    pub receive: fn(&UdpSocket, &mut [u8]) -> io::Result<(usize, SocketAddr, IpAddr)>,
+    pub receive: Receive,
     /// Sends to an address from an address.
-    pub send: fn(&UdpSocket, &[u8], SocketAddr, IpAddr) -> io::Result<usize>,
+    pub send: Transmit,
 }
 
 impl Udp {
@@ -137,8 +142,8 @@ struct Datagrams {
     socket: UdpSocket,
     /// The same socket, to wait for it.
     ready: tokio::net::UdpSocket,
-    receive: fn(&UdpSocket, &mut [u8]) -> io::Result<(usize, SocketAddr, IpAddr)>,
-    send: fn(&UdpSocket, &[u8], SocketAddr, IpAddr) -> io::Result<usize>,
+    receive: Receive,
+    send: Transmit,
 }
 
 impl Datagrams {
