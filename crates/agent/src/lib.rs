@@ -177,9 +177,11 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
         Some(name) => name.clone(),
         None => host_name()?,
     };
+    let key = rcgen::KeyPair::generate().map_err(internal)?;
     let mut backoff = link::Backoff::new();
     loop {
         let attempt = server::join(server::Join {
+            key: &key,
             url,
             token,
             environment: &config.environment,

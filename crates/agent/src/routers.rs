@@ -19,6 +19,8 @@ use crate::{Control, NETNS_DIR, metadata, names};
 
 /// Sockets that could not be opened are tried again after this.
 const RETRY: Duration = Duration::from_secs(1);
+/// How often tasks that ended by themselves are looked for.
+const CHECK: Duration = Duration::from_secs(5);
 
 /// Serves names and metadata in every router until dropped.
 pub(crate) async fn serve(control: Control, forwarder: Arc<Forwarder>) {
@@ -26,7 +28,10 @@ pub(crate) async fn serve(control: Control, forwarder: Arc<Forwarder>) {
     let mut running: BTreeMap<NetworkId, Running> = BTreeMap::new();
     loop {
         let view = views.borrow_and_update().clone();
-        running.retain(|id, one| view.routers.get(id).is_some_and(|router| router.generation == one.generation));
+        running.retain(|id, one| {
+            let same = view.routers.get(id).is_some_and(|router| router.generation == one.generation);
+            same && !one.tasks.iter().any(JoinHandle::is_finished)
+        });
         let mut failed = false;
         for (id, router) in &view.routers {
             if let Some(one) = running.get(id) {
@@ -42,12 +47,9 @@ pub(crate) async fn serve(control: Control, forwarder: Arc<Forwarder>) {
                 }
             }
         }
-        let pause = async {
-            if failed { tokio::time::sleep(RETRY).await } else { std::future::pending().await }
-        };
         tokio::select! {
             changed = views.changed() => if changed.is_err() { return },
-            () = pause => {}
+            () = tokio::time::sleep(if failed { RETRY } else { CHECK }) => {}
         }
     }
 }

@@ -138,6 +138,8 @@ impl Lessor for Server {
 
 /// What a host joins with.
 pub struct Join<'a> {
+    /// The key to be certified: the same at each try, so that a lost answer is given again.
+    pub key: &'a rcgen::KeyPair,
     /// The server's URL.
     pub url: &'a str,
     /// The token.
@@ -154,12 +156,11 @@ pub struct Join<'a> {
     pub routes: Vec<HostRoute>,
 }
 
-/// Joins: makes a key, has it certified, and answers the identity to be kept.
+/// Joins: has the key certified, and answers the identity to be kept.
 pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
     let internal = |why: String| ApiError::new(ErrorCode::Internal, why);
-    let key = rcgen::KeyPair::generate().map_err(|e| internal(e.to_string()))?;
     let csr = rcgen::CertificateParams::default()
-        .serialize_request(&key)
+        .serialize_request(join.key)
         .and_then(|csr| csr.pem())
         .map_err(|e| internal(e.to_string()))?;
     let client = client(Trust::Fingerprint(join.token.ca), None).map_err(|e| internal(e.to_string()))?;
@@ -186,7 +187,7 @@ pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
         server: join.url.to_owned(),
         ca: answer.ca,
         certificate: answer.certificate,
-        key: key.serialize_pem(),
+        key: join.key.serialize_pem(),
     })
 }
 

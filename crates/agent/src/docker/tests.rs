@@ -161,6 +161,7 @@ impl World {
             | Command::Claimed { .. }
             | Command::Watch(_)
             | Command::Underlay(_)
+            | Command::EngineStarted
             | Command::Stop => {}
         }
     }
