@@ -17,7 +17,7 @@ use super::Error;
 /// The version that the calls here are written for.
 const VERSION: (u32, u32) = (1, 41);
 /// An inspection waits for the container's lock, which a slow start holds.
-const TIMEOUT: Duration = Duration::from_secs(60);
+const TIMEOUT: Duration = Duration::from_mins(1);
 /// The longest event that is read, in bytes.
 const EVENT_MAX: usize = 1 << 20;
 
@@ -44,12 +44,13 @@ pub(super) struct Engine {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(rename_all = "PascalCase")]
 pub(super) struct Version {
-    pub(super) version: String,
-    pub(super) api_version: String,
+    #[serde(rename = "Version")]
+    pub(super) engine: String,
+    #[serde(rename = "ApiVersion")]
+    pub(super) newest: String,
     #[serde(default, rename = "MinAPIVersion")]
-    pub(super) min_api_version: String,
+    pub(super) oldest: String,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -359,8 +360,8 @@ fn choose(version: &Version) -> (u32, u32) {
         let (major, minor) = text.split_once('.')?;
         Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
     };
-    let newest = parse(&version.api_version).unwrap_or(VERSION);
-    let oldest = parse(&version.min_api_version).unwrap_or((1, 12));
+    let newest = parse(&version.newest).unwrap_or(VERSION);
+    let oldest = parse(&version.oldest).unwrap_or((1, 12));
     VERSION.min(newest).max(oldest)
 }
 
@@ -392,7 +393,7 @@ mod tests {
     #[test]
     fn the_version_is_ours_unless_the_engine_is_older_or_has_dropped_it() {
         let chosen = |api: &str, min: &str| {
-            choose(&Version { version: String::new(), api_version: api.into(), min_api_version: min.into() })
+            choose(&Version { engine: String::new(), newest: api.into(), oldest: min.into() })
         };
         assert_eq!(chosen("1.41", "1.12"), (1, 41), "Docker 20.10");
         assert_eq!(chosen("1.50", "1.24"), (1, 41), "Docker 28");

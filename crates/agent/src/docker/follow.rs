@@ -27,7 +27,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 /// How often it is checked whether something is still to be done.
 const TICK: Duration = Duration::from_secs(10);
 /// How often everything is looked at, though no event asked for it.
-const LOOK: Duration = Duration::from_secs(300);
+const LOOK: Duration = Duration::from_mins(5);
 
 /// Follows one engine.
 pub(super) struct Follower {
@@ -116,8 +116,8 @@ impl Follower {
             }
         }
         self.look(&mut session).await?;
-        tracing::info!(version = version.version, api = version.api_version, "following Docker's engine");
-        self.status.send_replace(DockerStatus::Up { version: version.version });
+        tracing::info!(version = version.engine, api = version.newest, "following Docker's engine");
+        self.status.send_replace(DockerStatus::Up { version: version.engine });
 
         let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -6,6 +6,7 @@
 //!
 //! Invariant: nothing here calls the engine.
 
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::net::IpAddr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -32,6 +33,7 @@ use tokio::task::JoinSet;
 use super::state::State;
 use super::{DRIVER, Error, NETWORK_KEY, wire};
 use crate::Control;
+use crate::control::LocalEndpoint;
 
 /// The largest body that is read, in bytes. The largest that an engine sends is a container's options: a few KiB.
 const BODY_MAX: usize = 64 << 10;
@@ -121,30 +123,36 @@ async fn answer(
     let method = uri.path().trim_start_matches('/').to_owned();
     let answer = match body {
         Ok(body) => plugin.call(&method, &body).await,
-        Err(why) if why.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(ApiError::new(
-            ErrorCode::TooLarge,
-            format!("{method}: the request is larger than {BODY_MAX} bytes, which no engine sends"),
-        )),
-        Err(why) => Err(ApiError::new(ErrorCode::Invalid, format!("{method}: {why}"))),
+        Err(why) if why.status() == StatusCode::PAYLOAD_TOO_LARGE => Err(Refused {
+            status: StatusCode::PAYLOAD_TOO_LARGE,
+            why: format!("{method}: the request is larger than {BODY_MAX} bytes, which no engine sends"),
+        }),
+        Err(why) => Err(Refused { status: StatusCode::BAD_REQUEST, why: format!("{method}: {why}") }),
     };
     let (status, body) = match answer {
         Ok(value) => {
             tracing::debug!(method, answer = %value, "Docker asked");
             (StatusCode::OK, value)
         }
-        Err(why) => {
-            tracing::warn!(method, %why, "Docker was refused");
-            // With 200 the engine prints the sentence as it is; anything else is for requests that are no requests.
-            let status = match why.code {
-                ErrorCode::TooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-                ErrorCode::Forbidden => StatusCode::NOT_FOUND,
-                _ => StatusCode::OK,
-            };
+        Err(Refused { status, why }) => {
+            tracing::warn!(method, why, "Docker was refused");
             // The network driver reads `Err`, the IPAM driver `Error`, and the plugin client itself `Err`.
-            (status, json!({ "Err": why.message, "Error": why.message }))
+            (status, json!({ "Err": why, "Error": why }))
         }
     };
     (status, [(header::CONTENT_TYPE, CONTENT_TYPE)], body.to_string()).into_response()
+}
+
+/// A refusal. With 200 the engine prints the sentence as it is; anything else is for requests that are no requests.
+struct Refused {
+    status: StatusCode,
+    why: String,
+}
+
+impl From<ApiError> for Refused {
+    fn from(error: ApiError) -> Self {
+        Self { status: StatusCode::OK, why: error.message }
+    }
 }
 
 impl Plugin {
@@ -152,9 +160,9 @@ impl Plugin {
         Self { control, state }
     }
 
-    async fn call(&self, method: &str, body: &[u8]) -> Result<Value, ApiError> {
+    async fn call(&self, method: &str, body: &[u8]) -> Result<Value, Refused> {
         let nothing = || Ok(json!({}));
-        match method {
+        let answer: Result<Value, ApiError> = match method {
             "Plugin.Activate" => Ok(json!({ "Implements": ["NetworkDriver", "IpamDriver"] })),
             "NetworkDriver.GetCapabilities" => {
                 Ok(json!({ "Scope": "local", "ConnectivityScope": "global", "GwAllocChecker": false }))
@@ -197,11 +205,12 @@ impl Plugin {
                 self.release_address(parse(method, body)?).await.and_then(|()| nothing())
             }
             // The engine takes 404 for "does not have that method" and goes on without it.
-            other => Err(ApiError::new(
-                ErrorCode::Forbidden,
-                format!("{other:.64}: this plugin has no such method"),
-            )),
-        }
+            other => {
+                let why = format!("{other:.64}: this plugin has no such method");
+                return Err(Refused { status: StatusCode::NOT_FOUND, why });
+            }
+        };
+        Ok(answer?)
     }
 
     fn create_network(&self, request: wire::CreateNetwork) -> Result<(), ApiError> {
@@ -297,7 +306,12 @@ impl Plugin {
 
     async fn join(&self, request: wire::Join) -> Result<wire::Joined, ApiError> {
         let network = self.known(&request.network_id)?;
-        let handed = self.control.join(&request.endpoint_id, PathBuf::from(request.sandbox_key)).await?;
+        let sandbox = PathBuf::from(request.sandbox_key);
+        let handed = self.control.join(&request.endpoint_id, sandbox.clone()).await?;
+        let others = self.control.list().await?.into_iter();
+        let others = others.filter(|local| local.foreign.as_deref() != Some(&request.endpoint_id));
+        let others: BTreeSet<PathBuf> = others.filter_map(|local| local.sandbox).collect();
+        let brings = self.state.brings_on_link(&sandbox, &request.endpoint_id, &others);
         let internal =
             self.control.view().catalog.networks.get(&network).is_some_and(|network| network.internal);
         let gateway = handed.gateway.filter(|_| !internal);
@@ -309,6 +323,7 @@ impl Plugin {
             static_routes: handed
                 .on_link
                 .into_iter()
+                .filter(|_| brings)
                 .map(|destination| wire::StaticRoute {
                     destination: destination.to_string(),
                     route_type: wire::ROUTE_CONNECTED,
@@ -319,7 +334,9 @@ impl Plugin {
     }
 
     async fn leave(&self, request: wire::EndpointOnly) -> Result<(), ApiError> {
-        gone_is_fine(self.control.leave(&request.endpoint_id).await)
+        gone_is_fine(self.control.leave(&request.endpoint_id).await)?;
+        self.state.left(&request.endpoint_id);
+        Ok(())
     }
 
     async fn publish(&self, request: wire::ExternalConnectivity) -> Result<(), ApiError> {
@@ -333,7 +350,7 @@ impl Plugin {
         let longest = wishes.iter().map(|(port, last)| last - port.host_port).max().unwrap_or(0);
         let mut step = 0;
         loop {
-            let ports: std::collections::BTreeSet<PublishedPort> = wishes
+            let ports: BTreeSet<PublishedPort> = wishes
                 .iter()
                 .map(|(port, last)| PublishedPort {
                     host_port: port.host_port.saturating_add(step).min(*last),
@@ -376,7 +393,7 @@ impl Plugin {
         }
         let gateway = with_prefix(network.gateway(), &network);
         let data = [(wire::GATEWAY.to_owned(), gateway)].into();
-        Ok(wire::Pool { pool_id: network.id.to_string(), pool: pool.to_string(), data })
+        Ok(wire::Pool { id: network.id.to_string(), cidr: pool.to_string(), data })
     }
 
     async fn request_address(&self, request: wire::RequestAddress) -> Result<wire::Address, ApiError> {
@@ -396,16 +413,10 @@ impl Plugin {
             }
             return Ok(wire::Address { address: with_prefix(gateway, &network) });
         }
-        let address = match (self.control.reserve(&network.id, wish).await, wish) {
-            (Ok(address), _) => address,
-            (Err(why), Some(wish)) if matches!(why.code, ErrorCode::Conflict | ErrorCode::InUse) => {
-                if !self.free_of_the_dead(&network.id, wish).await? {
-                    return Err(why);
-                }
-                wish
-            }
-            (Err(why), _) => return Err(why),
-        };
+        if let Some(wish) = wish {
+            self.free_of_the_dead(&network.id, wish).await?;
+        }
+        let address = self.control.reserve(&network.id, wish).await?;
         self.state.asked(&network.id, address);
         Ok(wire::Address { address: with_prefix(address, &network) })
     }
@@ -424,27 +435,33 @@ impl Plugin {
         gone_is_fine(self.control.unreserve(&network, address).await)
     }
 
-    /// Whether an address that this host holds may be had all the same: nobody uses it, or one that the engine lost in a
-    /// crash and whose container is gone.
-    async fn free_of_the_dead(&self, network: &NetworkId, address: IpAddr) -> Result<bool, ApiError> {
-        if self.control.reservations().await?.contains(&(network.clone(), address)) {
-            return Ok(true);
-        }
-        let dead = self.control.list().await?.into_iter().find_map(|local| {
-            let gone = local.sandbox.is_none_or(|sandbox| std::fs::symlink_metadata(sandbox).is_err());
-            let here = local.endpoint.network == *network && local.endpoint.addresses.contains(&address);
-            let docker = local.endpoint.kind == EndpointKind::Docker;
-            let foreign = local.foreign?;
-            (docker && here && gone && !self.state.is_confirmed(&foreign)).then_some(foreign)
+    /// Refuses an address that an endpoint of this host has, unless the engine lost that endpoint in a crash and its
+    /// container is gone: then the endpoint gives it up.
+    async fn free_of_the_dead(&self, network: &NetworkId, address: IpAddr) -> Result<(), ApiError> {
+        let holder =
+            self.control.list().await?.into_iter().find(|local| {
+                local.endpoint.network == *network && local.endpoint.addresses.contains(&address)
+            });
+        let Some(LocalEndpoint { endpoint, foreign, sandbox }) = holder else { return Ok(()) };
+        let gone = sandbox.is_none_or(|sandbox| std::fs::symlink_metadata(sandbox).is_err());
+        let lost = foreign.filter(|foreign| {
+            endpoint.kind == EndpointKind::Docker && gone && !self.state.is_confirmed(foreign)
         });
-        let Some(foreign) = dead else { return Ok(false) };
+        let Some(foreign) = lost else {
+            let name = endpoint.name.as_ref().map_or(endpoint.id.as_str(), |name| name.as_str());
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "address {address} is in use by {name} on this host; choose another --ip or leave it out"
+                ),
+            ));
+        };
         tracing::info!(%network, %address, endpoint = foreign, "an endpoint that the engine lost gives up its address");
         self.control.leave(&foreign).await?;
-        self.control.delete(&foreign).await?;
-        Ok(true)
+        self.control.delete(&foreign).await
     }
 
-    async fn endpoint(&self, foreign: &str) -> Result<Option<crate::control::LocalEndpoint>, ApiError> {
+    async fn endpoint(&self, foreign: &str) -> Result<Option<LocalEndpoint>, ApiError> {
         let all = self.control.list().await?;
         Ok(all.into_iter().find(|local| local.foreign.as_deref() == Some(foreign)))
     }
@@ -466,7 +483,10 @@ impl Plugin {
         } else {
             format!("`droveway network create {name:.64} --subnet CIDR` makes one")
         };
-        Err(ApiError::new(ErrorCode::NotFound, format!("there is no Droveway network {name:.64?}; {why}")))
+        Err(ApiError::new(
+            ErrorCode::NotFound,
+            format!("there is no Droveway network {:?}; {why}", short(name)),
+        ))
     }
 
     fn pool(&self, id: &str) -> Result<Network, ApiError> {
@@ -475,7 +495,8 @@ impl Plugin {
             ApiError::new(
                 ErrorCode::NotFound,
                 format!(
-                    "there is no Droveway network {id:.64?} any more; `docker network rm` its Docker network"
+                    "there is no Droveway network {:?} any more; `docker network rm` its Docker network",
+                    short(id)
                 ),
             )
         })
@@ -517,7 +538,12 @@ fn wish(binding: &wire::PortBinding) -> Result<(PublishedPort, u16), ApiError> {
 /// An address with or without prefix.
 fn address(text: &str) -> Result<IpAddr, ApiError> {
     let bare = text.split_once('/').map_or(text, |(address, _)| address);
-    bare.parse().map_err(|_| invalid(format!("{text:.64?} is not an IP address")))
+    bare.parse().map_err(|_| invalid(format!("{:?} is not an IP address", short(text))))
+}
+
+/// Enough of a text for a person to recognise it.
+fn short(text: &str) -> &str {
+    text.char_indices().nth(64).map_or(text, |(end, _)| &text[..end])
 }
 
 fn with_prefix(address: IpAddr, network: &Network) -> String {

@@ -31,6 +31,8 @@ struct Inner {
     networks: Record,
     /// Endpoints that this engine is known to have: it made them, or it listed them.
     confirmed: BTreeSet<String>,
+    /// By sandbox: the endpoint that brought the on-link routes, `None` if it has left.
+    on_link: BTreeMap<PathBuf, Option<String>>,
     /// Addresses lately asked for.
     fresh: BTreeMap<(NetworkId, IpAddr), Instant>,
 }
@@ -113,6 +115,32 @@ impl State {
     /// Whether the engine has this endpoint, as far as is known.
     pub(super) fn is_confirmed(&self, endpoint: &str) -> bool {
         self.lock().confirmed.contains(endpoint)
+    }
+
+    /// Whether `endpoint`, which joins `sandbox`, is to bring the on-link routes. They are the same on each network, and the
+    /// kernel takes a route once: of a container's endpoints one brings them. `others` are the sandboxes of the others.
+    pub(super) fn brings_on_link(&self, sandbox: &Path, endpoint: &str, others: &BTreeSet<PathBuf>) -> bool {
+        let mut inner = self.lock();
+        inner.on_link.retain(|known, _| others.contains(known) || known == sandbox);
+        let brings = match inner.on_link.get(sandbox) {
+            _ if !others.contains(sandbox) => true,
+            Some(holder) => holder.as_deref().is_none_or(|holder| holder == endpoint),
+            // From before the agent's restart: one of the others has brought them.
+            None => false,
+        };
+        if brings {
+            inner.on_link.insert(sandbox.to_owned(), Some(endpoint.to_owned()));
+        }
+        brings
+    }
+
+    /// The endpoint has left its sandbox, and its routes with it.
+    pub(super) fn left(&self, endpoint: &str) {
+        for holder in self.lock().on_link.values_mut() {
+            if holder.as_deref() == Some(endpoint) {
+                *holder = None;
+            }
+        }
     }
 
     /// The address was asked for now.

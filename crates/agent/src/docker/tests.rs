@@ -77,10 +77,13 @@ impl World {
             Command::Reserve { network, wish, reply } => {
                 let taken =
                     |a: IpAddr| self.reserved.contains(&(network.clone(), a)) || self.used(&network, a);
-                let mut pool = (10..250u8).map(|last| IpAddr::from([10, 42, 16, last]));
-                let found = wish.map_or_else(|| pool.find(|a| !taken(*a)), |a| (!taken(a)).then_some(a));
-                let result = found.map_or_else(|| Err(conflict(format!("{wish:?} is in use"))), Ok);
-                if let Ok(address) = result {
+                let second = if network == NetworkId::from_random([2; 8]) { 43 } else { 42 };
+                let mut pool = (10..250u8).map(|last| IpAddr::from([10, second, 16, last]));
+                let found = wish.or_else(|| pool.find(|a| !taken(*a)));
+                let result = found.ok_or_else(|| conflict("the pool is full".to_owned()));
+                if let Ok(address) = result
+                    && !self.used(&network, address)
+                {
                     self.reserved.insert((network, address));
                 }
                 answer(reply, result);
@@ -368,6 +371,26 @@ async fn an_internal_network_has_no_gateway_and_gets_no_bridge_of_dockers_instea
 }
 
 #[tokio::test]
+async fn of_a_containers_endpoints_one_brings_the_on_link_routes() {
+    let rig = Rig::new();
+    rig.network_create("d1", "managed", "10.42.0.0/16").await;
+    rig.network_create("d2", "inside", "10.43.0.0/16").await;
+    rig.run("d1", rig.managed.id.as_str(), "e1").await;
+    rig.run("d2", NetworkId::from_random([2; 8]).as_str(), "e2").await;
+    rig.run("d1", rig.managed.id.as_str(), "other").await;
+    let join = async |docker: &str, endpoint: &str, sandbox: &str| {
+        let join = json!({ "NetworkID": docker, "EndpointID": endpoint, "SandboxKey": sandbox });
+        rig.ok("NetworkDriver.Join", join).await["StaticRoutes"].as_array().unwrap().len()
+    };
+    assert_eq!(join("d1", "e1", "/ns/a").await, 1);
+    assert_eq!(join("d2", "e2", "/ns/a").await, 0, "the kernel would refuse the same route twice");
+    assert_eq!(join("d1", "e1", "/ns/a").await, 1, "the same request again");
+    assert_eq!(join("d1", "other", "/ns/b").await, 1, "another container");
+    rig.ok("NetworkDriver.Leave", json!({ "NetworkID": "d1", "EndpointID": "e1" })).await;
+    assert_eq!(join("d1", "e1", "/ns/a").await, 1, "its routes had left with it");
+}
+
+#[tokio::test]
 async fn a_given_mac_is_used_and_not_answered() {
     let rig = Rig::new();
     rig.network_create("d1", "managed", "10.42.0.0/16").await;
@@ -387,7 +410,9 @@ async fn an_address_in_use_is_refused_unless_the_engine_lost_its_holder_in_a_cra
     rig.network_create("d1", "managed", "10.42.0.0/16").await;
     rig.run("d1", rig.managed.id.as_str(), "e1").await;
     let wish = json!({ "PoolID": rig.managed.id, "Address": "10.42.16.10", "Options": {} });
-    assert!(rig.refused("IpamDriver.RequestAddress", wish.clone()).await.contains("in use"));
+    assert!(
+        rig.refused("IpamDriver.RequestAddress", wish.clone()).await.contains("10.42.16.10 is in use by e-")
+    );
     // An endpoint of the ledger that this engine has not shown yet, with no namespace left.
     let address = "10.42.16.99".parse().unwrap();
     let lost = endpoint(&rig.managed.id, address, None);

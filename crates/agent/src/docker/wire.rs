@@ -161,11 +161,12 @@ pub(super) struct RequestPool {
 }
 
 #[derive(Debug, Serialize)]
-#[serde(rename_all = "PascalCase")]
 pub(super) struct Pool {
     #[serde(rename = "PoolID")]
-    pub(super) pool_id: String,
-    pub(super) pool: String,
+    pub(super) id: String,
+    #[serde(rename = "Pool")]
+    pub(super) cidr: String,
+    #[serde(rename = "Data")]
     pub(super) data: BTreeMap<String, String>,
 }
 
