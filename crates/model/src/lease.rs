@@ -27,7 +27,7 @@ pub struct Block {
     pub leased: Revision,
 }
 
-/// One address held for one endpoint, outside the blocks of its host.
+/// One address held for one host, outside its blocks: asked for with an endpoint that is to come.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct Claim {
     /// The network.
@@ -37,7 +37,7 @@ pub struct Claim {
     pub address: IpAddr,
     /// The host it is used on.
     pub host: HostId,
-    /// The endpoint it is held for.
+    /// The endpoint that was to come. While the host keeps the address, it may give it to another one of its own.
     pub endpoint: EndpointId,
 }
 

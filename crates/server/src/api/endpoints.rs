@@ -132,7 +132,6 @@ fn authority(
     }
     if let Some(claim) = env.catalog.claims.get(&(network.id.clone(), address))
         && claim.host == endpoint.host
-        && claim.endpoint == endpoint.id
     {
         let key = keys.claim(&network.id, &address);
         let revision = env.modified(&key).unwrap_or_default();
