@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use linux::{Kernel, Woken};
 use model::api::{ApiError, ErrorCode};
-use model::{EndpointId, NetworkId, Object};
+use model::{Change, EndpointId, NetworkId, Object, Watch};
 use plan::object::{Ifname, Set};
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
@@ -183,10 +183,11 @@ impl Reconciler {
             Command::Leased { block } => self.keep(Object::Block(block)),
             Command::Claimed { claim } => self.keep(Object::Claim(claim)),
             Command::Watch(message) => {
+                self.stale |= matters_to_the_kernel(&message);
+                self.unpublished = true;
                 if let Err(error) = self.book.watch(*message) {
                     self.trouble(error.to_string());
                 }
-                self.stale = true;
             }
             Command::Underlay(candidates) => {
                 self.stale |= self.book.candidates != candidates;
@@ -530,6 +531,19 @@ impl Reconciler {
             .collect();
         let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
         View { routers, troubles, ..View::from_book(book) }
+    }
+}
+
+/// Whether the plan can come out otherwise: it does not look at endpoints of other hosts, and has this host's from the
+/// ledger.
+fn matters_to_the_kernel(message: &Watch) -> bool {
+    let of_an_endpoint = |change: &Change| {
+        matches!(change, Change::Put(Object::Endpoint(_)) | Change::Delete(model::Key::Endpoint(_)))
+    };
+    match message {
+        Watch::Snapshot { .. } => true,
+        Watch::Delta { changes, .. } => !changes.iter().all(of_an_endpoint),
+        Watch::Heartbeat { .. } => false,
     }
 }
 
