@@ -81,7 +81,14 @@ pub struct Config {
 pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ApiError> {
     let mut shutdown = std::pin::pin!(shutdown);
     let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
-    let identity = match ledger.identity().map_err(internal)? {
+    let known = match ledger.identity().map_err(internal)? {
+        Some(identity) if config.token.is_some() && was_removed(&identity).await? => {
+            tracing::warn!(host = %identity.host, "this host was removed from its environment; it joins as a new one");
+            None
+        }
+        known => known,
+    };
+    let identity = match known {
         Some(identity) => identity,
         None => tokio::select! {
             joined = join(&config) => {
@@ -161,6 +168,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 
 /// Where namespaces are bound, as `ip netns` has it.
 const NETNS_DIR: &str = "/run/netns";
+
+/// Whether the server answers, and does not know this host any more. A server that does not answer says nothing.
+async fn was_removed(identity: &Identity) -> Result<bool, ApiError> {
+    let answer = Server::of(identity).map_err(internal)?.watch(None).await;
+    Ok(matches!(answer, Err(error) if error.code == ErrorCode::Unauthenticated))
+}
 
 /// Joins, for as long as it takes to reach the server; a refusal ends it.
 async fn join(config: &Config) -> Result<Identity, ApiError> {
