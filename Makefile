@@ -1,5 +1,8 @@
 # make            what there is
 SHELL := /bin/bash
+# PROFILE=dev builds faster and runs slower: for trying things.
+PROFILE ?= release
+export DROVEWAY ?= target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))/droveway
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -7,12 +10,12 @@ help:            ## this list
 
 build:           ## the binary: target/release/droveway
 	@scripts/deps.sh build
-	cargo build --release --locked
+	cargo build --profile $(PROFILE) --locked
 
 demo:            ## two hosts with Docker, three containers, and the walk of a packet
 	@scripts/deps.sh build demo
 	@echo "building droveway (a few minutes the first time)"
-	cargo build --release --locked
+	cargo build --profile $(PROFILE) --locked
 	@scripts/demo.sh up
 
 demo-down:       ## takes the demo away
@@ -28,14 +31,14 @@ soak:            ## the long form: many seeds, fault storms
 
 bench:           ## ratios against kernel VXLAN by hand, attach latency, memory
 	@scripts/deps.sh build bench
-	cargo build --release --locked
+	cargo build --profile $(PROFILE) --locked
 	@scripts/bench.sh
 
 ci:              ## everything CI does
 	@.ci/run
 
 install: build   ## to /usr/local/bin, with systemd units
-	install -D -m 0755 target/release/droveway $(DESTDIR)/usr/local/bin/droveway
+	install -D -m 0755 $(DROVEWAY) $(DESTDIR)/usr/local/bin/droveway
 	install -D -m 0644 contrib/systemd/droveway-server.service $(DESTDIR)/etc/systemd/system/droveway-server.service
 	install -D -m 0644 contrib/systemd/droveway-agent.service $(DESTDIR)/etc/systemd/system/droveway-agent.service
 

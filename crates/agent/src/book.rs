@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use ipnet::IpNet;
 use linux::netns::Netns;
@@ -641,7 +641,7 @@ fn check_ifname(name: &str) -> Result<(), ApiError> {
 }
 
 /// The first `ethN` that is free in a namespace; none if it cannot be looked at.
-fn free_ifname(netns: &PathBuf) -> Option<String> {
+fn free_ifname(netns: &Path) -> Option<String> {
     let netns = Netns::open(netns).ok()?;
     let names: Vec<String> = netns
         .run(|| {

@@ -245,9 +245,9 @@ impl Ledger {
             tx.execute("DELETE FROM record WHERE id = ?1", [endpoint.id.as_str()])?;
             for address in &endpoint.addresses {
                 if keep {
-                    reserve(tx, &endpoint.network, *address)?
+                    reserve(tx, &endpoint.network, *address)?;
                 } else {
-                    release(tx, &endpoint.network, *address, now)?
+                    release(tx, &endpoint.network, *address, now)?;
                 }
             }
             Ok(())

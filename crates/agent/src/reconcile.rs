@@ -147,7 +147,7 @@ impl Reconciler {
                 drop(reply.send(outcome));
             }
             Command::Publish { foreign, ports, reply } => {
-                drop(reply.send(self.publish_ports(&foreign, ports)))
+                drop(reply.send(self.publish_ports(&foreign, ports)));
             }
             Command::Describe { foreign, description, reply } => {
                 let outcome = match self.book.by_foreign(&foreign).cloned() {

@@ -1,6 +1,6 @@
 //! What the kernel should look like. Pure: no kernel types, no input or output, no clock.
 //!
-//! [`desired`] turns the snapshot and the agent's own record into [`object`]s; [`diff`] compares them with what was
+//! [`desired()`] turns the snapshot and the agent's own record into [`object`]s; [`diff()`] compares them with what was
 //! observed and gives [`Step`]s, removals first. The room `linux` observes and applies; only the agent's reconciler
 //! calls it.
 //!

@@ -5,7 +5,7 @@
 //!                                                                     └────▶ Forwarder::ask     the rest
 //! ```
 //!
-//! [`Zone`] is a pure value made from the [`View`](crate::View); [`serve`] holds the sockets of one router and reads the
+//! [`Zone`] is a pure value made from the [`View`](crate::View); [`serve()`] holds the sockets of one router and reads the
 //! newest zone for each question; [`Forwarder`] asks the host's own resolvers from the host's own namespace.
 //!
 //! Invariants: a new zone never closes a socket; a name below our own domain never leaves the host; an answer comes
