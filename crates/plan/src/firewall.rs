@@ -11,6 +11,9 @@ use crate::object::{Family, HOST_DEVICE_PREFIX, TABLE, Table};
 use crate::transit;
 
 /// The router's filter and NAT: nothing of the pool leaves by `up0`, nothing but the pool comes by the overlay.
+///
+/// What conntrack finds invalid (a reset or a reply without a connection) is not masqueraded: the last chain, which sees
+/// packets after NAT, drops it.
 pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     let out = if internal {
         ""
@@ -54,6 +57,10 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     chain output {{
         type filter hook output priority filter; policy accept;
         oifname "up0" ip daddr POOL drop
+    }}
+    chain last {{
+        type filter hook postrouting priority 300; policy accept;
+        oifname "up0" ip saddr POOL drop
     }}
 "#
     );

@@ -1,0 +1,108 @@
+//! Nothing of a network's addresses leaves a router but through the overlay.
+
+use std::net::Ipv4Addr;
+
+use droveway::lab::Lab;
+
+use crate::frame::{BROADCAST, echo, ipv4, mac, packet, udp};
+use crate::probe;
+use crate::support::{Capture, Look, idle, in_router, lab, meet, router_words, says, silent, succeeds, ttl};
+
+const POOL: &str = "10.42.";
+
+fn none_of_the_pool(what: &str, capture: &Capture) {
+    let lines = capture.lines();
+    let leaked: Vec<_> = lines.iter().filter(|line| line.contains(POOL)).collect();
+    assert!(leaked.is_empty(), "{what}: {leaked:#?}");
+}
+
+/// The host's end of the router's uplink.
+fn uplink(lab: &Lab, host: &str) -> String {
+    let text = lab.check(host, &["ls", "/sys/class/net"]).unwrap();
+    text.split_whitespace().find(|name| name.starts_with("dw")).unwrap().to_owned()
+}
+
+#[test]
+fn what_goes_out_is_masqueraded_and_no_address_of_the_pool_is_seen_beyond_the_router() {
+    let lab = lab(2);
+    let (inside, far) = (lab.run("h1", &idle("inside")).unwrap(), lab.run("h2", &idle("far")).unwrap());
+    meet(&lab, &inside, &far);
+    let at = inside.path();
+    let captures = [
+        ("up0", Capture::in_router(&lab, "h1", "managed", "up0", "ip or arp or vlan")),
+        ("dw0", Capture::start(&lab, "h1", &["env"], &uplink(&lab, "h1"), "ip or arp or vlan")),
+        // Not what is inside of VXLAN.
+        ("eth0", Capture::start(&lab, "h1", &["env"], "eth0", "net 10.42.0.0/16 or icmp or arp")),
+    ];
+    // To addresses of the pool that nobody has, from the container and from the router itself.
+    let nowhere = ["10.42.255.250", "10.42.77.77", "10.42.255.255"];
+    for to in nowhere {
+        assert!(silent(&lab, &at, to), "{to}");
+    }
+    let me = (mac(&inside.mac()), inside.ip());
+    let gateway = mac(&in_router(&lab, "h1", "managed", &["cat", "/sys/class/net/br0/address"]));
+    let mut frames = Vec::new();
+    for to in nowhere.map(|to| to.parse::<Ipv4Addr>().unwrap()) {
+        for over in [gateway, BROADCAST] {
+            frames.push(packet(over, me.0, &ipv4(me.1, to, 17, &udp(6666, 6666, b"nowhere"))));
+            frames.push(packet(over, me.0, &ipv4(me.1, to, 1, &echo(b"nowhere"))));
+        }
+    }
+    // To the outside from addresses that are not the container's.
+    for from in [Ipv4Addr::new(10, 42, 77, 77), far.ip(), Ipv4Addr::new(192, 0, 2, 1)] {
+        let server = Ipv4Addr::new(10, 0, 0, 2);
+        frames.push(packet(gateway, me.0, &ipv4(from, server, 17, &udp(6666, 6666, b"forged"))));
+    }
+    // Replies and resets that belong to no connection.
+    let server = Ipv4Addr::new(10, 0, 0, 2);
+    let reset = [0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x14, 0, 0, 0, 0, 0, 0];
+    frames.push(packet(gateway, me.0, &ipv4(me.1, server, 6, &reset)));
+    frames.push(packet(gateway, me.0, &ipv4(me.1, server, 1, &[0, 0, 0xff, 0xfe, 0, 0, 0, 1])));
+    probe::send(&lab, &at, &frames);
+    for to in nowhere {
+        let ping = ["ping", "-n", "-c", "1", "-W", "0.4", "-I", "up0", to];
+        assert!(!succeeds(
+            &lab,
+            "h1",
+            &router_words("managed", &ping).iter().map(String::as_str).collect::<Vec<_>>()
+        ));
+    }
+    // What is meant for the outside goes there, in the host's name, and is seen at each place.
+    let at_server = Capture::start(&lab, "server", &["env"], "eth0", "icmp or net 10.42.0.0/16");
+    assert!(ttl(&lab, &at, "10.0.0.2").is_some(), "{}", says(&lab, &at, &["ping", "-c", "1", "10.0.0.2"]));
+    at_server.sees("10.0.0.5 > 10.0.0.2: ICMP echo request");
+    let [up0, dw0, eth0] = captures.each_ref().map(|(_, capture)| capture);
+    up0.sees("> 10.0.0.2: ICMP echo request");
+    dw0.sees("> 10.0.0.2: ICMP echo request");
+    eth0.sees("10.0.0.5 > 10.0.0.2: ICMP echo request");
+    for (what, capture) in &captures {
+        none_of_the_pool(what, capture);
+    }
+    none_of_the_pool("at the server", &at_server);
+}
+
+#[test]
+fn nobody_outside_reaches_a_container_by_its_address() {
+    let lab = lab(2);
+    let (inside, far) = (lab.run("h1", &idle("inside")).unwrap(), lab.run("h2", &idle("far")).unwrap());
+    meet(&lab, &inside, &far);
+    let capture = Capture::start(&lab, &inside.path(), &["env"], "eth0", "icmp");
+    let to = inside.ip().to_string();
+    lab.check("server", &["ip", "route", "add", "10.42.0.0/16", "via", "10.0.0.5"]).unwrap();
+    for from in ["server", "h1", "h2"] {
+        assert!(silent(&lab, from, &to), "from {from}");
+    }
+    // Even where the host is told to send it in.
+    let (device, own) =
+        (uplink(&lab, "h1"), in_router(&lab, "h1", "managed", &["ip", "-4", "-o", "addr", "show", "up0"]));
+    let router = own.split("inet ").nth(1).unwrap().split('/').next().unwrap();
+    lab.check("h1", &["ip", "route", "add", "10.42.0.0/16", "via", router, "dev", &device, "onlink"])
+        .unwrap();
+    for from in ["server", "h1"] {
+        assert!(silent(&lab, from, &to), "from {from} by way of the uplink");
+    }
+    assert!(ttl(&lab, &far.path(), &to).is_some());
+    capture.sees(&format!("{} > {to}: ICMP echo request", far.ip()));
+    let lines = capture.lines();
+    assert!(lines.iter().all(|line| line.contains(&far.ip().to_string())), "{lines:#?}");
+}

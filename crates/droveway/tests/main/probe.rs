@@ -1,0 +1,121 @@
+//! Programs that tests run inside containers and on nodes: this very binary, started there with a role in its environment.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::process::Child;
+
+use droveway::lab::Lab;
+use nix::ifaddrs::getifaddrs;
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, sendto, socket};
+
+const ROLE: &str = "DROVEWAY_TEST_PROBE";
+
+/// Not a test: what the functions below run elsewhere.
+#[test]
+fn a_probe() {
+    let Ok(role) = std::env::var(ROLE) else { return };
+    let words: Vec<&str> = role.split(' ').collect();
+    match words[..] {
+        ["raw", interface, ref frames @ ..] => raw(interface, frames),
+        ["udp", to, payload] => {
+            let to: SocketAddr = to.parse().unwrap();
+            UdpSocket::bind("0.0.0.0:0").unwrap().send_to(&unhex(payload), to).unwrap();
+        }
+        ["get", path] => get(path),
+        ["resolver", at] => resolver(&UdpSocket::bind(at).unwrap()),
+        _ => panic!("no such role: {role}"),
+    }
+    println!("PROBE DONE");
+}
+
+fn words(role: &str) -> Vec<String> {
+    let binary = std::env::current_exe().unwrap().display().to_string();
+    let role = format!("{ROLE}={role}");
+    ["env", &role, &binary, "--exact", "probe::a_probe", "--nocapture"].map(str::to_owned).to_vec()
+}
+
+fn run(lab: &Lab, target: &str, role: &str) {
+    let said = lab.check(target, &words(role)).unwrap();
+    assert!(said.contains("PROBE DONE"), "{said}");
+}
+
+/// Sends frames as they are, from a container's interface.
+pub fn send(lab: &Lab, target: &str, frames: &[Vec<u8>]) {
+    send_by(lab, target, "eth0", frames);
+}
+
+/// [`send`] by another interface.
+pub fn send_by(lab: &Lab, target: &str, interface: &str, frames: &[Vec<u8>]) {
+    let frames: Vec<String> = frames.iter().map(|frame| hex(frame)).collect();
+    run(lab, target, &format!("raw {interface} {}", frames.join(" ")));
+}
+
+/// Sends a datagram by the ordinary way.
+pub fn send_udp(lab: &Lab, target: &str, to: SocketAddr, payload: &[u8]) {
+    run(lab, target, &format!("udp {to} {}", hex(payload)));
+}
+
+/// What the metadata service answers with at that path.
+pub fn metadata(lab: &Lab, target: &str, path: &str) -> String {
+    let said = lab.check(target, &words(&format!("get {path}"))).unwrap();
+    assert!(said.contains("HTTP/1.1 200") && said.contains("PROBE DONE"), "{said}");
+    let (_, body) = said.split_once("\r\n\r\n").unwrap();
+    body.split("PROBE DONE").next().unwrap().trim().to_owned()
+}
+
+/// A name server that knows `www.example.com` and `intranet.lab.example` as 192.0.2.7, until the child is killed.
+pub fn resolver_at(lab: &Lab, target: &str, at: SocketAddr) -> Child {
+    lab.spawn(target, &words(&format!("resolver {at}"))).unwrap()
+}
+
+fn raw(interface: &str, frames: &[&str]) {
+    let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), None).unwrap();
+    let mut interfaces = getifaddrs().unwrap().filter(|found| found.interface_name == interface);
+    let address = interfaces.find_map(|found| found.address?.as_link_addr().copied()).unwrap();
+    for frame in frames {
+        use std::os::fd::AsRawFd;
+        sendto(socket.as_raw_fd(), &unhex(frame), &address, MsgFlags::empty()).unwrap();
+    }
+}
+
+fn get(path: &str) {
+    let mut stream = TcpStream::connect("169.254.169.250:80").unwrap();
+    stream
+        .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    println!("{answer}");
+}
+
+fn resolver(socket: &UdpSocket) {
+    let mut query = [0; 512];
+    loop {
+        let (length, from) = socket.recv_from(&mut query).unwrap();
+        // The question ends after its name, type and class; what comes behind it (EDNS) is not answered.
+        let name_end = 12 + query[12..length].iter().position(|&octet| octet == 0).unwrap();
+        let known = [&b"\x03www\x07example\x03com"[..], b"\x08intranet\x03lab\x07example"];
+        let known = known.contains(&query[12..name_end].to_ascii_lowercase().as_slice());
+        let mut answer = query[..name_end + 5].to_vec();
+        answer[2] |= 0x80;
+        answer[3] = if known { 0 } else { 3 };
+        answer[6..12].copy_from_slice(&[0, u8::from(known), 0, 0, 0, 0]);
+        if known {
+            answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 192, 0, 2, 7]);
+        }
+        socket.send_to(&answer, from).unwrap();
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .map(|digit| char::from(b"0123456789abcdef"[usize::from(digit)]))
+        .collect()
+}
+
+fn unhex(text: &str) -> Vec<u8> {
+    let digit = |byte: u8| char::from(byte).to_digit(16).unwrap() as u8;
+    text.as_bytes().chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
+}

@@ -1,0 +1,180 @@
+//! What scenarios share: labs, containers, waiting, captures.
+
+use std::io::{BufRead, BufReader};
+use std::net::Ipv4Addr;
+use std::process::{Child, ChildStderr, ChildStdout};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use droveway::lab::{Container, Lab, LabSpec, RunSpec};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long anything may take that is no subject of a test.
+pub const LIMIT: Duration = Duration::from_secs(15);
+
+/// What a lab of the tests shall be.
+pub fn spec(hosts: u32) -> LabSpec {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("m{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    let program = env!("CARGO_BIN_EXE_droveway").into();
+    LabSpec { hosts, program, ..LabSpec::new(&name).unwrap() }
+}
+
+/// A lab with server and agents, all connected.
+pub fn lab(hosts: u32) -> Lab {
+    Lab::up(spec(hosts)).unwrap()
+}
+
+/// Waits until it is so, and says how long that took.
+#[track_caller]
+pub fn until(limit: Duration, what: &str, mut done: impl FnMut() -> bool) -> Duration {
+    let begin = Instant::now();
+    while !done() {
+        assert!(begin.elapsed() < limit, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    begin.elapsed()
+}
+
+/// A container that does nothing, in `managed`.
+pub fn idle(name: &str) -> RunSpec {
+    RunSpec::new(name, &["sleep", "infinity"]).unwrap()
+}
+
+/// [`idle`] in a network.
+pub fn idle_in(network: &str, name: &str) -> RunSpec {
+    RunSpec { network: network.to_owned(), ..idle(name) }
+}
+
+pub trait Look {
+    fn ip(&self) -> Ipv4Addr;
+    fn mac(&self) -> String;
+}
+
+impl Look for Container {
+    fn ip(&self) -> Ipv4Addr {
+        self.address().unwrap().to_string().parse().unwrap()
+    }
+
+    fn mac(&self) -> String {
+        self.attached.endpoint.mac.to_string()
+    }
+}
+
+/// All that a command says, on both streams, however it ends.
+pub fn says(lab: &Lab, target: &str, words: &[&str]) -> String {
+    let output = lab.exec(target, words).unwrap();
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Whether a command succeeds.
+pub fn succeeds(lab: &Lab, target: &str, words: &[&str]) -> bool {
+    lab.exec(target, words).unwrap().status.success()
+}
+
+/// Runs a command in a host's router and gives its standard output.
+pub fn in_router(lab: &Lab, host: &str, network: &str, words: &[&str]) -> String {
+    lab.check(host, &router_words(network, words)).unwrap()
+}
+
+/// A command in the words that run it in a network's router.
+pub fn router_words(network: &str, words: &[&str]) -> Vec<String> {
+    let netns = format!("droveway-{network}");
+    let prefix = ["ip", "netns", "exec", &netns];
+    prefix.iter().chain(words).map(|&word| word.to_owned()).collect()
+}
+
+/// The router's own address in a network, and the blocks of its host.
+pub fn router(lab: &Lab, host: &str, network: &str) -> model::agent_api::RouterStatus {
+    let status = lab.agent_status(host).unwrap();
+    status.routers.into_iter().find(|router| router.name.as_str() == network).unwrap()
+}
+
+/// The time to live with which an address answers one ping, if it does.
+pub fn ttl(lab: &Lab, from: &str, to: &str) -> Option<u8> {
+    let text = says(lab, from, &["ping", "-n", "-c", "1", "-W", "1", to]);
+    ttl_of(&text)
+}
+
+/// Whether an address does not answer pings.
+pub fn silent(lab: &Lab, from: &str, to: &str) -> bool {
+    !succeeds(lab, from, &["ping", "-n", "-c", "2", "-i", "0.1", "-W", "0.4", to])
+}
+
+pub fn ttl_of(text: &str) -> Option<u8> {
+    let rest = text.split("ttl=").nth(1)?;
+    rest.split(' ').next()?.parse().ok()
+}
+
+/// Waits until one container reaches another: its host has to hear of a new one first.
+#[track_caller]
+pub fn meet(lab: &Lab, from: &Container, to: &Container) {
+    let what = format!("{} reaches {}", from.path(), to.path());
+    until(LIMIT, &what, || ttl(lab, &from.path(), &to.ip().to_string()).is_some());
+}
+
+/// Packets seen at one place, as tcpdump prints them: one line each.
+pub struct Capture {
+    child: Child,
+    lines: Arc<Mutex<Vec<String>>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Capture {
+    /// Begins to capture; comes back when nothing is missed any more. `words` runs before tcpdump.
+    pub fn start(lab: &Lab, target: &str, words: &[&str], interface: &str, filter: &str) -> Self {
+        let dump = ["tcpdump", "-Z", "root", "-l", "-n", "-e", "--immediate-mode", "-i", interface, filter];
+        let command: Vec<&str> = words.iter().copied().chain(dump).collect();
+        let mut child = lab.spawn(target, &command).unwrap();
+        let lines = Arc::new(Mutex::new(Vec::new()));
+        let errors = Arc::new(Mutex::new(Vec::new()));
+        let out: ChildStdout = child.stdout.take().unwrap();
+        let err: ChildStderr = child.stderr.take().unwrap();
+        let threads = vec![collect(out, &lines), collect(err, &errors)];
+        let capture = Self { child, lines, threads };
+        until(LIMIT, &format!("tcpdump listens on {interface} of {target} (is it installed?)"), || {
+            errors.lock().unwrap().iter().any(|line: &String| line.contains("listening on"))
+        });
+        capture
+    }
+
+    /// On a network's router.
+    pub fn in_router(lab: &Lab, host: &str, network: &str, interface: &str, filter: &str) -> Self {
+        let netns = format!("droveway-{network}");
+        Self::start(lab, host, &["ip", "netns", "exec", &netns], interface, filter)
+    }
+
+    pub fn lines(&self) -> Vec<String> {
+        self.lines.lock().unwrap().clone()
+    }
+
+    /// Waits until a line has that in it: packets are seen in their order, so nothing before it is still to come.
+    #[track_caller]
+    pub fn sees(&self, what: &str) {
+        until(LIMIT, &format!("a packet with {what:?}; seen: {:#?}", self.lines()), || {
+            self.lines().iter().any(|line| line.contains(what))
+        });
+    }
+}
+
+fn collect(from: impl std::io::Read + Send + 'static, to: &Arc<Mutex<Vec<String>>>) -> JoinHandle<()> {
+    let to = Arc::clone(to);
+    std::thread::spawn(move || {
+        for line in BufReader::new(from).lines().map_while(Result::ok) {
+            to.lock().unwrap().push(line);
+        }
+    })
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        let _ = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
+        let _ = self.child.wait();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
