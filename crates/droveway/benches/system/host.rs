@@ -7,6 +7,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,6 +15,8 @@ use droveway::lab::Lab;
 use model::EndpointId;
 use model::agent_api::{AttachRequest, Attached, path};
 
+/// Namespaces made so far: each has a name of its own.
+static MADE: AtomicUsize = AtomicUsize::new(1);
 /// Longer than anything that is measured.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -23,7 +26,6 @@ pub struct Host<'a> {
     name: String,
     socket: PathBuf,
     fresh: Vec<String>,
-    made: usize,
     attached: Vec<EndpointId>,
 }
 
@@ -31,7 +33,7 @@ impl<'a> Host<'a> {
     pub fn new(lab: &'a Lab, name: &str) -> Result<Self> {
         let socket = lab.agent_socket(name)?;
         let (fresh, attached) = (Vec::new(), Vec::new());
-        Ok(Self { lab, name: name.to_owned(), socket, fresh, made: 0, attached })
+        Ok(Self { lab, name: name.to_owned(), socket, fresh, attached })
     }
 
     /// How many endpoints there are.
@@ -43,8 +45,7 @@ impl<'a> Host<'a> {
     pub fn prepare(&mut self, count: usize) -> Result<()> {
         let mut script = String::new();
         while self.fresh.len() < count {
-            self.made += 1;
-            let name = format!("c{}", self.made);
+            let name = format!("c{}", MADE.fetch_add(1, Ordering::Relaxed));
             script.push_str(&format!("netns add {name}\n"));
             self.fresh.push(name);
         }

@@ -12,7 +12,7 @@ mod memory;
 mod probe;
 mod stream;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
@@ -22,6 +22,7 @@ use figures::Report;
 use host::{Host, settle};
 use probe::Probe;
 
+/// Measured, unless `DROVEWAY_PROGRAM` names another build to compare.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_droveway");
 const PHASES: [&str; 5] = ["stream", "attach", "ping", "memory", "scale"];
 
@@ -61,9 +62,10 @@ fn run() -> Result<()> {
     let target = Path::new(PROGRAM).ancestors().nth(2).context("the program has no target directory")?;
     let mut report = Report::new(target.join("bench"))?;
     machine();
+    let program = std::env::var_os("DROVEWAY_PROGRAM").unwrap_or_else(|| PROGRAM.into());
     let spec = |suffix: &str| -> Result<LabSpec> {
         let spec = LabSpec::new(&format!("bench{}{suffix}", std::process::id()))?;
-        Ok(LabSpec { hosts: 3, program: PROGRAM.into(), ..spec })
+        Ok(LabSpec { hosts: 3, program: PathBuf::from(&program), ..spec })
     };
     println!("bringing up a lab of three hosts");
     let lab = Lab::up(spec("")?)?;

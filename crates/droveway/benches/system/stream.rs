@@ -125,10 +125,10 @@ impl Way<'_> {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let output = self.inside("h1", &self.from, &words)?.output()?;
-            if output.status.success() {
+            let said = String::from_utf8_lossy(&output.stdout);
+            if output.status.success() && !said.contains("\"error\"") {
                 return parse(&output.stdout);
             }
-            let said = String::from_utf8_lossy(&output.stdout);
             // The server begins to listen some time after it was started.
             if !said.contains("Connection refused") || Instant::now() > deadline {
                 bail!("iperf3 failed: {said}{}", String::from_utf8_lossy(&output.stderr));
