@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Ratios against kernel VXLAN by hand, attach latency, memory: crates/droveway/benches/system. Words are passed on:
+# scripts/bench.sh --quick stream
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+runner=()
+[ "$(id -u)" -eq 0 ] || runner=(--config "target.'cfg(all())'.runner=['sudo','-E']")
+exec cargo bench --locked -p droveway --bench system "${runner[@]}" -- "$@"
