@@ -39,18 +39,21 @@ fn a_question_to_any_server_is_taken_by_the_router_and_answered_from_that_server
                         let client = UdpSocket::bind("10.42.64.70:0").unwrap();
                         client.connect(asked).unwrap();
                         client.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
-                        client.send(b"who?").unwrap();
                         client
                     })
                     .unwrap();
                 let waiting = &mut [PollFd::new(std::os::fd::AsFd::as_fd(&server), PollFlags::POLLIN)];
-                assert_eq!(poll(waiting, 3000_u16), Ok(1), "{asked}");
+                // A datagram may be lost: a client asks again.
+                let taken = (0..5).any(|_| client.send(b"who?").is_ok() && poll(waiting, 2000_u16) == Ok(1));
+                assert!(taken, "{asked}");
                 let mut buffer = [0; 64];
                 let (length, from, destination) = recv_with_destination(&server, &mut buffer).unwrap();
                 assert_eq!(&buffer[..length], b"who?");
                 assert_eq!(from, client.local_addr().unwrap());
                 assert_eq!(destination, asked);
                 send_from(&server, b"me", from, destination.ip()).unwrap();
+                // What was asked twice is of no more use.
+                while recv_with_destination(&server, &mut buffer).is_ok() {}
                 // A connected socket takes answers only from whom it asked.
                 let length = client.recv(&mut buffer).unwrap();
                 assert_eq!(&buffer[..length], b"me");
