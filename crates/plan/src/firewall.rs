@@ -115,7 +115,9 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
         transit = transit::RANGE
     );
     let ports = overlay_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-    let mut input = String::from("        iifname \"DEV*\" ip daddr 127.0.0.0/8 ct state != { established, related } drop\n");
+    let mut input = String::from(
+        "        iifname \"DEV*\" ip daddr 127.0.0.0/8 ct state != { established, related } drop\n",
+    );
     let mut forward = String::new();
     if !overlay_ports.is_empty() {
         let _ = write!(
