@@ -4,7 +4,6 @@
 //! proxy, no redirect.
 
 mod socket;
-mod tls;
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -12,6 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
     ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView, path,
 };
@@ -22,7 +22,6 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use socket::AgentSocket;
-pub use tls::{SERVER_NAME, Untrusted};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -101,6 +100,15 @@ pub enum Error {
     Setup(String),
 }
 
+impl From<TlsError> for Error {
+    fn from(error: TlsError) -> Self {
+        match error {
+            TlsError::Setup(why) => Self::Setup(why),
+            TlsError::Ca(_) | TlsError::Identity(_) => Self::Setup(error.to_string()),
+        }
+    }
+}
+
 /// Which file could not be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
@@ -143,8 +151,13 @@ impl Client {
         bearer.set_sensitive(true);
 
         let pem = read(FileKind::Ca, &settings.ca_file)?;
-        let (config, ca) =
-            tls::config(&pem)?.ok_or_else(|| malformed(&settings.ca_file, "a CA certificate in PEM form"))?;
+        let no_ca = |error| match error {
+            TlsError::Ca(_) => malformed(&settings.ca_file, "a CA certificate in PEM form"),
+            error @ (TlsError::Identity(_) | TlsError::Setup(_)) => error.into(),
+        };
+        let trust = Trust::ca(&pem).map_err(no_ca)?;
+        let ca = trust.fingerprint();
+        let config = tls::client_config(trust, None).map_err(no_ca)?;
         let http = reqwest::Client::builder()
             .tls_backend_preconfigured(config)
             .default_headers(HeaderMap::from_iter([(AUTHORIZATION, bearer)]))

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use model::agent_api::{AgentStatus, path};
 
-use super::{CONNECT_TIMEOUT, Error, FileKind, REQUEST_TIMEOUT, chain, receive, tls};
+use super::{CONNECT_TIMEOUT, Error, FileKind, REQUEST_TIMEOUT, chain, receive};
 
 /// A client of the agent on this machine.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ impl AgentSocket {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let http = reqwest::Client::builder()
             .unix_socket(path)
-            .tls_backend_preconfigured(tls::nobody()?)
+            .tls_backend_preconfigured(agent::tls::nobody()?)
             .connect_timeout(CONNECT_TIMEOUT)
             .timeout(REQUEST_TIMEOUT)
             .redirect(reqwest::redirect::Policy::none())
