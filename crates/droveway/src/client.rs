@@ -1,6 +1,7 @@
-//! The client of the server's API that the verbs of the command line use: HTTPS with a bearer key.
+//! The clients that the verbs of the command line use: of the server's API, HTTPS with a bearer key, and of the agent's
+//! Unix socket.
 //!
-//! Invariant: it talks to nobody whose certificate the CA file did not sign, and the key leaves by no other way: no
+//! Invariant: the server's client talks to nobody whose certificate the CA file did not sign, and the key leaves by no other way: no
 //! proxy, no redirect.
 
 mod socket;
@@ -21,7 +22,7 @@ use reqwest::{Method, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use socket::AgentSocket;
+pub use socket::{AgentSocket, ask_agent};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -268,8 +269,7 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<T, Error> {
         let at = url.to_string();
-        let body = self.exchange(method, url, body).await?;
-        serde_json::from_slice(&body).map_err(|error| Error::Foreign { at, why: error.to_string() })
+        decode(&self.exchange(method, url, body).await?, || at)
     }
 
     /// One request; the body of a good answer, or why there is none.
@@ -279,11 +279,8 @@ impl Client {
         url: Url,
         body: Option<&impl Serialize>,
     ) -> Result<Vec<u8>, Error> {
-        let mut request = self.http.request(method, url);
-        if let Some(body) = body {
-            request = request.json(body);
-        }
-        receive(request, self.settings.server.as_str().trim_end_matches('/')).await
+        let request = self.http.request(method, url);
+        receive(request, body, self.settings.server.as_str().trim_end_matches('/')).await
     }
 
     fn url(&self, collection: &str, rest: &[&str]) -> Result<Url, Error> {
@@ -293,7 +290,14 @@ impl Client {
 }
 
 /// Sends, and tells a good answer from a refusal and from no answer at all.
-async fn receive(request: reqwest::RequestBuilder, at: &str) -> Result<Vec<u8>, Error> {
+async fn receive(
+    mut request: reqwest::RequestBuilder,
+    body: Option<&impl Serialize>,
+    at: &str,
+) -> Result<Vec<u8>, Error> {
+    if let Some(body) = body {
+        request = request.json(body);
+    }
     let answer = request.send().await.map_err(|error| failed(&error, at))?;
     let status = answer.status();
     let body = answer.bytes().await.map_err(|error| failed(&error, at))?;
@@ -307,6 +311,10 @@ async fn receive(request: reqwest::RequestBuilder, at: &str) -> Result<Vec<u8>, 
             None => Error::Foreign { at: at.to_owned(), why: format!("HTTP status {status}") },
         },
     })
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8], at: impl FnOnce() -> String) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(|error| Error::Foreign { at: at(), why: error.to_string() })
 }
 
 /// What a status means when no [`ApiError`] came with it: a layer below the API answered.
