@@ -1,5 +1,4 @@
 //! The lab itself: nodes and the underlay, without server and agents. As root and as anyone.
-#![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,0 +1,7 @@
+//! Droveway as a whole, in labs: server, agents and containers on several hosts.
+//!
+//! Needs no root where the kernel allows user namespaces; what needs Docker Engines says so and is passed over without.
+#![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
+
+mod lab;
+mod lab_bare;
