@@ -204,8 +204,8 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
             routes: underlay::routes()?,
         });
         match attempt.await {
-            // A server with another CA does not become the right one by waiting.
-            Err(error) if error.code == ErrorCode::Unavailable && !error.message.contains("fingerprint") => {
+            // All else stays as it is by waiting: a refused token, and a server with another CA.
+            Err(error) if error.code == ErrorCode::Unavailable => {
                 tracing::warn!("{}; trying again", error.message);
                 tokio::time::sleep(backoff.next()).await;
             }

@@ -1,7 +1,7 @@
 //! The agent's side of the server's API: join, watch, leases, and telling it what happened here.
 //!
 //! Every call has a deadline. A refusal is the server's [`ApiError`]; an unreachable server is `Unavailable`, and what
-//! it would have changed is tried again by whoever keeps it.
+//! it would have changed is tried again by whoever keeps it. A server whose certificate is refused is `Unauthenticated`.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -21,7 +21,7 @@ use serde::de::DeserializeOwned;
 
 use crate::control::{BoxFuture, Lessor};
 use crate::ledger::Identity;
-use crate::tls::{ClientIdentity, TlsError, Trust, client_config};
+use crate::tls::{ClientIdentity, TlsError, Trust, client_config, untrusted};
 
 const CONNECT: Duration = Duration::from_secs(5);
 const REQUEST: Duration = Duration::from_secs(20);
@@ -42,7 +42,7 @@ impl Server {
     /// The server that this host has joined.
     pub fn of(identity: &Identity) -> Result<Self, TlsError> {
         let own = ClientIdentity { certificate: identity.certificate.clone(), key: identity.key.clone() };
-        let client = client(Trust::Ca(identity.ca.clone()), Some(own))?;
+        let client = client(Trust::ca(identity.ca.as_bytes())?, Some(own))?;
         Ok(Self { client, url: identity.server.clone(), environment: identity.environment.clone() })
     }
 
@@ -234,7 +234,7 @@ fn client(trust: Trust, identity: Option<ClientIdentity>) -> Result<Client, TlsE
         .http2_keep_alive_while_idle(true)
         .no_proxy()
         .build()
-        .map_err(|e| TlsError::Material { what: "the HTTP client", why: e.to_string() })
+        .map_err(|e| TlsError::Setup(e.to_string()))
 }
 
 /// Turns an answer that is a refusal into its error.
@@ -258,6 +258,9 @@ fn unavailable(url: &str, why: &str) -> ApiError {
 
 /// The innermost cause says most: "connection refused" rather than "error sending request".
 fn unreachable_because(url: &str, error: &reqwest::Error) -> ApiError {
+    if let Some(why) = untrusted(error) {
+        return ApiError::new(ErrorCode::Unauthenticated, format!("server {url} is not trusted: {why}"));
+    }
     let mut cause: &dyn std::error::Error = error;
     while let Some(inner) = cause.source() {
         cause = inner;

@@ -1,10 +1,10 @@
-//! The client of the server's API that the verbs of the command line use: HTTPS with a bearer key.
+//! The clients that the verbs of the command line use: of the server's API, HTTPS with a bearer key, and of the agent's
+//! Unix socket.
 //!
-//! Invariant: it talks to nobody whose certificate the CA file did not sign, and the key leaves by no other way: no
+//! Invariant: the server's client talks to nobody whose certificate the CA file did not sign, and the key leaves by no other way: no
 //! proxy, no redirect.
 
 mod socket;
-mod tls;
 
 use std::error::Error as StdError;
 use std::fmt;
@@ -12,6 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
     ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView, path,
 };
@@ -21,8 +22,7 @@ use reqwest::{Method, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use socket::AgentSocket;
-pub use tls::{SERVER_NAME, Untrusted};
+pub use socket::{AgentSocket, ask_agent};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -101,6 +101,15 @@ pub enum Error {
     Setup(String),
 }
 
+impl From<TlsError> for Error {
+    fn from(error: TlsError) -> Self {
+        match error {
+            TlsError::Setup(why) => Self::Setup(why),
+            TlsError::Ca(_) | TlsError::Identity(_) => Self::Setup(error.to_string()),
+        }
+    }
+}
+
 /// Which file could not be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileKind {
@@ -143,8 +152,13 @@ impl Client {
         bearer.set_sensitive(true);
 
         let pem = read(FileKind::Ca, &settings.ca_file)?;
-        let (config, ca) =
-            tls::config(&pem)?.ok_or_else(|| malformed(&settings.ca_file, "a CA certificate in PEM form"))?;
+        let no_ca = |error| match error {
+            TlsError::Ca(_) => malformed(&settings.ca_file, "a CA certificate in PEM form"),
+            error @ (TlsError::Identity(_) | TlsError::Setup(_)) => error.into(),
+        };
+        let trust = Trust::ca(&pem).map_err(no_ca)?;
+        let ca = trust.fingerprint();
+        let config = tls::client_config(trust, None).map_err(no_ca)?;
         let http = reqwest::Client::builder()
             .tls_backend_preconfigured(config)
             .default_headers(HeaderMap::from_iter([(AUTHORIZATION, bearer)]))
@@ -255,8 +269,7 @@ impl Client {
         body: Option<&impl Serialize>,
     ) -> Result<T, Error> {
         let at = url.to_string();
-        let body = self.exchange(method, url, body).await?;
-        serde_json::from_slice(&body).map_err(|error| Error::Foreign { at, why: error.to_string() })
+        decode(&self.exchange(method, url, body).await?, || at)
     }
 
     /// One request; the body of a good answer, or why there is none.
@@ -266,11 +279,8 @@ impl Client {
         url: Url,
         body: Option<&impl Serialize>,
     ) -> Result<Vec<u8>, Error> {
-        let mut request = self.http.request(method, url);
-        if let Some(body) = body {
-            request = request.json(body);
-        }
-        receive(request, self.settings.server.as_str().trim_end_matches('/')).await
+        let request = self.http.request(method, url);
+        receive(request, body, self.settings.server.as_str().trim_end_matches('/')).await
     }
 
     fn url(&self, collection: &str, rest: &[&str]) -> Result<Url, Error> {
@@ -280,7 +290,14 @@ impl Client {
 }
 
 /// Sends, and tells a good answer from a refusal and from no answer at all.
-async fn receive(request: reqwest::RequestBuilder, at: &str) -> Result<Vec<u8>, Error> {
+async fn receive(
+    mut request: reqwest::RequestBuilder,
+    body: Option<&impl Serialize>,
+    at: &str,
+) -> Result<Vec<u8>, Error> {
+    if let Some(body) = body {
+        request = request.json(body);
+    }
     let answer = request.send().await.map_err(|error| failed(&error, at))?;
     let status = answer.status();
     let body = answer.bytes().await.map_err(|error| failed(&error, at))?;
@@ -294,6 +311,10 @@ async fn receive(request: reqwest::RequestBuilder, at: &str) -> Result<Vec<u8>, 
             None => Error::Foreign { at: at.to_owned(), why: format!("HTTP status {status}") },
         },
     })
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8], at: impl FnOnce() -> String) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(|error| Error::Foreign { at: at(), why: error.to_string() })
 }
 
 /// What a status means when no [`ApiError`] came with it: a layer below the API answered.

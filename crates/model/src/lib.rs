@@ -35,5 +35,9 @@ pub const SERVICE_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254
 /// The default domain of names.
 pub const DEFAULT_DOMAIN: &str = "droveway.internal";
 
+/// The DNS name in every server's certificate, for which our own clients check it whatever address they connect to. The
+/// CA is the environment's own, so a name proves nothing more.
+pub const SERVER_NAME: &str = "droveway-server";
+
 /// Milliseconds since the Unix epoch: the only form in which time is stored or sent.
 pub type UnixMillis = u64;

@@ -7,7 +7,7 @@
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
-use model::{Fingerprint, HostId};
+use model::{Fingerprint, HostId, SERVER_NAME};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
@@ -16,7 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, DnsName, PrivateKeyDer};
 
 use crate::files::{self, DataDir};
-use crate::{Error, SERVER_NAME, secret};
+use crate::{Error, secret};
 
 const YEAR: Duration = Duration::from_hours(365 * 24);
 const CA_LIFE: Duration = Duration::from_hours(50 * 365 * 24);

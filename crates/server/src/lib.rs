@@ -27,10 +27,6 @@ use model::Fingerprint;
 
 pub use start::run;
 
-/// The DNS name that every client of ours asks for and checks, whatever address it connects to. The CA is the
-/// environment's own and pinned, so a name proves nothing more.
-pub const SERVER_NAME: &str = "droveway-server";
-
 /// How a server is to run.
 #[derive(Debug, Clone)]
 pub struct Config {

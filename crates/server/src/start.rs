@@ -146,7 +146,7 @@ fn check_domain(domain: &str) -> Result<(), Error> {
     if good { Ok(()) } else { Err(Error::BadDomain(domain.to_owned())) }
 }
 
-/// What browsers and curl may have in the address bar. Our own clients ask for [`crate::SERVER_NAME`].
+/// What browsers and curl may have in the address bar. Our own clients ask for [`model::SERVER_NAME`].
 fn local_addresses(listen: IpAddr) -> Vec<IpAddr> {
     let mut addresses = BTreeSet::from([IpAddr::from([127, 0, 0, 1]), listen]);
     if listen.is_unspecified() {

@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::{Client, Method, StatusCode};
@@ -197,12 +196,7 @@ struct Message {
 impl Engine {
     pub(super) fn new(socket: &Path) -> Result<Self, Error> {
         // No TLS is spoken on a Unix socket, but the client wants to know how it would be.
-        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let tls = rustls::ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .map_err(|why| Error::Client(why.to_string()))?
-            .with_root_certificates(rustls::RootCertStore::empty())
-            .with_no_client_auth();
+        let tls = crate::tls::nobody().map_err(|why| Error::Client(why.to_string()))?;
         let client = Client::builder()
             .tls_backend_preconfigured(tls)
             .no_proxy()

@@ -142,7 +142,7 @@ impl From<ApiError> for Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
-        match error.downcast::<ApiError>() {
+        match error.downcast::<client::Error>() {
             Ok(error) => error.into(),
             Err(error) => Self::new(Exit::Internal, format!("{error:#}")),
         }
@@ -212,6 +212,14 @@ mod tests {
         for (code, exit) in expected {
             assert_eq!(Failure::from(ApiError::new(code, "x")).exit as u8, exit, "{code:?}");
         }
+    }
+
+    #[test]
+    fn a_refusal_keeps_its_exit_code_below_what_the_lab_says_of_it() {
+        let refused = client::Error::Refused(ApiError::new(ErrorCode::NotFound, "no network"));
+        let error = anyhow::Error::new(refused).context("h1/web");
+        assert_eq!(Failure::from(error).exit, Exit::NotFound);
+        assert_eq!(Failure::from(anyhow::anyhow!("no space left")).exit, Exit::Internal);
     }
 
     #[test]

@@ -18,7 +18,8 @@ use super::enter::{Door, root_of};
 use super::process::{tail, wait_for, wait_gone};
 use super::spec::{SERVER, SERVER_PORT};
 use super::state::lock;
-use super::{Lab, LabSpec, Pin, socket};
+use super::{Lab, LabSpec, Pin};
+use crate::client::ask_agent;
 
 /// How long something may take until it answers.
 const START_LIMIT: Duration = Duration::from_secs(30);
@@ -154,12 +155,12 @@ impl Lab {
 
     /// What an agent says of itself.
     pub fn agent_status(&self, host: &str) -> Result<AgentStatus> {
-        socket::status(&self.agent_socket(host)?)
+        Ok(ask_agent(&self.agent_socket(host)?, async |agent| agent.status().await)?)
     }
 
     /// What an agent has attached.
     pub fn endpoints(&self, host: &str) -> Result<Vec<Endpoint>> {
-        socket::endpoints(&self.agent_socket(host)?)
+        Ok(ask_agent(&self.agent_socket(host)?, async |agent| agent.endpoints().await)?)
     }
 
     /// Waits until a host's agent is connected to the server.

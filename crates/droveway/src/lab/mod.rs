@@ -26,7 +26,6 @@ mod mounts;
 mod node;
 mod process;
 mod shim;
-mod socket;
 mod spec;
 mod state;
 mod supervisor;

@@ -31,10 +31,11 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{close, pipe2, sethostname};
 use serde::{Deserialize, Serialize};
 
+use super::mounts;
 use super::process::{exit_code, ip, ourselves, put_down, spawn_as_pid_1, tail, wait_for};
 use super::state::{Pin, read_json, write_json};
 use super::supervisor::{own_surroundings, say};
-use super::{mounts, socket};
+use crate::client::ask_agent;
 
 /// How long an agent that is away is asked to detach.
 const DETACH_LIMIT: Duration = Duration::from_secs(10);
@@ -259,7 +260,8 @@ impl Open {
         }
         let (path, pid) = (Record::path(dir, spec.name.as_str()), self.child.id());
         record.init = Some(Pin::of(pid)?);
-        let attached = socket::attach(Path::new(SOCKET), &request(&spec, pid))?;
+        let request = request(&spec, pid);
+        let attached = ask_agent(Path::new(SOCKET), async |agent| agent.attach(&request).await)?;
         let endpoint = &attached.endpoint;
         record.endpoint = Some(endpoint.id.clone());
         record.addresses.clone_from(&endpoint.addresses);
@@ -330,7 +332,8 @@ fn end(dir: &Path, spec: &RunSpec, endpoint: &EndpointId) {
 /// An agent that is away is asked again for a while; after that it finds the namespace gone by itself.
 fn detach(endpoint: &EndpointId) {
     let mut last = None;
-    let done = wait_for(DETACH_LIMIT, || match socket::detach(Path::new(SOCKET), endpoint) {
+    let detach = || ask_agent(Path::new(SOCKET), async |agent| agent.detach(endpoint).await);
+    let done = wait_for(DETACH_LIMIT, || match detach() {
         Ok(()) => Ok(Some(())),
         Err(error) => {
             last = Some(error);
@@ -338,7 +341,7 @@ fn detach(endpoint: &EndpointId) {
         }
     });
     if let (Ok(None), Some(error)) = (done, last) {
-        eprintln!("droveway lab: endpoint {endpoint} was not detached: {error:#}");
+        eprintln!("droveway lab: endpoint {endpoint} was not detached: {error}");
     }
 }
 

@@ -5,6 +5,8 @@
 
 mod frame;
 mod isolation;
+mod lab;
+mod lab_bare;
 mod outside;
 mod probe;
 mod spoof;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use model::api::{ApiError, ErrorCode, HostRoute, JoinAnswer, LeaseRequest, TokenCreated, TokenRequest};
 use model::{
     Block, Candidate, Change, Endpoint, EndpointId, EndpointKind, Fingerprint, HostId, Mac, Network, Object,
-    Revision, Source, Watch,
+    Revision, SERVER_NAME, Source, Watch,
 };
 use rcgen::KeyPair;
 use reqwest::{Method, StatusCode};
@@ -16,7 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use server::{Config, Ready, SERVER_NAME};
+use server::{Config, Ready};
 use tempfile::TempDir;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;

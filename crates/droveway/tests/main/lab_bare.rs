@@ -1,5 +1,4 @@
 //! The lab itself: nodes and the underlay, without server and agents. As root and as anyone.
-#![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use droveway::lab::{Lab, LabSpec, Pin, RunSpec};
 use nix::sys::signal::Signal;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_droveway");
 
@@ -222,8 +223,16 @@ fn a_lab_ends_with_the_process_that_holds_it_even_if_that_is_killed() {
     until("its directory is gone", || !dir.exists());
 }
 
+/// What an agent was asked for.
+struct Asked {
+    line: String,
+    body: String,
+    /// How many threads the asker had meanwhile.
+    threads: String,
+}
+
 /// An agent that gives every request the same answer, in the place of `host`'s; what was asked for comes out.
-fn fake_agent(lab: &Lab, host: &str, answer: &'static str) -> mpsc::Receiver<(String, String)> {
+fn fake_agent(lab: &Lab, host: &str, answer: &'static str) -> mpsc::Receiver<Asked> {
     let socket = lab.agent_socket(host).unwrap();
     fs::create_dir_all(socket.parent().unwrap()).unwrap();
     let listener = UnixListener::bind(socket).unwrap();
@@ -235,7 +244,7 @@ fn fake_agent(lab: &Lab, host: &str, answer: &'static str) -> mpsc::Receiver<(St
             loop {
                 let mut line = String::new();
                 reader.read_line(&mut line).unwrap();
-                if let Some(value) = line.strip_prefix("Content-Length: ") {
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length: ") {
                     length = value.trim().parse().unwrap();
                 }
                 if line.trim().is_empty() {
@@ -245,14 +254,24 @@ fn fake_agent(lab: &Lab, host: &str, answer: &'static str) -> mpsc::Receiver<(St
             }
             let mut body = vec![0; length];
             reader.read_exact(&mut body).unwrap();
-            reader.into_inner().write_all(answer.as_bytes()).unwrap();
-            let first = head.lines().next().unwrap().to_owned();
-            if tell.send((first, String::from_utf8(body).unwrap())).is_err() {
+            let mut stream = reader.into_inner();
+            let asked = Asked {
+                line: head.lines().next().unwrap().to_owned(),
+                body: String::from_utf8(body).unwrap(),
+                threads: threads_of(getsockopt(&stream, PeerCredentials).unwrap().pid()),
+            };
+            stream.write_all(answer.as_bytes()).unwrap();
+            if tell.send(asked).is_err() {
                 break;
             }
         }
     });
     told
+}
+
+fn threads_of(pid: i32) -> String {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    status.lines().find_map(|line| line.strip_prefix("Threads:")).unwrap().trim().to_owned()
 }
 
 const ATTACHED: &str = concat!(
@@ -273,9 +292,10 @@ fn a_container_begins_once_it_is_attached_and_is_detached_when_it_is_killed() {
     let asked = fake_agent(&lab, "h1", ATTACHED);
     let web =
         lab.run("h1", &RunSpec::new("web", &["sh", "-c", "echo begun; exec sleep 1000"]).unwrap()).unwrap();
-    let (line, body) = asked.recv().unwrap();
+    let Asked { line, body, threads } = asked.recv().unwrap();
     assert_eq!(line, "POST /v1/endpoints HTTP/1.1");
     assert!(body.contains(r#""name":"web""#) && body.contains("/ns/net"), "{body}");
+    assert_eq!(threads, "1", "the kernel lets no process with several change its namespaces");
     assert_eq!(web.address(), Some("10.42.7.2".parse().unwrap()));
 
     let see = |words: &[&str]| lab.check(&web.path(), words).unwrap();
@@ -290,7 +310,7 @@ fn a_container_begins_once_it_is_attached_and_is_detached_when_it_is_killed() {
     let again = lab.run("h1", &RunSpec::new("web", &["true"]).unwrap()).unwrap_err().to_string();
     assert!(again.contains("runs on this host already"), "{again}");
     lab.kill_container("h1", "web").unwrap();
-    assert_eq!(asked.recv().unwrap().0, "DELETE /v1/endpoints/e-aaaaaaaaaa HTTP/1.1");
+    assert_eq!(asked.recv().unwrap().line, "DELETE /v1/endpoints/e-aaaaaaaaaa HTTP/1.1");
     assert!(lab.containers("h1").unwrap().is_empty());
     assert!(lab.exec("h1/web", &["true"]).unwrap_err().to_string().contains("no container"));
 }
@@ -329,8 +349,8 @@ fn a_program_that_is_not_there_is_an_error_and_is_detached() {
     let asked = fake_agent(&lab, "h1", ATTACHED);
     let error = lab.run("h1", &RunSpec::new("web", &["/no/such"]).unwrap()).unwrap_err().to_string();
     assert!(error.contains("cannot run /no/such"), "{error}");
-    assert!(asked.recv().unwrap().0.starts_with("POST"));
-    assert!(asked.recv().unwrap().0.starts_with("DELETE"));
+    assert!(asked.recv().unwrap().line.starts_with("POST"));
+    assert!(asked.recv().unwrap().line.starts_with("DELETE"));
 }
 
 #[test]

@@ -1,5 +1,4 @@
 //! The whole lab: server, agents, and containers that reach one another.
-#![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
