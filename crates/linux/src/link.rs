@@ -19,7 +19,7 @@ use plan::{Key, Object};
 use crate::container;
 use crate::error::{At, Error};
 use crate::mirror::Shown;
-use crate::namespace::Namespace;
+use crate::namespace::{Namespace, get_link};
 use crate::netlink::{Refusal, Request, Requests, request};
 use crate::netns::Netns;
 
@@ -53,7 +53,7 @@ pub(crate) fn add(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &
             match shown.state.get(&(site.home.place.clone(), Key::Link(name.clone()))) {
                 Some(have) if Object::Link(want.clone()).satisfied_by(have) => return Ok(()),
                 Some(Object::Link(have)) if want.adjustable_from(have) => {
-                    return adjust(site.home, name, want, None);
+                    return adjust(site.home, shown, name, want, None);
                 }
                 // Of a kind that nobody asked for, but under our name.
                 Some(_) | None => {}
@@ -82,7 +82,7 @@ pub(crate) fn change(
     have: &Link,
 ) -> Result<(), Error> {
     if want.adjustable_from(have) {
-        return adjust(site.home, name, want, Some(have));
+        return adjust(site.home, shown, name, want, Some(have));
     }
     remove(&mut site.home.route, name)
         .map_err(|refusal| refusal.to_error(format!("replace device {name}")))?;
@@ -109,8 +109,8 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
     match (&want.kind, &want.peer) {
         (LinkKind::Bridge, _) => make_bridge(site.home, name, want),
         (LinkKind::Vxlan { vni, port, local }, _) => make_vxlan(site, name, want, (*vni, *port, *local)),
-        (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, up })) => {
-            let end = End { name: peer, mac: *mac, mtu: *mtu };
+        (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, gso_max_size, up })) => {
+            let end = End { name: peer, mac: *mac, mtu: *mtu, gso_max_size: *gso_max_size };
             let host = site.host().ns.as_raw_fd();
             make_pair(site.home, name, want, &end, host)?;
             let bring_up = request(SetLink(set_up(named(peer, []), *up)), 0);
@@ -123,7 +123,12 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
         }
         (LinkKind::Veth, Some(Peer::Container(container))) => {
             let ns = Netns::open(&container.netns)?;
-            let end = End { name: &container.ifname, mac: Some(container.mac), mtu: container.mtu };
+            let end = End {
+                name: &container.ifname,
+                mac: Some(container.mac),
+                mtu: container.mtu,
+                gso_max_size: container.gso_max_size,
+            };
             make_pair(site.home, name, want, &end, ns.as_raw_fd()).map_err(|error| {
                 if error.is(Errno::EEXIST) {
                     error.with_remedy("the container may have an interface of that name already")
@@ -140,7 +145,7 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
                 drop(remove(&mut site.home.route, name));
                 return configured;
             }
-            container::announce(ns, container.clone());
+            container::announce(ns, container.as_ref().clone());
             Ok(())
         }
         (LinkKind::Veth | LinkKind::VethEnd, _) => Err(Error::words(
@@ -151,19 +156,21 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
 }
 
 fn make_bridge(home: &mut Namespace, name: &Ifname, want: &Link) -> Result<(), Error> {
+    let info = vec![
+        InfoBridge::ForwardDelay(0),
+        InfoBridge::StpState(BridgeStpState::Disabled),
+        InfoBridge::MulticastSnooping(false),
+    ];
     let make = named(
         name,
-        [LinkAttribute::Group(GROUP)].into_iter().chain(want.mac.map(address)).chain([kind(
-            InfoKind::Bridge,
-            InfoData::Bridge(vec![
-                InfoBridge::ForwardDelay(0),
-                InfoBridge::StpState(BridgeStpState::Disabled),
-                InfoBridge::MulticastSnooping(false),
-            ]),
-        )]),
+        [LinkAttribute::Group(GROUP)]
+            .into_iter()
+            .chain(want.mac.map(address))
+            .chain(sizes(None, want.gso_max_size))
+            .chain([kind(InfoKind::Bridge, InfoData::Bridge(info))]),
     );
     // The MTU is set on what is made: only then does the bridge keep it, whatever its ports have.
-    settle(home, name, want, make, want.mtu)
+    settle(home, name, make, &Link { mtu: want.mtu, ..made(want) })
 }
 
 fn make_vxlan(
@@ -184,12 +191,12 @@ fn make_vxlan(
         [LinkAttribute::NetNsFd(home), LinkAttribute::Group(GROUP)]
             .into_iter()
             .chain(want.mac.map(address))
-            .chain(want.mtu.map(LinkAttribute::Mtu))
+            .chain(sizes(want.mtu, want.gso_max_size))
             .chain([kind(InfoKind::Vxlan, InfoData::Vxlan(info))]),
     );
     let attempted = format!("make device {name} of {}", At(&site.home.place));
     site.host().route.request(creation(make)).map_err(|refusal| refusal.to_error(attempted))?;
-    let settled = set(site.home, name, want, None);
+    let settled = set(site.home, name, &made(want));
     if settled.is_err() {
         drop(remove(&mut site.home.route, name));
     }
@@ -201,37 +208,40 @@ struct End<'a> {
     name: &'a Ifname,
     mac: Option<Mac>,
     mtu: u32,
+    gso_max_size: Option<u32>,
 }
 
 fn make_pair(home: &mut Namespace, name: &Ifname, want: &Link, end: &End<'_>, ns: i32) -> Result<(), Error> {
     let far = named(
         end.name,
-        [LinkAttribute::Mtu(end.mtu), LinkAttribute::NetNsFd(ns)].into_iter().chain(end.mac.map(address)),
+        [LinkAttribute::NetNsFd(ns)]
+            .into_iter()
+            .chain(end.mac.map(address))
+            .chain(sizes(Some(end.mtu), end.gso_max_size)),
     );
     let make = named(
         name,
         [LinkAttribute::Group(GROUP)]
             .into_iter()
             .chain(want.mac.map(address))
-            .chain(want.mtu.map(LinkAttribute::Mtu))
+            .chain(sizes(want.mtu, want.gso_max_size))
             .chain([kind(InfoKind::Veth, InfoData::Veth(InfoVeth::Peer(far)))]),
     );
-    settle(home, name, want, make, None)
+    settle(home, name, make, &made(want))
+}
+
+/// What is still to be set on a device that was made with addresses and sizes.
+fn made(want: &Link) -> Link {
+    Link { mac: None, mtu: None, gso_max_size: None, ..want.clone() }
 }
 
 /// Makes a device in its home and sets what remains, in a row.
-fn settle(
-    home: &mut Namespace,
-    name: &Ifname,
-    want: &Link,
-    make: LinkMessage,
-    mtu: Option<u32>,
-) -> Result<(), Error> {
-    let master = master(home, want)?;
+fn settle(home: &mut Namespace, name: &Ifname, make: LinkMessage, rest: &Link) -> Result<(), Error> {
+    let master = master(home, rest)?;
     let attempted = format!("make device {name} of {}", At(&home.place));
     let mut answers = home
         .route
-        .requests(vec![creation(make), no_link_local(name), assignment(name, want, mtu, master)])
+        .requests(vec![creation(make), no_link_local(name), assignment(name, rest, master)])
         .into_iter();
     answers
         .next()
@@ -245,20 +255,36 @@ fn settle(
 }
 
 /// Makes the device like `want`. What it has already is not set again: that could move it.
-fn adjust(home: &mut Namespace, name: &Ifname, want: &Link, have: Option<&Link>) -> Result<(), Error> {
+fn adjust(
+    home: &mut Namespace,
+    shown: &mut Shown,
+    name: &Ifname,
+    want: &Link,
+    have: Option<&Link>,
+) -> Result<(), Error> {
     let mut change = want.clone();
     if let Some(have) = have {
         change.mac = change.mac.filter(|mac| Some(*mac) != have.mac);
         change.mtu = change.mtu.filter(|mtu| Some(*mtu) != have.mtu);
+        change.gso_max_size = change.gso_max_size.filter(|size| Some(*size) != have.gso_max_size);
     }
-    let mtu = change.mtu;
-    set(home, name, &change, mtu)
+    set(home, name, &change)?;
+    if change.gso_max_size.is_some() {
+        // The one change that the kernel tells nobody of. Events from before it would hide it again.
+        home.drain(shown)?;
+        let link = get_link(&mut home.route, name)
+            .map_err(|refusal| refusal.to_error(format!("read device {name} of {}", At(&home.place))))?;
+        if let Some(link) = link {
+            home.mirror.take(shown, NewLink(link), false);
+        }
+    }
+    Ok(())
 }
 
-fn set(home: &mut Namespace, name: &Ifname, want: &Link, mtu: Option<u32>) -> Result<(), Error> {
-    let master = master(home, want)?;
+fn set(home: &mut Namespace, name: &Ifname, change: &Link) -> Result<(), Error> {
+    let master = master(home, change)?;
     let mut answers =
-        home.route.requests(vec![no_link_local(name), assignment(name, want, mtu, master)]).into_iter();
+        home.route.requests(vec![no_link_local(name), assignment(name, change, master)]).into_iter();
     match answers.nth(1) {
         Some(Err(refusal)) => Err(refusal.to_error(format!("set up device {name} of {}", At(&home.place)))),
         Some(Ok(_)) | None => Ok(()),
@@ -269,10 +295,18 @@ fn master(home: &mut Namespace, want: &Link) -> Result<u32, Error> {
     want.master.as_ref().map_or(Ok(0), |master| home.index(master))
 }
 
-fn assignment(name: &Ifname, want: &Link, mtu: Option<u32>, master: u32) -> Request<RouteNetlinkMessage> {
-    let values = want.mac.map(address).into_iter().chain(mtu.map(LinkAttribute::Mtu));
+fn assignment(name: &Ifname, change: &Link, master: u32) -> Request<RouteNetlinkMessage> {
+    let values = change.mac.map(address).into_iter().chain(sizes(change.mtu, change.gso_max_size));
     let message = named(name, values.chain([LinkAttribute::Controller(master)]));
-    request(SetLink(set_up(message, want.up)), 0)
+    request(SetLink(set_up(message, change.up)), 0)
+}
+
+/// IPv4 has a limit of its own since Linux 6.3; older kernels pass over its attribute.
+fn sizes(mtu: Option<u32>, gso_max_size: Option<u32>) -> impl Iterator<Item = LinkAttribute> {
+    let mtu = mtu.map(LinkAttribute::Mtu);
+    let both = gso_max_size.map(LinkAttribute::GsoMaxSize);
+    let ipv4 = gso_max_size.map(LinkAttribute::GsoIpv4MaxSize);
+    [mtu, both, ipv4].into_iter().flatten()
 }
 
 /// Keeps the kernel from giving the device an IPv6 link-local address.

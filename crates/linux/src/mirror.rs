@@ -5,7 +5,7 @@
 //!
 //! Invariant: after all events were read and nothing is stale, the state shows what the kernel has. What the kernel
 //! does without an event is known and leads to `stale`: it drops IPv4 routes in silence when their device goes down or
-//! their source address goes away.
+//! their source address goes away. Only a `gso_max_size` that someone else changes shows no sooner than a resync.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -257,6 +257,7 @@ impl Mirror {
             kind,
             mac: parsed.mac,
             mtu: parsed.mtu,
+            gso_max_size: parsed.gso_max_size,
             master: parsed.master.map(|index| self.name(index)),
             up,
             peer: None,

@@ -39,6 +39,7 @@ pub(crate) struct ParsedLink {
     pub(crate) kind: Option<LinkKind>,
     pub(crate) mac: Option<Mac>,
     pub(crate) mtu: Option<u32>,
+    pub(crate) gso_max_size: Option<u32>,
     pub(crate) master: Option<u32>,
     pub(crate) flags: LinkFlags,
 }
@@ -53,13 +54,22 @@ pub(crate) fn link(message: &LinkMessage) -> Option<Parsed> {
         AddressFamily::Unspec => {}
         _ => return None,
     }
-    let mut parsed =
-        ParsedLink { index, name: Ifname::new(""), kind: None, mac: None, mtu: None, master: None, flags };
+    let mut parsed = ParsedLink {
+        index,
+        name: Ifname::new(""),
+        kind: None,
+        mac: None,
+        mtu: None,
+        gso_max_size: None,
+        master: None,
+        flags,
+    };
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => parsed.name = Ifname::new(name),
             LinkAttribute::Address(bytes) => parsed.mac = mac(bytes),
             LinkAttribute::Mtu(mtu) => parsed.mtu = Some(*mtu),
+            LinkAttribute::GsoMaxSize(size) => parsed.gso_max_size = Some(*size),
             LinkAttribute::Controller(index) => parsed.master = Some(*index).filter(|index| *index != 0),
             LinkAttribute::LinkInfo(info) if !flags.contains(LinkFlags::Loopback) => {
                 parsed.kind = link_kind(info);
