@@ -1,28 +1,32 @@
 //! Addresses of devices.
 
 use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::RouteNetlinkMessage::{self, DelAddress, NewAddress};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 
-use crate::message::{Request, family};
-use crate::uapi::{
-    IFA_ADDRESS, IFA_F_NODAD, IFA_FLAGS, IFA_LOCAL, NLM_F_CREATE, NLM_F_REPLACE, RTM_DELADDR, RTM_NEWADDR,
-};
+use crate::netlink::{Request, request};
+use crate::route::family;
 
 /// Adds an address with those flags; no duplicate address detection.
-pub(crate) fn request(index: u32, address: IpNet, flags: u32) -> Request {
-    let nodad = if address.addr().is_ipv6() { IFA_F_NODAD } else { 0 };
-    message(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, index, address).put_u32(IFA_FLAGS, flags | nodad)
+pub(crate) fn addition(index: u32, address: IpNet, flags: AddressFlags) -> Request<RouteNetlinkMessage> {
+    let nodad = if address.addr().is_ipv6() { AddressFlags::Nodad } else { AddressFlags::empty() };
+    let mut message = message(index, address);
+    message.attributes.push(AddressAttribute::Flags(flags | nodad));
+    request(NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE)
 }
 
 /// Removes an address.
-pub(crate) fn removal(index: u32, address: IpNet) -> Request {
-    message(RTM_DELADDR, 0, index, address)
+pub(crate) fn removal(index: u32, address: IpNet) -> Request<RouteNetlinkMessage> {
+    request(DelAddress(message(index, address)), 0)
 }
 
-/// `struct ifaddrmsg`.
-fn message(kind: u16, flags: u16, index: u32, address: IpNet) -> Request {
-    let mut header = [0; 8];
-    header[0] = family(address.addr());
-    header[1] = address.prefix_len();
-    header[4..8].copy_from_slice(&index.to_ne_bytes());
-    Request::new(kind, flags, &header).put_ip(IFA_LOCAL, address.addr()).put_ip(IFA_ADDRESS, address.addr())
+fn message(index: u32, address: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = family(address.addr());
+    message.header.prefix_len = address.prefix_len();
+    message.header.index = index;
+    message.attributes =
+        vec![AddressAttribute::Local(address.addr()), AddressAttribute::Address(address.addr())];
+    message
 }

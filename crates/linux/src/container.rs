@@ -6,6 +6,9 @@ use std::os::fd::AsFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use netlink_packet_route::RouteNetlinkMessage::{self, SetLink};
+use netlink_packet_route::address::AddressFlags;
+use netlink_packet_route::route::RouteScope;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use plan::object::{ContainerEnd, Ifname};
@@ -15,13 +18,9 @@ use crate::error::Error;
 use crate::link;
 use crate::mirror::Shown;
 use crate::namespace::{Namespace, get_link, index_of};
-use crate::netlink::{Protocol, Requests};
+use crate::netlink::{Request, Requests, request};
 use crate::netns::Netns;
 use crate::route::{self, Hop};
-use crate::uapi::{
-    IFF_UP, IFLA_ADDRESS, IFLA_IFNAME, NLM_F_CREATE, NLM_F_EXCL, RT_SCOPE_LINK, RT_SCOPE_UNIVERSE,
-    RTM_SETLINK,
-};
 
 /// How long a bridge may take to let frames through a new port.
 const PORT_DEADLINE: Duration = Duration::from_secs(2);
@@ -30,7 +29,7 @@ const PORT_DEADLINE: Duration = Duration::from_secs(2);
 pub(crate) fn configure(ns: &Netns, end: &ContainerEnd) -> Result<(), Error> {
     ns.run(|| {
         let attempted = |what: &str| format!("set up {} in {}: {what}", end.ifname, end.netns.display());
-        let mut requests = Requests::open(Protocol::Route)?;
+        let mut requests = Requests::open()?;
         let index = index_of(&mut requests, &end.ifname)
             .map_err(|refusal| refusal.to_error(attempted("find the device")))?;
         // No IPv6 of its own on this interface, so no wait for duplicate address detection.
@@ -40,20 +39,17 @@ pub(crate) fn configure(ns: &Netns, end: &ContainerEnd) -> Result<(), Error> {
 
         let mut steps = vec![("bring up lo".to_owned(), up(&Ifname::new("lo")))];
         for address in &end.addresses {
-            steps.push((format!("add {address}"), address::request(index, *address, 0)));
+            steps.push((format!("add {address}"), address::addition(index, *address, AddressFlags::empty())));
         }
         steps.push(("bring it up".to_owned(), up(&end.ifname)));
         for destination in &end.on_link {
-            let hop = Hop { via: None, index: Some(index), scope: RT_SCOPE_LINK };
-            steps.push((
-                format!("route {destination}"),
-                route::request(*destination, &hop, NLM_F_CREATE | NLM_F_EXCL),
-            ));
+            let hop = Hop { via: None, index: Some(index), scope: RouteScope::Link };
+            steps.push((format!("route {destination}"), route::addition(*destination, &hop)));
         }
         if let Some(gateway) = end.gateway {
-            let hop = Hop { via: Some(gateway), index: Some(index), scope: RT_SCOPE_UNIVERSE };
+            let hop = Hop { via: Some(gateway), index: Some(index), scope: RouteScope::Universe };
             let any = route::default_of(gateway);
-            steps.push((format!("route by {gateway}"), route::request(any, &hop, NLM_F_CREATE | NLM_F_EXCL)));
+            steps.push((format!("route by {gateway}"), route::addition(any, &hop)));
         }
         let (names, messages): (Vec<_>, Vec<_>) = steps.into_iter().unzip();
         for (name, answer) in names.iter().zip(requests.requests(messages)) {
@@ -70,12 +66,10 @@ pub(crate) fn announce(ns: Netns, end: ContainerEnd) {
     let announce = move || {
         // With this set, a change of the MAC, even to the same, is announced by the kernel.
         write_if_there(&format!("ipv4/conf/{}/arp_notify", end.ifname), "1")?;
-        let again = link::request(RTM_SETLINK, 0, 0, 0)
-            .put_text(IFLA_IFNAME, end.ifname.as_str())
-            .put(IFLA_ADDRESS, &end.mac.0);
+        let again = SetLink(link::named(&end.ifname, [link::address(end.mac)]));
         let attempted = || format!("announce {} in {}", end.ifname, end.netns.display());
-        Requests::open(Protocol::Route)?
-            .request(again)
+        Requests::open()?
+            .request(request(again, 0))
             .map(drop)
             .map_err(|refusal| refusal.to_error(attempted()))
     };
@@ -113,8 +107,8 @@ pub(crate) fn wait_for_port(home: &mut Namespace, shown: &mut Shown, name: &Ifna
     }
 }
 
-fn up(name: &Ifname) -> crate::message::Request {
-    link::request(RTM_SETLINK, 0, IFF_UP, IFF_UP).put_text(IFLA_IFNAME, name.as_str())
+fn up(name: &Ifname) -> Request<RouteNetlinkMessage> {
+    request(SetLink(link::set_up(link::named(name, []), true)), 0)
 }
 
 fn write_if_there(path: &str, value: &str) -> Result<(), Error> {

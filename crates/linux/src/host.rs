@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 
 use ipnet::IpNet;
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::LinkFlags;
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use plan::object::{HOST_DEVICE_PREFIX, TABLE_MAIN};
 
 use crate::error::Error;
-use crate::message::Request;
-use crate::netlink::{Protocol, Reply, Requests};
+use crate::namespace::{links, routes as all_routes};
+use crate::netlink::{Requests, request};
 use crate::parse::{self, Parsed};
-use crate::uapi::{
-    IFF_LOOPBACK, IFF_UP, IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE,
-};
 
 /// An address of the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,11 +52,12 @@ struct Device {
 
 /// The host's addresses, but loopback and IPv6 link-local ones and those of our own devices.
 pub fn addresses() -> Result<Vec<HostAddress>, Error> {
-    let mut requests = Requests::open(Protocol::Route)?;
+    let mut requests = Requests::open()?;
     let devices = devices(&mut requests)?;
-    let replies = dump(&mut requests, RTM_GETADDR, 8)?;
+    let replies = dump(&mut requests, RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
     let found = replies.iter().filter_map(|reply| {
-        let (index, address) = parse::address(&reply.payload)?;
+        let RouteNetlinkMessage::NewAddress(address) = reply else { return None };
+        let (index, address) = parse::address(address)?;
         let device = devices.get(&index)?;
         Some(HostAddress {
             ifname: device.name.clone(),
@@ -73,11 +74,12 @@ pub fn addresses() -> Result<Vec<HostAddress>, Error> {
 
 /// The routes of the main table that lead by a device, but those by our own; the kernel's on-link ones too.
 pub fn routes() -> Result<Vec<HostRoute>, Error> {
-    let mut requests = Requests::open(Protocol::Route)?;
+    let mut requests = Requests::open()?;
     let devices = devices(&mut requests)?;
-    let replies = dump(&mut requests, RTM_GETROUTE, 12)?;
+    let replies = dump(&mut requests, all_routes())?;
     let found = replies.iter().filter_map(|reply| {
-        let route = parse::any_route(&reply.payload).filter(|route| route.table == TABLE_MAIN)?;
+        let RouteNetlinkMessage::NewRoute(route) = reply else { return None };
+        let route = parse::any_route(route).filter(|route| route.table == TABLE_MAIN)?;
         let dev = devices.get(&route.index?)?.name.clone();
         Some(HostRoute { destination: route.destination, dev })
     });
@@ -99,29 +101,28 @@ pub fn source_for(destination: IpAddr) -> Option<IpAddr> {
 }
 
 /// The host's devices, but ours, by index.
-fn devices(requests: &mut Requests) -> Result<BTreeMap<u32, Device>, Error> {
-    let replies = dump(requests, RTM_GETLINK, 16)?;
-    let found = replies.iter().filter_map(|reply| match parse::link(&reply.payload)? {
-        Parsed::Link(link) if !link.name.as_str().starts_with(HOST_DEVICE_PREFIX) => {
-            let device = Device {
-                name: link.name.to_string(),
-                mtu: link.mtu.unwrap_or(0),
-                up: link.flags & IFF_UP != 0,
-                loopback: link.flags & IFF_LOOPBACK != 0,
-                software: link.kind.is_some(),
-            };
-            Some((link.index, device))
-        }
-        Parsed::Link(_) | Parsed::Port { .. } => None,
+fn devices(requests: &mut Requests<RouteNetlinkMessage>) -> Result<BTreeMap<u32, Device>, Error> {
+    let replies = dump(requests, links(AddressFamily::Unspec))?;
+    let found = replies.iter().filter_map(|reply| {
+        let RouteNetlinkMessage::NewLink(link) = reply else { return None };
+        let Parsed::Link(link) = parse::link(link)? else { return None };
+        let device = Device {
+            name: link.name.to_string(),
+            mtu: link.mtu.unwrap_or(0),
+            up: link.flags.contains(LinkFlags::Up),
+            loopback: link.flags.contains(LinkFlags::Loopback),
+            software: link.kind.is_some(),
+        };
+        (!device.name.starts_with(HOST_DEVICE_PREFIX)).then_some((link.index, device))
     });
     Ok(found.collect())
 }
 
-fn dump(requests: &mut Requests, kind: u16, header: usize) -> Result<Vec<Reply>, Error> {
-    let request = Request::new(kind, 0, &[0; 16][..header]);
-    let request =
-        if kind == RTM_GETLINK { request.put_u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS) } else { request };
+fn dump(
+    requests: &mut Requests<RouteNetlinkMessage>,
+    query: RouteNetlinkMessage,
+) -> Result<Vec<RouteNetlinkMessage>, Error> {
     requests
-        .dump(&request)
+        .dump(&request(query, 0))
         .map_err(|refusal| refusal.to_error("read the host's devices, addresses and routes"))
 }

@@ -8,6 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::NetworkId;
+use netlink_packet_route::RouteNetlinkMessage::SetLink;
+use netlink_packet_route::address::AddressFlags;
+use netlink_packet_route::link::LinkAttribute;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -16,12 +19,10 @@ use plan::{Key, Object, Place, Scope, State, Step};
 
 use crate::error::{At, Error, StepError};
 use crate::link::Site;
-use crate::message::{attribute, text};
 use crate::mirror::Shown;
 use crate::namespace::{Namespace, get_link};
-use crate::netlink::{Protocol, Requests};
+use crate::netlink::{Requests, request};
 use crate::netns::{self, Netns};
-use crate::uapi::{IFA_F_NOPREFIXROUTE, IFF_UP, IFLA_IFALIAS, IFLA_IFNAME, RTM_SETLINK};
 use crate::watch::Watch;
 use crate::{address, link, nft, route, sysctl};
 
@@ -211,7 +212,7 @@ impl Kernel {
             }
             (Key::Address(name, address), Object::Address) => {
                 let index = site.home.index(name)?;
-                let request = address::request(index, *address, IFA_F_NOPREFIXROUTE);
+                let request = address::addition(index, *address, AddressFlags::Noprefixroute);
                 let answer = site.home.route.request(request);
                 answer.map(drop).map_err(|refusal| refusal.to_error(format!("add {address} to {name}")))
             }
@@ -323,10 +324,9 @@ impl Kernel {
         }
         let ns = Netns::create_bound(&self.netns_dir, name)?;
         let marked = ns.run(|| {
-            let request = link::request(RTM_SETLINK, 0, IFF_UP, IFF_UP)
-                .put_text(IFLA_IFNAME, "lo")
-                .put(IFLA_IFALIAS, network.as_str().as_bytes());
-            let answer = Requests::open(Protocol::Route)?.request(request);
+            let alias = LinkAttribute::IfAlias(network.as_str().to_owned());
+            let mark = link::set_up(link::named(&Ifname::new("lo"), [alias]), true);
+            let answer = Requests::open()?.request(request(SetLink(mark), 0));
             answer.map(drop).map_err(|refusal| refusal.to_error(format!("bring up lo in {name}")))
         });
         match marked.and_then(|marked| marked).and_then(|()| self.enter(network.clone(), name, ns)) {
@@ -439,12 +439,12 @@ impl Kernel {
 }
 
 fn alias_of_lo() -> Result<String, Error> {
-    let mut requests = Requests::open(Protocol::Route)?;
-    let replies = get_link(&mut requests, &Ifname::new("lo"))
+    let mut requests = Requests::open()?;
+    let lo = get_link(&mut requests, &Ifname::new("lo"))
         .map_err(|refusal| refusal.to_error("read the alias of lo"))?;
-    let alias = replies
-        .first()
-        .and_then(|reply| attribute(reply.payload.get(16..).unwrap_or_default(), IFLA_IFALIAS))
-        .map(text);
+    let alias = lo.into_iter().flat_map(|lo| lo.attributes).find_map(|attribute| match attribute {
+        LinkAttribute::IfAlias(alias) => Some(alias),
+        _ => None,
+    });
     Ok(alias.unwrap_or_default())
 }

@@ -13,7 +13,6 @@ pub mod forward;
 pub mod host;
 mod kernel;
 mod link;
-mod message;
 mod mirror;
 mod namespace;
 mod netlink;
@@ -23,7 +22,6 @@ mod parse;
 mod route;
 pub mod socket;
 mod sysctl;
-mod uapi;
 mod watch;
 
 pub use error::{Error, StepError};

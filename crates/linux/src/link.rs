@@ -5,24 +5,23 @@
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 
+use model::Mac;
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::RouteNetlinkMessage::{self, DelLink, NewLink, SetLink};
+use netlink_packet_route::link::{
+    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoData, InfoKind, InfoVeth,
+    InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
 use nix::errno::Errno;
 use plan::object::{HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Peer};
 use plan::{Key, Object};
 
 use crate::container;
 use crate::error::{At, Error};
-use crate::message::Request;
 use crate::mirror::Shown;
-use crate::namespace::Namespace;
-use crate::netlink::{Refusal, Requests};
+use crate::namespace::{Namespace, get_link};
+use crate::netlink::{Refusal, Request, Requests, request};
 use crate::netns::Netns;
-use crate::uapi::{
-    AF_INET6, IFF_UP, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_BR_FORWARD_DELAY, IFLA_BR_MCAST_SNOOPING,
-    IFLA_BR_STP_STATE, IFLA_GROUP, IFLA_IFNAME, IFLA_INET6_ADDR_GEN_MODE, IFLA_INFO_DATA, IFLA_INFO_KIND,
-    IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, IFLA_VXLAN_ID, IFLA_VXLAN_LEARNING,
-    IFLA_VXLAN_LOCAL, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_PORT, IN6_ADDR_GEN_MODE_NONE, NLM_F_CREATE, NLM_F_EXCL,
-    RTM_DELLINK, RTM_NEWLINK, RTM_SETLINK, VETH_INFO_PEER,
-};
 
 /// The device group of all that is made, so that it can be removed at once ("dw").
 const GROUP: u32 = 0x6477;
@@ -54,7 +53,7 @@ pub(crate) fn add(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &
             match shown.state.get(&(site.home.place.clone(), Key::Link(name.clone()))) {
                 Some(have) if Object::Link(want.clone()).satisfied_by(have) => return Ok(()),
                 Some(Object::Link(have)) if want.adjustable_from(have) => {
-                    return adjust(site.home, name, want, None);
+                    return adjust(site.home, shown, name, want, None);
                 }
                 // Of a kind that nobody asked for, but under our name.
                 Some(_) | None => {}
@@ -83,7 +82,7 @@ pub(crate) fn change(
     have: &Link,
 ) -> Result<(), Error> {
     if want.adjustable_from(have) {
-        return adjust(site.home, name, want, Some(have));
+        return adjust(site.home, shown, name, want, Some(have));
     }
     remove(&mut site.home.route, name)
         .map_err(|refusal| refusal.to_error(format!("replace device {name}")))?;
@@ -92,8 +91,8 @@ pub(crate) fn change(
 }
 
 /// Removes a device; says whether it was there.
-pub(crate) fn remove(requests: &mut Requests, name: &Ifname) -> Result<bool, Refusal> {
-    match requests.request(request(RTM_DELLINK, 0, 0, 0).put_text(IFLA_IFNAME, name.as_str())) {
+pub(crate) fn remove(requests: &mut Requests<RouteNetlinkMessage>, name: &Ifname) -> Result<bool, Refusal> {
+    match requests.request(request(DelLink(named(name, [])), 0)) {
         Ok(_) => Ok(true),
         Err(refusal) if refusal.errno == Errno::ENODEV => Ok(false),
         Err(refusal) => Err(refusal),
@@ -102,20 +101,19 @@ pub(crate) fn remove(requests: &mut Requests, name: &Ifname) -> Result<bool, Ref
 
 /// Removes all devices that were made in the namespace of that socket, at once: whoever still has a socket there
 /// keeps the namespace, but no device of it.
-pub(crate) fn remove_all(requests: &mut Requests) -> Result<(), Refusal> {
-    requests.request(request(RTM_DELLINK, 0, 0, 0).put_u32(IFLA_GROUP, GROUP)).map(drop)
+pub(crate) fn remove_all(requests: &mut Requests<RouteNetlinkMessage>) -> Result<(), Refusal> {
+    requests.request(request(DelLink(message([LinkAttribute::Group(GROUP)])), 0)).map(drop)
 }
 
 fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> Result<(), Error> {
     match (&want.kind, &want.peer) {
         (LinkKind::Bridge, _) => make_bridge(site.home, name, want),
         (LinkKind::Vxlan { vni, port, local }, _) => make_vxlan(site, name, want, (*vni, *port, *local)),
-        (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, up })) => {
-            let end = End { name: peer, mac: mac.map(|mac| mac.0), mtu: *mtu };
+        (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, gso_max_size, up })) => {
+            let end = End { name: peer, mac: *mac, mtu: *mtu, gso_max_size: *gso_max_size };
             let host = site.host().ns.as_raw_fd();
             make_pair(site.home, name, want, &end, host)?;
-            let device = if *up { IFF_UP } else { 0 };
-            let bring_up = request(RTM_SETLINK, 0, device, IFF_UP).put_text(IFLA_IFNAME, peer.as_str());
+            let bring_up = request(SetLink(set_up(named(peer, []), *up)), 0);
             let answer = site.host().route.requests(vec![no_link_local(peer), bring_up]).pop();
             if let Some(Err(refusal)) = answer {
                 drop(remove(&mut site.home.route, name));
@@ -125,7 +123,12 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
         }
         (LinkKind::Veth, Some(Peer::Container(container))) => {
             let ns = Netns::open(&container.netns)?;
-            let end = End { name: &container.ifname, mac: Some(container.mac.0), mtu: container.mtu };
+            let end = End {
+                name: &container.ifname,
+                mac: Some(container.mac),
+                mtu: container.mtu,
+                gso_max_size: container.gso_max_size,
+            };
             make_pair(site.home, name, want, &end, ns.as_raw_fd()).map_err(|error| {
                 if error.is(Errno::EEXIST) {
                     error.with_remedy("the container may have an interface of that name already")
@@ -142,7 +145,7 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
                 drop(remove(&mut site.home.route, name));
                 return configured;
             }
-            container::announce(ns, container.clone());
+            container::announce(ns, container.as_ref().clone());
             Ok(())
         }
         (LinkKind::Veth | LinkKind::VethEnd, _) => Err(Error::words(
@@ -153,19 +156,21 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
 }
 
 fn make_bridge(home: &mut Namespace, name: &Ifname, want: &Link) -> Result<(), Error> {
-    let make = request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, 0, 0)
-        .put_text(IFLA_IFNAME, name.as_str())
-        .put_u32(IFLA_GROUP, GROUP)
-        .put_some(IFLA_ADDRESS, want.mac.map(|mac| mac.0))
-        .nest(IFLA_LINKINFO, |info| {
-            info.put_text(IFLA_INFO_KIND, "bridge").nest(IFLA_INFO_DATA, |data| {
-                data.put_u32(IFLA_BR_FORWARD_DELAY, 0)
-                    .put_u32(IFLA_BR_STP_STATE, 0)
-                    .put(IFLA_BR_MCAST_SNOOPING, &[0])
-            })
-        });
+    let info = vec![
+        InfoBridge::ForwardDelay(0),
+        InfoBridge::StpState(BridgeStpState::Disabled),
+        InfoBridge::MulticastSnooping(false),
+    ];
+    let make = named(
+        name,
+        [LinkAttribute::Group(GROUP)]
+            .into_iter()
+            .chain(want.mac.map(address))
+            .chain(sizes(None, want.gso_max_size))
+            .chain([kind(InfoKind::Bridge, InfoData::Bridge(info))]),
+    );
     // The MTU is set on what is made: only then does the bridge keep it, whatever its ports have.
-    settle(home, name, want, make, want.mtu)
+    settle(home, name, make, &Link { mtu: want.mtu, ..made(want) })
 }
 
 fn make_vxlan(
@@ -176,27 +181,22 @@ fn make_vxlan(
 ) -> Result<(), Error> {
     let home = site.home.ns.as_raw_fd();
     // Asked of the host and made in the router: its underlay socket is the host's.
-    let make = request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, 0, 0)
-        .put_text(IFLA_IFNAME, name.as_str())
-        .put_u32(IFLA_NET_NS_FD, home.cast_unsigned())
-        .put_u32(IFLA_GROUP, GROUP)
-        .put_some(IFLA_ADDRESS, want.mac.map(|mac| mac.0))
-        .put_some(IFLA_MTU, want.mtu.map(u32::to_ne_bytes))
-        .nest(IFLA_LINKINFO, |info| {
-            info.put_text(IFLA_INFO_KIND, "vxlan").nest(IFLA_INFO_DATA, |data| {
-                let source = match local {
-                    IpAddr::V4(_) => IFLA_VXLAN_LOCAL,
-                    IpAddr::V6(_) => IFLA_VXLAN_LOCAL6,
-                };
-                data.put_u32(IFLA_VXLAN_ID, vni)
-                    .put(IFLA_VXLAN_PORT, &port.to_be_bytes())
-                    .put_ip(source, local)
-                    .put(IFLA_VXLAN_LEARNING, &[0])
-            })
-        });
+    let source = match local {
+        IpAddr::V4(local) => InfoVxlan::Local(local),
+        IpAddr::V6(local) => InfoVxlan::Local6(local),
+    };
+    let info = vec![InfoVxlan::Id(vni), InfoVxlan::Port(port), source, InfoVxlan::Learning(false)];
+    let make = named(
+        name,
+        [LinkAttribute::NetNsFd(home), LinkAttribute::Group(GROUP)]
+            .into_iter()
+            .chain(want.mac.map(address))
+            .chain(sizes(want.mtu, want.gso_max_size))
+            .chain([kind(InfoKind::Vxlan, InfoData::Vxlan(info))]),
+    );
     let attempted = format!("make device {name} of {}", At(&site.home.place));
-    site.host().route.request(make).map_err(|refusal| refusal.to_error(attempted))?;
-    let settled = set(site.home, name, want, None);
+    site.host().route.request(creation(make)).map_err(|refusal| refusal.to_error(attempted))?;
+    let settled = set(site.home, name, &made(want));
     if settled.is_err() {
         drop(remove(&mut site.home.route, name));
     }
@@ -206,42 +206,43 @@ fn make_vxlan(
 /// The far end of a veth pair, as it is made: down, for neither end can be up before there are two.
 struct End<'a> {
     name: &'a Ifname,
-    mac: Option<[u8; 6]>,
+    mac: Option<Mac>,
     mtu: u32,
+    gso_max_size: Option<u32>,
 }
 
 fn make_pair(home: &mut Namespace, name: &Ifname, want: &Link, end: &End<'_>, ns: i32) -> Result<(), Error> {
-    let make = request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, 0, 0)
-        .put_text(IFLA_IFNAME, name.as_str())
-        .put_u32(IFLA_GROUP, GROUP)
-        .put_some(IFLA_ADDRESS, want.mac.map(|mac| mac.0))
-        .put_some(IFLA_MTU, want.mtu.map(u32::to_ne_bytes))
-        .nest(IFLA_LINKINFO, |info| {
-            info.put_text(IFLA_INFO_KIND, "veth").nest(IFLA_INFO_DATA, |data| {
-                data.nest(VETH_INFO_PEER, |peer| {
-                    peer.raw(&header(0, 0))
-                        .put_text(IFLA_IFNAME, end.name.as_str())
-                        .put_some(IFLA_ADDRESS, end.mac)
-                        .put_u32(IFLA_MTU, end.mtu)
-                        .put_u32(IFLA_NET_NS_FD, ns.cast_unsigned())
-                })
-            })
-        });
-    settle(home, name, want, make, None)
+    let far = named(
+        end.name,
+        [LinkAttribute::NetNsFd(ns)]
+            .into_iter()
+            .chain(end.mac.map(address))
+            .chain(sizes(Some(end.mtu), end.gso_max_size)),
+    );
+    let make = named(
+        name,
+        [LinkAttribute::Group(GROUP)]
+            .into_iter()
+            .chain(want.mac.map(address))
+            .chain(sizes(want.mtu, want.gso_max_size))
+            .chain([kind(InfoKind::Veth, InfoData::Veth(InfoVeth::Peer(far)))]),
+    );
+    settle(home, name, make, &made(want))
+}
+
+/// What is still to be set on a device that was made with addresses and sizes.
+fn made(want: &Link) -> Link {
+    Link { mac: None, mtu: None, gso_max_size: None, ..want.clone() }
 }
 
 /// Makes a device in its home and sets what remains, in a row.
-fn settle(
-    home: &mut Namespace,
-    name: &Ifname,
-    want: &Link,
-    make: Request,
-    mtu: Option<u32>,
-) -> Result<(), Error> {
-    let master = master(home, want)?;
+fn settle(home: &mut Namespace, name: &Ifname, make: LinkMessage, rest: &Link) -> Result<(), Error> {
+    let master = master(home, rest)?;
     let attempted = format!("make device {name} of {}", At(&home.place));
-    let mut answers =
-        home.route.requests(vec![make, no_link_local(name), assignment(name, want, mtu, master)]).into_iter();
+    let mut answers = home
+        .route
+        .requests(vec![creation(make), no_link_local(name), assignment(name, rest, master)])
+        .into_iter();
     answers
         .next()
         .unwrap_or(Err(Errno::EIO.into()))
@@ -254,20 +255,36 @@ fn settle(
 }
 
 /// Makes the device like `want`. What it has already is not set again: that could move it.
-fn adjust(home: &mut Namespace, name: &Ifname, want: &Link, have: Option<&Link>) -> Result<(), Error> {
+fn adjust(
+    home: &mut Namespace,
+    shown: &mut Shown,
+    name: &Ifname,
+    want: &Link,
+    have: Option<&Link>,
+) -> Result<(), Error> {
     let mut change = want.clone();
     if let Some(have) = have {
         change.mac = change.mac.filter(|mac| Some(*mac) != have.mac);
         change.mtu = change.mtu.filter(|mtu| Some(*mtu) != have.mtu);
+        change.gso_max_size = change.gso_max_size.filter(|size| Some(*size) != have.gso_max_size);
     }
-    let mtu = change.mtu;
-    set(home, name, &change, mtu)
+    set(home, name, &change)?;
+    if change.gso_max_size.is_some() {
+        // The one change that the kernel tells nobody of. Events from before it would hide it again.
+        home.drain(shown)?;
+        let link = get_link(&mut home.route, name)
+            .map_err(|refusal| refusal.to_error(format!("read device {name} of {}", At(&home.place))))?;
+        if let Some(link) = link {
+            home.mirror.take(shown, NewLink(link), false);
+        }
+    }
+    Ok(())
 }
 
-fn set(home: &mut Namespace, name: &Ifname, want: &Link, mtu: Option<u32>) -> Result<(), Error> {
-    let master = master(home, want)?;
+fn set(home: &mut Namespace, name: &Ifname, change: &Link) -> Result<(), Error> {
+    let master = master(home, change)?;
     let mut answers =
-        home.route.requests(vec![no_link_local(name), assignment(name, want, mtu, master)]).into_iter();
+        home.route.requests(vec![no_link_local(name), assignment(name, change, master)]).into_iter();
     match answers.nth(1) {
         Some(Err(refusal)) => Err(refusal.to_error(format!("set up device {name} of {}", At(&home.place)))),
         Some(Ok(_)) | None => Ok(()),
@@ -278,30 +295,53 @@ fn master(home: &mut Namespace, want: &Link) -> Result<u32, Error> {
     want.master.as_ref().map_or(Ok(0), |master| home.index(master))
 }
 
-fn assignment(name: &Ifname, want: &Link, mtu: Option<u32>, master: u32) -> Request {
-    request(RTM_SETLINK, 0, if want.up { IFF_UP } else { 0 }, IFF_UP)
-        .put_text(IFLA_IFNAME, name.as_str())
-        .put_some(IFLA_ADDRESS, want.mac.map(|mac| mac.0))
-        .put_some(IFLA_MTU, mtu.map(u32::to_ne_bytes))
-        .put_u32(IFLA_MASTER, master)
+fn assignment(name: &Ifname, change: &Link, master: u32) -> Request<RouteNetlinkMessage> {
+    let values = change.mac.map(address).into_iter().chain(sizes(change.mtu, change.gso_max_size));
+    let message = named(name, values.chain([LinkAttribute::Controller(master)]));
+    request(SetLink(set_up(message, change.up)), 0)
+}
+
+/// IPv4 has a limit of its own since Linux 6.3; older kernels pass over its attribute.
+fn sizes(mtu: Option<u32>, gso_max_size: Option<u32>) -> impl Iterator<Item = LinkAttribute> {
+    let mtu = mtu.map(LinkAttribute::Mtu);
+    let both = gso_max_size.map(LinkAttribute::GsoMaxSize);
+    let ipv4 = gso_max_size.map(LinkAttribute::GsoIpv4MaxSize);
+    [mtu, both, ipv4].into_iter().flatten()
 }
 
 /// Keeps the kernel from giving the device an IPv6 link-local address.
-fn no_link_local(name: &Ifname) -> Request {
-    request(RTM_SETLINK, 0, 0, 0).put_text(IFLA_IFNAME, name.as_str()).nest(IFLA_AF_SPEC, |families| {
-        families
-            .nest(u16::from(AF_INET6), |inet6| inet6.put(IFLA_INET6_ADDR_GEN_MODE, &[IN6_ADDR_GEN_MODE_NONE]))
-    })
+fn no_link_local(name: &Ifname) -> Request<RouteNetlinkMessage> {
+    let inet6 = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+    request(SetLink(named(name, [LinkAttribute::AfSpecUnspec(vec![inet6])])), 0)
 }
 
-/// A request about a device: `struct ifinfomsg` with flags and the mask of flags to change.
-pub(crate) fn request(kind: u16, flags: u16, device: u32, change: u32) -> Request {
-    Request::new(kind, flags, &header(device, change))
+fn creation(message: LinkMessage) -> Request<RouteNetlinkMessage> {
+    request(NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
-fn header(flags: u32, change: u32) -> [u8; 16] {
-    let mut header = [0; 16];
-    header[8..12].copy_from_slice(&flags.to_ne_bytes());
-    header[12..16].copy_from_slice(&change.to_ne_bytes());
-    header
+fn kind(kind: InfoKind, data: InfoData) -> LinkAttribute {
+    LinkAttribute::LinkInfo(vec![LinkInfo::Kind(kind), LinkInfo::Data(data)])
+}
+
+fn message(attributes: impl IntoIterator<Item = LinkAttribute>) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.attributes.extend(attributes);
+    message
+}
+
+/// A message about the device of that name.
+pub(crate) fn named(name: &Ifname, attributes: impl IntoIterator<Item = LinkAttribute>) -> LinkMessage {
+    message([LinkAttribute::IfName(name.as_str().to_owned())].into_iter().chain(attributes))
+}
+
+/// The message, also bringing the device up or down.
+pub(crate) fn set_up(mut message: LinkMessage, up: bool) -> LinkMessage {
+    message.header.flags.set(LinkFlags::Up, up);
+    message.header.change_mask |= LinkFlags::Up;
+    message
+}
+
+/// The attribute of an Ethernet address.
+pub(crate) fn address(mac: Mac) -> LinkAttribute {
+    LinkAttribute::Address(mac.0.to_vec())
 }

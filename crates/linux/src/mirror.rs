@@ -5,21 +5,24 @@
 //!
 //! Invariant: after all events were read and nothing is stale, the state shows what the kernel has. What the kernel
 //! does without an event is known and leads to `stale`: it drops IPv4 routes in silence when their device goes down or
-//! their source address goes away.
+//! their source address goes away. Only a `gso_max_size` that someone else changes shows no sooner than a resync.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
+use netlink_packet_core::{NLM_F_REPLACE, NetlinkPayload};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::{LinkFlags, LinkMessage};
+use netlink_packet_route::neighbour::NeighbourMessage;
+use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::rule::RuleMessage;
 use plan::object::{Family, HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Route, Rule};
 use plan::{Key, Object, Place, Scope, State};
 
-use crate::message::Message;
+use crate::netlink::{Incoming, unread};
 use crate::nft::Fingerprint;
 use crate::parse::{self, Parsed};
-use crate::uapi::{
-    IFF_UP, NLM_F_REPLACE, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH, RTM_DELROUTE, RTM_DELRULE, RTM_NEWADDR,
-    RTM_NEWLINK, RTM_NEWNEIGH, RTM_NEWROUTE, RTM_NEWRULE,
-};
 
 /// So many changed names are kept apart; beyond, everything is called changed.
 const NAMES_APART: usize = 1 << 14;
@@ -133,16 +136,34 @@ impl Mirror {
         self.routes.get(&(table, destination)).into_iter().flatten().map(|held| &held.route)
     }
 
-    /// Takes in an rtnetlink message: an event, or part of a dump.
-    pub(crate) fn take(&mut self, shown: &mut Shown, message: &Message<'_>) {
-        let payload = message.payload;
-        match message.kind {
-            RTM_NEWLINK | RTM_DELLINK => self.link(shown, payload, message.kind == RTM_NEWLINK),
-            RTM_NEWADDR | RTM_DELADDR => self.address(shown, payload, message.kind == RTM_NEWADDR),
-            RTM_NEWNEIGH | RTM_DELNEIGH => self.neighbour(shown, payload, message.kind == RTM_NEWNEIGH),
-            RTM_NEWROUTE => self.new_route(shown, payload, message.flags & NLM_F_REPLACE != 0),
-            RTM_DELROUTE => self.lost_route(shown, payload),
-            RTM_NEWRULE | RTM_DELRULE => self.rule(shown, payload, message.kind == RTM_NEWRULE),
+    /// Takes in an event. One that cannot be read means that the rest is to be read anew.
+    pub(crate) fn take_event(&mut self, shown: &mut Shown, message: &Incoming<'_>) {
+        match message.read() {
+            Ok(NetlinkPayload::InnerMessage(inner)) => {
+                self.take(shown, inner, message.header.flags & NLM_F_REPLACE != 0);
+            }
+            Ok(_) => {}
+            Err(error) => {
+                unread(message.header, &error);
+                self.stale.all = true;
+            }
+        }
+    }
+
+    /// Takes in an rtnetlink message: an event, or part of a dump. `replaces`: it takes the place of another.
+    pub(crate) fn take(&mut self, shown: &mut Shown, message: RouteNetlinkMessage, replaces: bool) {
+        use RouteNetlinkMessage as Message;
+        match message {
+            Message::NewLink(link) => self.link(shown, &link, true),
+            Message::DelLink(link) => self.link(shown, &link, false),
+            Message::NewAddress(address) => self.address(shown, &address, true),
+            Message::DelAddress(address) => self.address(shown, &address, false),
+            Message::NewNeighbour(neighbour) => self.neighbour(shown, &neighbour, true),
+            Message::DelNeighbour(neighbour) => self.neighbour(shown, &neighbour, false),
+            Message::NewRoute(route) => self.new_route(shown, &route, replaces),
+            Message::DelRoute(route) => self.lost_route(shown, &route),
+            Message::NewRule(rule) => self.rule(shown, &rule, true),
+            Message::DelRule(rule) => self.rule(shown, &rule, false),
             _ => {}
         }
     }
@@ -203,8 +224,8 @@ impl Mirror {
         self.place != Place::Host || name.as_str().starts_with(HOST_DEVICE_PREFIX)
     }
 
-    fn link(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
-        let parsed = match parse::link(payload) {
+    fn link(&mut self, shown: &mut Shown, message: &LinkMessage, present: bool) {
+        let parsed = match parse::link(message) {
             Some(Parsed::Link(parsed)) => parsed,
             Some(Parsed::Port { index, forwarding }) => {
                 if let Some(device) = self.devices.get_mut(&index) {
@@ -219,7 +240,7 @@ impl Mirror {
             return;
         }
         let name = parsed.name;
-        let up = parsed.flags & IFF_UP != 0;
+        let up = parsed.flags.contains(LinkFlags::Up);
         let mut device = match self.devices.remove(&parsed.index) {
             Some(known) if known.name == name => known,
             Some(known) => {
@@ -236,6 +257,7 @@ impl Mirror {
             kind,
             mac: parsed.mac,
             mtu: parsed.mtu,
+            gso_max_size: parsed.gso_max_size,
             master: parsed.master.map(|index| self.name(index)),
             up,
             peer: None,
@@ -287,8 +309,8 @@ impl Mirror {
             .map_or_else(|| Ifname::new(&format!("if{index}")), |device| device.name.clone())
     }
 
-    fn address(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
-        let Some((index, address)) = parse::address(payload) else { return };
+    fn address(&mut self, shown: &mut Shown, message: &AddressMessage, present: bool) {
+        let Some((index, address)) = parse::address(message) else { return };
         if !present && self.routes.values().flatten().any(|held| held.route.src == Some(address.addr())) {
             self.stale.routes = true;
         }
@@ -296,8 +318,8 @@ impl Mirror {
         self.hang(shown, index, key, present.then_some(Object::Address));
     }
 
-    fn neighbour(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
-        let Some(entry) = parse::neighbour(payload) else { return };
+    fn neighbour(&mut self, shown: &mut Shown, message: &NeighbourMessage, present: bool) {
+        let Some(entry) = parse::neighbour(message) else { return };
         match entry {
             parse::Entry::Neighbour { index, address, mac } => {
                 let object = mac.filter(|_| present).map(Object::Neighbour);
@@ -340,8 +362,8 @@ impl Mirror {
         self.set(shown, key, object);
     }
 
-    fn route(&self, payload: &[u8]) -> Option<(u32, IpNet, Held)> {
-        let parsed = parse::route(payload)?;
+    fn route(&self, message: &RouteMessage) -> Option<(u32, IpNet, Held)> {
+        let parsed = parse::route(message)?;
         let dev = parsed.index.map(|index| self.name(index));
         if self.place == Place::Host && !dev.as_ref().is_some_and(|dev| self.in_scope(dev)) {
             return None;
@@ -350,8 +372,8 @@ impl Mirror {
         Some((parsed.table, parsed.destination, Held { route, index: parsed.index }))
     }
 
-    fn new_route(&mut self, shown: &mut Shown, payload: &[u8], replaces: bool) {
-        let Some((table, destination, new)) = self.route(payload) else { return };
+    fn new_route(&mut self, shown: &mut Shown, message: &RouteMessage, replaces: bool) {
+        let Some((table, destination, new)) = self.route(message) else { return };
         let held = self.routes.entry((table, destination)).or_default();
         if replaces {
             held.retain(|old| old.route.metric != new.route.metric);
@@ -364,8 +386,8 @@ impl Mirror {
         self.show_route(shown, table, destination);
     }
 
-    fn lost_route(&mut self, shown: &mut Shown, payload: &[u8]) {
-        let Some((table, destination, gone)) = self.route(payload) else { return };
+    fn lost_route(&mut self, shown: &mut Shown, message: &RouteMessage) {
+        let Some((table, destination, gone)) = self.route(message) else { return };
         let held = self.routes.entry((table, destination)).or_default();
         match held.iter().position(|held| *held == gone) {
             Some(position) => drop(held.remove(position)),
@@ -383,11 +405,11 @@ impl Mirror {
         self.set(shown, Key::Route(table, destination), object);
     }
 
-    fn rule(&mut self, shown: &mut Shown, payload: &[u8], present: bool) {
+    fn rule(&mut self, shown: &mut Shown, message: &RuleMessage, present: bool) {
         if self.place == Place::Host {
             return;
         }
-        let Some((priority, rule)) = parse::rule(payload) else { return };
+        let Some((priority, rule)) = parse::rule(message) else { return };
         let held = self.rules.entry(priority).or_default();
         match held.iter().position(|held| *held == rule) {
             Some(_) if present => {}

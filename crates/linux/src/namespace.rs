@@ -1,30 +1,33 @@
 //! One namespace that is looked after: its sockets and its mirror.
 
+use netlink_packet_netfilter::NetfilterMessage;
+use netlink_packet_route::AddressFamily;
+use netlink_packet_route::RouteNetlinkMessage::{self, GetAddress, GetLink, GetNeighbour, GetRoute, GetRule};
+use netlink_packet_route::address::AddressMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkExtentMask, LinkMessage};
+use netlink_packet_route::neighbour::NeighbourMessage;
+use netlink_packet_route::route::RouteMessage;
+use netlink_packet_route::rule::RuleMessage;
 use nix::errno::Errno;
+use nix::libc;
 use plan::Place;
 use plan::object::{Family, Ifname};
 
 use crate::error::{At, Error};
-use crate::message::{Message, Request, messages, u32_at};
+use crate::link;
 use crate::mirror::{Mirror, Shown};
-use crate::netlink::{Answer, Events, Protocol, Requests, Seen};
+use crate::netlink::{Events, Refusal, Requests, Seen, messages, request};
 use crate::netns::Netns;
 use crate::nft;
-use crate::uapi::{
-    AF_BRIDGE, AF_INET, AF_UNSPEC, IFLA_EXT_MASK, IFLA_IFNAME, NFNLGRP_NFTABLES, RTEXT_FILTER_SKIP_STATS,
-    RTM_GETADDR, RTM_GETLINK, RTM_GETNEIGH, RTM_GETROUTE, RTM_GETRULE, RTNLGRP_IPV4_IFADDR,
-    RTNLGRP_IPV4_ROUTE, RTNLGRP_IPV4_RULE, RTNLGRP_IPV6_IFADDR, RTNLGRP_IPV6_ROUTE, RTNLGRP_LINK,
-    RTNLGRP_NEIGH,
-};
 
 const GROUPS: [u32; 7] = [
-    RTNLGRP_LINK,
-    RTNLGRP_NEIGH,
-    RTNLGRP_IPV4_IFADDR,
-    RTNLGRP_IPV4_ROUTE,
-    RTNLGRP_IPV4_RULE,
-    RTNLGRP_IPV6_IFADDR,
-    RTNLGRP_IPV6_ROUTE,
+    libc::RTNLGRP_LINK,
+    libc::RTNLGRP_NEIGH,
+    libc::RTNLGRP_IPV4_IFADDR,
+    libc::RTNLGRP_IPV4_ROUTE,
+    libc::RTNLGRP_IPV4_RULE,
+    libc::RTNLGRP_IPV6_IFADDR,
+    libc::RTNLGRP_IPV6_ROUTE,
 ];
 
 /// How often in a row what is stale is read anew before giving the rest to the next look.
@@ -35,8 +38,8 @@ const ROUNDS: usize = 4;
 pub(crate) struct Namespace {
     pub(crate) place: Place,
     pub(crate) ns: Netns,
-    pub(crate) route: Requests,
-    pub(crate) nft: Requests,
+    pub(crate) route: Requests<RouteNetlinkMessage>,
+    pub(crate) nft: Requests<NetfilterMessage>,
     pub(crate) route_events: Events,
     pub(crate) nft_events: Events,
     pub(crate) mirror: Mirror,
@@ -47,10 +50,10 @@ impl Namespace {
     pub(crate) fn open(place: Place, ns: Netns) -> Result<Self, Error> {
         let (route_events, nft_events, route, nft) = ns.run(|| {
             Ok::<_, Error>((
-                Events::open(Protocol::Route, &GROUPS)?,
-                Events::open(Protocol::Netfilter, &[NFNLGRP_NFTABLES])?,
-                Requests::open(Protocol::Route)?,
-                Requests::open(Protocol::Netfilter)?,
+                Events::open::<RouteNetlinkMessage>(&GROUPS)?,
+                Events::open::<NetfilterMessage>(&[libc::NFNLGRP_NFTABLES as u32])?,
+                Requests::open()?,
+                Requests::open()?,
             ))
         })??;
         let mirror = Mirror::new(place.clone());
@@ -66,10 +69,10 @@ impl Namespace {
                 self.read_all(shown)?;
             } else if std::mem::take(&mut stale.routes) {
                 self.mirror.forget_routes(shown);
-                self.dump(shown, &query(RTM_GETROUTE, AF_UNSPEC))?;
+                self.dump(shown, routes())?;
             } else if std::mem::take(&mut stale.rules) {
                 self.mirror.forget_rules(shown);
-                self.dump(shown, &query(RTM_GETRULE, AF_INET))?;
+                self.dump(shown, rules())?;
             } else if let Some(family) = stale.tables.pop_first() {
                 self.reread_table(shown, family, false)?;
             } else {
@@ -115,7 +118,7 @@ impl Namespace {
         loop {
             match self.route_events.next().map_err(|errno| Error::errno(attempted(&self.place), errno))? {
                 Seen::Datagram(datagram) => {
-                    messages(datagram).for_each(|message| self.mirror.take(shown, &message));
+                    messages(datagram).for_each(|message| self.mirror.take_event(shown, &message));
                 }
                 Seen::Nothing => break,
                 Seen::Lost => {
@@ -146,52 +149,72 @@ impl Namespace {
     fn try_read_all(&mut self, shown: &mut Shown) -> Result<(), Error> {
         self.mirror.forget_all(shown);
         // Twice: a port may come before its bridge, and is shown with its name.
-        let links = query(RTM_GETLINK, AF_UNSPEC).put_u32(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
-        self.dump(shown, &links)?;
-        self.dump(shown, &links)?;
-        self.dump(shown, &query(RTM_GETLINK, AF_BRIDGE))?;
-        self.dump(shown, &query(RTM_GETADDR, AF_UNSPEC))?;
-        self.dump(shown, &query(RTM_GETNEIGH, AF_UNSPEC))?;
-        self.dump(shown, &query(RTM_GETNEIGH, AF_BRIDGE))?;
-        self.dump(shown, &query(RTM_GETROUTE, AF_UNSPEC))?;
-        self.dump(shown, &query(RTM_GETRULE, AF_INET))
+        self.dump(shown, links(AddressFamily::Unspec))?;
+        self.dump(shown, links(AddressFamily::Unspec))?;
+        self.dump(shown, links(AddressFamily::Bridge))?;
+        self.dump(shown, GetAddress(AddressMessage::default()))?;
+        self.dump(shown, neighbours(AddressFamily::Unspec))?;
+        self.dump(shown, neighbours(AddressFamily::Bridge))?;
+        self.dump(shown, routes())?;
+        self.dump(shown, rules())
     }
 
-    fn dump(&mut self, shown: &mut Shown, request: &Request) -> Result<(), Error> {
-        let replies = match self.route.dump(request) {
+    fn dump(&mut self, shown: &mut Shown, query: RouteNetlinkMessage) -> Result<(), Error> {
+        let replies = match self.route.dump(&request(query, 0)) {
             Ok(replies) => replies,
             // A kernel without bridges has no ports and no forwarding entries.
             Err(refusal) if refusal.errno == Errno::EOPNOTSUPP => Vec::new(),
             Err(refusal) => return Err(refusal.to_error(format!("read what {} has", At(&self.place)))),
         };
         for reply in replies {
-            let message = Message { kind: reply.kind, flags: 0, sequence: 0, payload: &reply.payload };
-            self.mirror.take(shown, &message);
+            self.mirror.take(shown, reply, false);
         }
         Ok(())
     }
 }
 
 /// The index of a device in the namespace of that socket.
-pub(crate) fn index_of(requests: &mut Requests, name: &Ifname) -> Result<u32, crate::netlink::Refusal> {
-    let replies = get_link(requests, name)?;
-    let index = replies.first().and_then(|reply| u32_at(&reply.payload, 4));
-    index.ok_or(Errno::ENODEV.into())
+pub(crate) fn index_of(requests: &mut Requests<RouteNetlinkMessage>, name: &Ifname) -> Result<u32, Refusal> {
+    get_link(requests, name)?.map(|link| link.header.index).ok_or(Errno::ENODEV.into())
 }
 
 /// Asks for a device. The kernel brings its carrier up to date before it answers.
-pub(crate) fn get_link(requests: &mut Requests, name: &Ifname) -> Answer {
-    requests.request(query(RTM_GETLINK, AF_UNSPEC).put_text(IFLA_IFNAME, name.as_str()))
+pub(crate) fn get_link(
+    requests: &mut Requests<RouteNetlinkMessage>,
+    name: &Ifname,
+) -> Result<Option<LinkMessage>, Refusal> {
+    let replies = requests.request(request(GetLink(link::named(name, [skip_statistics()])), 0))?;
+    Ok(replies.into_iter().find_map(|reply| match reply {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
+        _ => None,
+    }))
 }
 
-/// A `GET` of that family. Its header is long enough for each kind: the kernel looks at the family alone.
-fn query(kind: u16, family: u8) -> Request {
-    let length = match kind {
-        RTM_GETLINK => 16,
-        RTM_GETADDR => 8,
-        _ => 12,
-    };
-    let mut header = [0; 16];
-    header[0] = family;
-    Request::new(kind, 0, &header[..length])
+/// Asks for all devices, or all ports of bridges.
+pub(crate) fn links(family: AddressFamily) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.interface_family = family;
+    message.attributes.push(skip_statistics());
+    GetLink(message)
+}
+
+fn skip_statistics() -> LinkAttribute {
+    LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])
+}
+
+fn neighbours(family: AddressFamily) -> RouteNetlinkMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = family;
+    GetNeighbour(message)
+}
+
+/// Asks for all routes.
+pub(crate) fn routes() -> RouteNetlinkMessage {
+    GetRoute(RouteMessage::default())
+}
+
+fn rules() -> RouteNetlinkMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = AddressFamily::Inet;
+    GetRule(message)
 }

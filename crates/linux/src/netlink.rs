@@ -1,23 +1,31 @@
-//! Netlink sockets: requests with their answers, dumps, and events.
+//! Netlink sockets: requests with their answers, dumps, and events (RFC 3549; `linux/netlink.h`).
 //!
 //! A socket stays bound to the network namespace it was opened in, whatever thread uses it. Requests may be sent in a
 //! row: the kernel carries them out in order and answers each, also after one that failed.
+//!
+//! Invariant: only what the kernel itself sent is looked at. Whoever is root in a container's namespace could send to
+//! our sockets there too.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, BorrowedFd};
 
+use netlink_packet_core::{
+    DecodeError, ErrorMessage, NLM_F_ACK, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_MULTIPART,
+    NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NetlinkSerializable, NlasIterator, Parseable, parse_string,
+};
+use netlink_packet_netfilter::none::ControlMessage;
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::constants::NLMSGERR_ATTR_MSG;
+use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
+use netlink_sys::{Socket, SocketAddr};
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{
-    self, AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, sockopt,
-};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use crate::error::Error;
-use crate::message::{Request, attribute, messages, text, u32_at};
-use crate::uapi::{
-    NETLINK_CAP_ACK, NETLINK_EXT_ACK, NFNL_MSG_BATCH_BEGIN, NFNL_MSG_BATCH_END, NFNL_SUBSYS_NFTABLES,
-    NLM_F_ACK, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_MULTI, NLMSG_DONE, NLMSG_ERROR,
-    NLMSG_OVERRUN, NLMSGERR_ATTR_MSG, SOL_NETLINK,
-};
 
 /// What one read takes at most. The kernel fills dumps up to this size.
 const BUFFER: usize = 64 << 10;
@@ -26,13 +34,22 @@ const EVENT_BUFFER: usize = 16 << 20;
 /// How often an interrupted dump is asked for again.
 const DUMP_ATTEMPTS: usize = 16;
 
-/// Which netlink family a socket speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Protocol {
-    /// Devices, addresses, routes, rules, neighbours.
-    Route,
-    /// nftables.
-    Netfilter,
+/// The messages that one kind of netlink socket carries.
+pub(crate) trait Protocol: NetlinkSerializable + NetlinkDeserializable {
+    /// The kind's number.
+    const NUMBER: isize;
+    /// The kind in words.
+    const NAME: &str;
+}
+
+impl Protocol for RouteNetlinkMessage {
+    const NUMBER: isize = NETLINK_ROUTE;
+    const NAME: &str = "route";
+}
+
+impl Protocol for NetfilterMessage {
+    const NUMBER: isize = NETLINK_NETFILTER;
+    const NAME: &str = "netfilter";
 }
 
 /// Why the kernel refused a request.
@@ -54,74 +71,103 @@ impl From<Errno> for Refusal {
     }
 }
 
+impl From<io::Error> for Refusal {
+    fn from(error: io::Error) -> Self {
+        errno(&error).into()
+    }
+}
+
+/// A request: what is asked, and the flags of its header.
+pub(crate) type Request<M> = NetlinkMessage<M>;
+
 /// The answer to one request: the messages that came, or a refusal.
-pub(crate) type Answer = Result<Vec<Reply>, Refusal>;
+pub(crate) type Answer<M> = Result<Vec<M>, Refusal>;
 
 /// What came of a request so far.
-type Pending = (Vec<Reply>, Option<Result<(), Refusal>>);
+type Pending<M> = (Vec<M>, Option<Result<(), Refusal>>);
 
-/// A message that answers a request.
-#[derive(Debug)]
-pub(crate) struct Reply {
-    pub(crate) kind: u16,
-    pub(crate) payload: Vec<u8>,
+/// A request with those header flags; `NLM_F_REQUEST` is added.
+pub(crate) fn request<M>(message: M, flags: u16) -> Request<M> {
+    let mut header = NetlinkHeader::default();
+    header.flags = flags | NLM_F_REQUEST;
+    NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message))
+}
+
+/// A message that came in, not yet read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Incoming<'a> {
+    pub(crate) header: NetlinkHeader,
+    bytes: &'a [u8],
+}
+
+impl<'a> Incoming<'a> {
+    /// What follows the header.
+    pub(crate) fn payload(&self) -> &'a [u8] {
+        NetlinkBuffer::new(self.bytes).payload()
+    }
+
+    /// Reads it.
+    pub(crate) fn read<M: Protocol>(&self) -> Result<NetlinkPayload<M>, DecodeError> {
+        NetlinkMessage::deserialize(self.bytes).map(|message| message.payload)
+    }
+}
+
+/// The messages of a datagram; one that is cut short, and what follows it, is not there.
+pub(crate) fn messages(mut datagram: &[u8]) -> impl Iterator<Item = Incoming<'_>> {
+    std::iter::from_fn(move || {
+        let buffer = NetlinkBuffer::new_checked(datagram).ok()?;
+        let header = NetlinkHeader::parse(&buffer).ok()?;
+        let length = header.length as usize;
+        let bytes = datagram.get(..length)?;
+        datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some(Incoming { header, bytes })
+    })
+}
+
+/// A message that the library cannot read is passed over, and that is logged.
+pub(crate) fn unread(header: NetlinkHeader, error: &DecodeError) {
+    tracing::debug!(kind = header.message_type, %error, "passing over a netlink message that cannot be read");
 }
 
 /// A socket for requests.
 #[derive(Debug)]
-pub(crate) struct Requests {
-    fd: OwnedFd,
+pub(crate) struct Requests<M> {
+    socket: Socket,
     sequence: u32,
     buffer: Vec<u8>,
+    speaks: PhantomData<fn(M)>,
 }
 
-impl Requests {
+impl<M: Protocol> Requests<M> {
     /// Opens a socket in the namespace of the calling thread.
-    pub(crate) fn open(protocol: Protocol) -> Result<Self, Error> {
-        Ok(Self { fd: open(protocol, 0)?, sequence: 0, buffer: vec![0; BUFFER] })
+    pub(crate) fn open() -> Result<Self, Error> {
+        Ok(Self { socket: open::<M>()?, sequence: 0, buffer: vec![0; BUFFER], speaks: PhantomData })
     }
 
     /// Sends one request and waits for its answer.
-    pub(crate) fn request(&mut self, request: Request) -> Answer {
+    pub(crate) fn request(&mut self, request: Request<M>) -> Answer<M> {
         self.requests(vec![request]).pop().unwrap_or(Err(Errno::EIO.into()))
     }
 
     /// Sends requests in a row; one answer for each, in order.
-    pub(crate) fn requests(&mut self, requests: Vec<Request>) -> Vec<Answer> {
+    pub(crate) fn requests(&mut self, requests: Vec<Request<M>>) -> Vec<Answer<M>> {
         let first = self.sequence.wrapping_add(1);
         let count = requests.len();
         let mut datagram = Vec::new();
         for request in requests {
-            self.sequence = self.sequence.wrapping_add(1);
-            datagram.extend(request.with_flags(NLM_F_ACK).finish(self.sequence));
+            self.append(&mut datagram, request, NLM_F_ACK);
         }
         match self.send(&datagram) {
             Ok(()) => self.collect(first, count, None),
-            Err(errno) => (0..count).map(|_| Err(errno.into())).collect(),
+            Err(refusal) => (0..count).map(|_| Err(refusal.clone())).collect(),
         }
-    }
-
-    /// Sends nftables requests as one transaction: all take effect, or none and the first refusal is returned.
-    pub(crate) fn transaction(&mut self, requests: Vec<Request>) -> Result<(), Refusal> {
-        let header = [0, 0, NFNL_SUBSYS_NFTABLES.to_be_bytes()[0], NFNL_SUBSYS_NFTABLES.to_be_bytes()[1]];
-        let count = requests.len();
-        self.sequence = self.sequence.wrapping_add(1);
-        let begin = self.sequence;
-        let mut datagram = Request::new(NFNL_MSG_BATCH_BEGIN, 0, &header).finish(begin);
-        for request in requests {
-            self.sequence = self.sequence.wrapping_add(1);
-            datagram.extend(request.with_flags(NLM_F_ACK).finish(self.sequence));
-        }
-        self.sequence = self.sequence.wrapping_add(1);
-        datagram.extend(Request::new(NFNL_MSG_BATCH_END, 0, &header).finish(self.sequence));
-        self.send(&datagram)?;
-        self.collect(begin.wrapping_add(1), count, Some(begin))
-            .into_iter()
-            .try_for_each(|answer| answer.map(drop))
     }
 
     /// All objects that answer a dump request, consistent: one that was changed meanwhile is asked for again.
-    pub(crate) fn dump(&mut self, request: &Request) -> Answer {
+    pub(crate) fn dump(&mut self, request: &Request<M>) -> Answer<M>
+    where
+        M: Clone,
+    {
         let mut found = Vec::new();
         for _ in 0..DUMP_ATTEMPTS {
             let (replies, interrupted) = self.dump_once(request.clone())?;
@@ -134,46 +180,52 @@ impl Requests {
         Ok(found)
     }
 
-    fn dump_once(&mut self, request: Request) -> Result<(Vec<Reply>, bool), Refusal> {
-        self.sequence = self.sequence.wrapping_add(1);
-        let sequence = self.sequence;
-        self.send(&request.with_flags(NLM_F_DUMP).finish(sequence))?;
+    fn dump_once(&mut self, request: Request<M>) -> Result<(Vec<M>, bool), Refusal> {
+        let mut datagram = Vec::new();
+        let sequence = self.append(&mut datagram, request, NLM_F_DUMP);
+        self.send(&datagram)?;
         let mut replies = Vec::new();
         let mut interrupted = false;
         loop {
             let length = self.receive()?;
-            for message in messages(&self.buffer[..length]).filter(|message| message.sequence == sequence) {
-                interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
-                match message.kind {
-                    NLMSG_DONE => {
-                        return match refusal(message.payload, 4) {
-                            Some(refusal) if refusal.errno == Errno::EINTR => Ok((replies, true)),
-                            Some(refusal) => Err(refusal),
-                            None => Ok((replies, interrupted)),
-                        };
-                    }
-                    NLMSG_ERROR => {
-                        return match acknowledgement(message.payload, message.flags) {
-                            Err(refusal) if refusal.errno == Errno::EINTR => Ok((replies, true)),
-                            Err(refusal) => Err(refusal),
-                            Ok(()) => Ok((replies, interrupted)),
-                        };
-                    }
-                    NLMSG_OVERRUN => interrupted = true,
-                    kind => {
-                        replies.push(Reply { kind, payload: message.payload.to_vec() });
-                        if message.flags & NLM_F_MULTI == 0 {
-                            return Ok((replies, interrupted));
-                        }
-                    }
+            for message in messages(&self.buffer[..length]) {
+                let header = message.header;
+                if header.sequence_number != sequence {
+                    continue;
                 }
+                interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
+                let ended = match message.read::<M>() {
+                    Ok(NetlinkPayload::Done(done)) => refusal(done.code, &done.extended_ack),
+                    Ok(NetlinkPayload::Error(error)) => acknowledgement(&error, header.flags),
+                    Ok(NetlinkPayload::Overrun(_)) => {
+                        interrupted = true;
+                        continue;
+                    }
+                    Ok(NetlinkPayload::InnerMessage(message)) => {
+                        replies.push(message);
+                        if header.flags & NLM_F_MULTIPART != 0 {
+                            continue;
+                        }
+                        Ok(())
+                    }
+                    Ok(_) => continue,
+                    Err(error) => {
+                        unread(header, &error);
+                        continue;
+                    }
+                };
+                return match ended {
+                    Ok(()) => Ok((replies, interrupted)),
+                    Err(refusal) if refusal.errno == Errno::EINTR => Ok((replies, true)),
+                    Err(refusal) => Err(refusal),
+                };
             }
         }
     }
 
     /// Reads until each of `count` requests from `first` on was answered, or the one numbered `begin` was refused.
-    fn collect(&mut self, first: u32, count: usize, begin: Option<u32>) -> Vec<Answer> {
-        let mut answers: Vec<Pending> = (0..count).map(|_| (Vec::new(), None)).collect();
+    fn collect(&mut self, first: u32, count: usize, begin: Option<u32>) -> Vec<Answer<M>> {
+        let mut answers: Vec<Pending<M>> = (0..count).map(|_| (Vec::new(), None)).collect();
         let mut open = count;
         while open > 0 {
             let length = match self.receive() {
@@ -186,20 +238,26 @@ impl Requests {
                 }
             };
             for message in messages(&self.buffer[..length]) {
-                if message.kind == NLMSG_ERROR
-                    && Some(message.sequence) == begin
-                    && let Err(refusal) = acknowledgement(message.payload, message.flags)
+                let header = message.header;
+                let payload = message.read::<M>();
+                if Some(header.sequence_number) == begin
+                    && let Ok(NetlinkPayload::Error(error)) = &payload
+                    && let Err(refusal) = acknowledgement(error, header.flags)
                 {
                     return (0..count).map(|_| Err(refusal.clone())).collect();
                 }
-                let Some(answer) = answers.get_mut(message.sequence.wrapping_sub(first) as usize) else {
+                let Some(answer) = answers.get_mut(header.sequence_number.wrapping_sub(first) as usize)
+                else {
                     continue;
                 };
-                if message.kind != NLMSG_ERROR {
-                    answer.0.push(Reply { kind: message.kind, payload: message.payload.to_vec() });
-                } else if answer.1.is_none() {
-                    answer.1 = Some(acknowledgement(message.payload, message.flags));
-                    open -= 1;
+                match payload {
+                    Ok(NetlinkPayload::InnerMessage(message)) => answer.0.push(message),
+                    Ok(NetlinkPayload::Error(error)) if answer.1.is_none() => {
+                        answer.1 = Some(acknowledgement(&error, header.flags));
+                        open -= 1;
+                    }
+                    Ok(_) => {}
+                    Err(error) => unread(header, &error),
                 }
             }
         }
@@ -209,31 +267,54 @@ impl Requests {
             .collect()
     }
 
-    fn send(&self, datagram: &[u8]) -> Result<(), Errno> {
-        loop {
-            match socket::send(self.fd.as_raw_fd(), datagram, MsgFlags::empty()) {
-                Ok(_) => return Ok(()),
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno),
-            }
-        }
+    /// Appends the request under the next sequence number, which is returned.
+    fn append(&mut self, datagram: &mut Vec<u8>, mut request: Request<M>, flags: u16) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        request.header.flags |= flags;
+        request.header.sequence_number = self.sequence;
+        request.finalize();
+        let start = datagram.len();
+        let end = start + request.buffer_len();
+        datagram.resize(end.next_multiple_of(4), 0);
+        request.serialize(&mut datagram[start..end]);
+        self.sequence
+    }
+
+    fn send(&self, datagram: &[u8]) -> Result<(), Refusal> {
+        retry(|| self.socket.send(datagram, 0)).map(drop).map_err(Refusal::from)
     }
 
     fn receive(&mut self) -> Result<usize, Refusal> {
-        loop {
-            match socket::recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
-                Ok(length) => return Ok(length),
-                Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
+        Ok(receive(&self.socket, &mut self.buffer, 0)?)
+    }
+}
+
+impl Requests<NetfilterMessage> {
+    /// Sends nftables requests as one transaction: all take effect, or none and the first refusal is returned.
+    pub(crate) fn transaction(&mut self, requests: Vec<Request<NetfilterMessage>>) -> Result<(), Refusal> {
+        let control = |message| {
+            let header =
+                NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, libc::NFNL_SUBSYS_NFTABLES as u16);
+            request(NetfilterMessage::new(header, message), 0)
+        };
+        let count = requests.len();
+        let mut datagram = Vec::new();
+        let begin = self.append(&mut datagram, control(ControlMessage::BatchBegin), 0);
+        for request in requests {
+            self.append(&mut datagram, request, NLM_F_ACK);
         }
+        self.append(&mut datagram, control(ControlMessage::BatchEnd), 0);
+        self.send(&datagram)?;
+        self.collect(begin.wrapping_add(1), count, Some(begin))
+            .into_iter()
+            .try_for_each(|answer| answer.map(drop))
     }
 }
 
 /// A socket for events.
 #[derive(Debug)]
 pub(crate) struct Events {
-    fd: OwnedFd,
+    socket: Socket,
     buffer: Vec<u8>,
 }
 
@@ -250,83 +331,88 @@ pub(crate) enum Seen<'a> {
 
 impl Events {
     /// Subscribes to the groups, in the namespace of the calling thread.
-    pub(crate) fn open(protocol: Protocol, groups: &[u32]) -> Result<Self, Error> {
-        let mask = groups.iter().fold(0, |mask, group| mask | 1 << (group - 1));
-        let fd = open(protocol, mask)?;
-        if socket::setsockopt(&fd, sockopt::RcvBufForce, &EVENT_BUFFER).is_err() {
+    pub(crate) fn open<M: Protocol>(groups: &[u32]) -> Result<Self, Error> {
+        let mut socket = open::<M>()?;
+        if setsockopt(&socket, sockopt::RcvBufForce, &EVENT_BUFFER).is_err() {
             // Without CAP_NET_ADMIN in the first user namespace the system's limit holds; overflow is handled.
-            let _ = socket::setsockopt(&fd, sockopt::RcvBuf, &EVENT_BUFFER);
+            let _ = setsockopt(&socket, sockopt::RcvBuf, &EVENT_BUFFER);
         }
-        Ok(Self { fd, buffer: vec![0; BUFFER] })
+        // In this order: binding would end memberships.
+        socket
+            .bind_auto()
+            .and_then(|_| groups.iter().try_for_each(|group| socket.add_membership(*group)))
+            .map_err(|error| Error::io(format!("subscribe to netlink events ({})", M::NAME), &error))?;
+        Ok(Self { socket, buffer: vec![0; BUFFER] })
     }
 
     /// The next datagram, without waiting.
     pub(crate) fn next(&mut self) -> Result<Seen<'_>, Errno> {
-        loop {
-            match socket::recv(self.fd.as_raw_fd(), &mut self.buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(length) => return Ok(Seen::Datagram(&self.buffer[..length])),
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return Ok(Seen::Nothing),
-                Err(Errno::ENOBUFS) => return Ok(Seen::Lost),
-                Err(errno) => return Err(errno),
-            }
+        match receive(&self.socket, &mut self.buffer, libc::MSG_DONTWAIT).map_err(|error| errno(&error)) {
+            Ok(length) => Ok(Seen::Datagram(&self.buffer[..length])),
+            Err(Errno::EAGAIN) => Ok(Seen::Nothing),
+            Err(Errno::ENOBUFS) => Ok(Seen::Lost),
+            Err(errno) => Err(errno),
         }
     }
 }
 
 impl AsFd for Events {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.socket.as_fd()
     }
 }
 
-fn open(protocol: Protocol, groups: u32) -> Result<OwnedFd, Error> {
-    let number = match protocol {
-        Protocol::Route => SockProtocol::NetlinkRoute,
-        Protocol::Netfilter => SockProtocol::NetlinkNetFilter,
-    };
-    let attempted = || format!("open a netlink socket ({protocol:?})");
-    let fd = socket::socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, number)
-        .map_err(|errno| Error::errno(attempted(), errno))?;
-    socket::bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))
-        .map_err(|errno| Error::errno(attempted(), errno))?;
+fn open<M: Protocol>() -> Result<Socket, Error> {
+    let socket = Socket::new(M::NUMBER)
+        .map_err(|error| Error::io(format!("open a netlink socket ({})", M::NAME), &error))?;
     // Both only make refusals shorter and clearer; kernels before 4.12 do without.
-    set_flag(&fd, NETLINK_CAP_ACK);
-    set_flag(&fd, NETLINK_EXT_ACK);
-    Ok(fd)
+    let _ = socket.set_cap_ack(true);
+    let _ = socket.set_ext_ack(true);
+    Ok(socket)
 }
 
-fn set_flag(fd: &OwnedFd, option: i32) {
-    let on: libc::c_int = 1;
-    // SAFETY: the descriptor is open for the whole call, and the value is an int of the length that is given.
-    unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            SOL_NETLINK,
-            option,
-            (&raw const on).cast(),
-            size_of::<libc::c_int>() as libc::socklen_t,
-        );
+/// The next datagram from the kernel.
+fn receive(socket: &Socket, buffer: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
+    const KERNEL: u32 = 0;
+    loop {
+        let (length, from) = retry(|| socket.recv_from(&mut &mut *buffer, flags))?;
+        if SocketAddr::port_number(&from) == KERNEL {
+            return Ok(length.min(buffer.len()));
+        }
     }
+}
+
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            outcome => return outcome,
+        }
+    }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }
 
 /// The outcome in an `NLMSG_ERROR` message (`struct nlmsgerr`).
-fn acknowledgement(payload: &[u8], flags: u16) -> Result<(), Refusal> {
-    // After the error number comes the request: its header alone, or all of it.
-    let request = if flags & NLM_F_CAPPED != 0 {
-        crate::message::HEADER
-    } else {
-        u32_at(payload, 4).map_or(crate::message::HEADER, |length| length as usize).next_multiple_of(4)
+fn acknowledgement(error: &ErrorMessage, flags: u16) -> Result<(), Refusal> {
+    // After the error number comes the request, its header alone or all of it; then the kernel's words.
+    let request = match NetlinkBuffer::new_checked(&error.header) {
+        Ok(request) if flags & NLM_F_CAPPED == 0 => request.length() as usize,
+        _ => size_of::<libc::nlmsghdr>(),
     };
-    refusal(payload, 4 + request).map_or(Ok(()), Err)
+    refusal(error.raw_code(), error.header.get(request.next_multiple_of(4)..).unwrap_or_default())
 }
 
-/// The refusal in a payload that begins with an error number and has its words from `words_at` on.
-fn refusal(payload: &[u8], words_at: usize) -> Option<Refusal> {
-    let number = u32_at(payload, 0).unwrap_or(0).cast_signed();
-    if number >= 0 {
-        return None;
+/// The outcome with that code, 0 or a negative error number, and those attributes.
+fn refusal(code: i32, attributes: &[u8]) -> Result<(), Refusal> {
+    if code >= 0 {
+        return Ok(());
     }
-    let words = attribute(payload.get(words_at..).unwrap_or_default(), NLMSGERR_ATTR_MSG).map(text);
-    Some(Refusal { errno: Errno::from_raw(number.wrapping_neg()), words })
+    let words = NlasIterator::new(attributes)
+        .flatten()
+        .find(|attribute| i32::from(attribute.kind()) == NLMSGERR_ATTR_MSG)
+        .and_then(|attribute| parse_string(attribute.value()).ok());
+    Err(Refusal { errno: Errno::from_raw(code.wrapping_neg()), words })
 }

@@ -10,23 +10,29 @@ use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
 use model::Mac;
+use netlink_packet_core::{Emitable, NLM_F_CREATE, NetlinkPayload, NlasIterator, parse_string};
+use netlink_packet_netfilter::nftables::{
+    ChainAttribute, ChainMessage, DataAttribute, ListAttribute, NfTablesMessage, RuleAttribute, RuleMessage,
+    SetAttribute, SetElementAttribute, SetElementList, SetElementMessage, SetMessage, TableAttribute,
+    TableMessage,
+};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+};
 use nix::errno::Errno;
+use nix::libc;
 use plan::object::{Family, Field, FieldType, Ifname, Set, TABLE, Table};
 use plan::{Key, Object};
 
 use crate::error::Error;
-use crate::message::{Message, Request, attribute, attributes, text};
 use crate::mirror::{Mirror, Shown};
-use crate::netlink::{Answer, Refusal, Requests};
+use crate::netlink::{Answer, Incoming, Refusal, Request, Requests, request, unread};
 use crate::netns::Netns;
-use crate::uapi::{
-    NFNL_SUBSYS_NFTABLES, NFPROTO_BRIDGE, NFPROTO_INET, NFT_MSG_DELSETELEM, NFT_MSG_DELTABLE,
-    NFT_MSG_GETCHAIN, NFT_MSG_GETRULE, NFT_MSG_GETSET, NFT_MSG_GETSETELEM, NFT_MSG_GETTABLE, NFT_MSG_NEWGEN,
-    NFT_MSG_NEWSETELEM, NFTA_CHAIN_HANDLE, NFTA_CHAIN_POLICY, NFTA_DATA_VALUE, NFTA_LIST_ELEM,
-    NFTA_RULE_HANDLE, NFTA_SET_ELEM_DATA, NFTA_SET_ELEM_KEY, NFTA_SET_ELEM_LIST_ELEMENTS,
-    NFTA_SET_ELEM_LIST_SET, NFTA_SET_HANDLE, NFTA_TABLE_FLAGS, NFTA_TABLE_HANDLE, NFTA_TABLE_NAME,
-    NFTA_TABLE_USERDATA, NFTNL_UDATA_TABLE_COMMENT, NLM_F_CREATE,
-};
+
+/// The name of the table: the same attribute in messages about tables, chains, rules, sets, elements and objects.
+const NFTA_TABLE_NAME: u16 = 1;
+/// The comment, in a table's user data (libnftnl `udata.h`).
+const NFTNL_UDATA_TABLE_COMMENT: u8 = 0;
 
 /// What `observe` shows as the digest of a table that someone else changed.
 pub(crate) const ALTERED: &str = "altered";
@@ -34,8 +40,17 @@ pub(crate) const ALTERED: &str = "altered";
 /// The families that we have tables in.
 pub(crate) const FAMILIES: [Family; 2] = [Family::Inet, Family::Bridge];
 
-/// The parts of a table in the kernel: kind, name or handle, policy. Elements are no part of it.
-pub(crate) type Fingerprint = BTreeSet<(u8, Vec<u8>, Vec<u8>)>;
+/// The parts of a table in the kernel, by their handles. Elements are no part of it.
+pub(crate) type Fingerprint = BTreeSet<Part>;
+
+/// A part of a table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Part {
+    Table { handle: u64, flags: u32 },
+    Chain { handle: u64, policy: Option<u32> },
+    Rule { handle: u64 },
+    Set { handle: u64 },
+}
 
 /// Loads the skeleton in place of the one that is there.
 pub(crate) fn load(ns: &Netns, family: Family, table: &Table) -> Result<(), Error> {
@@ -70,9 +85,9 @@ pub(crate) fn load(ns: &Netns, family: Family, table: &Table) -> Result<(), Erro
 }
 
 /// Removes the table; not being there is fine.
-pub(crate) fn unload(requests: &mut Requests, family: Family) -> Result<(), Error> {
-    let request = request(NFT_MSG_DELTABLE, 0, family).put_text(NFTA_TABLE_NAME, TABLE);
-    match requests.transaction(vec![request]) {
+pub(crate) fn unload(requests: &mut Requests<NetfilterMessage>, family: Family) -> Result<(), Error> {
+    let delete = NfTablesMessage::DeleteTable(TableMessage { attributes: vec![named()] });
+    match requests.transaction(vec![of(family, delete, 0)]) {
         Ok(()) => Ok(()),
         Err(refusal) if refusal.errno == Errno::ENOENT => Ok(()),
         Err(refusal) => Err(refusal.to_error(format!("delete nft table {} {TABLE}", family.as_str()))),
@@ -81,56 +96,73 @@ pub(crate) fn unload(requests: &mut Requests, family: Family) -> Result<(), Erro
 
 /// Adds an element, in place of one with the same key and the value `old`.
 pub(crate) fn add(
-    requests: &mut Requests,
+    requests: &mut Requests<NetfilterMessage>,
     set: Set,
     key: &[Field],
     value: &[Field],
     replace: bool,
 ) -> Result<(), Refusal> {
-    let new = element(NFT_MSG_NEWSETELEM, NLM_F_CREATE, set, key, Some(value));
+    let new = of(set.family(), NfTablesMessage::NewSetElement(element(set, key, value)), NLM_F_CREATE);
     if !replace {
         return requests.transaction(vec![new]);
     }
-    let old = element(NFT_MSG_DELSETELEM, 0, set, key, None);
-    match requests.transaction(vec![old, new.clone()]) {
+    match requests.transaction(vec![removal(set, key), new.clone()]) {
         Err(refusal) if refusal.errno == Errno::ENOENT => requests.transaction(vec![new]),
         outcome => outcome,
     }
 }
 
 /// Removes an element; not being there is fine.
-pub(crate) fn remove(requests: &mut Requests, set: Set, key: &[Field]) -> Result<(), Refusal> {
-    match requests.transaction(vec![element(NFT_MSG_DELSETELEM, 0, set, key, None)]) {
+pub(crate) fn remove(
+    requests: &mut Requests<NetfilterMessage>,
+    set: Set,
+    key: &[Field],
+) -> Result<(), Refusal> {
+    match requests.transaction(vec![removal(set, key)]) {
         Err(refusal) if refusal.errno == Errno::ENOENT => Ok(()),
         outcome => outcome,
     }
 }
 
-/// Takes in an event. Those about other tables are passed over.
-pub(crate) fn take(mirror: &mut Mirror, shown: &mut Shown, message: &Message<'_>) {
-    let [subsystem, kind] = message.kind.to_be_bytes();
-    if u16::from(subsystem) != NFNL_SUBSYS_NFTABLES || kind == NFT_MSG_NEWGEN {
-        return;
-    }
-    let Some(family) = message.payload.first().copied().and_then(family) else { return };
-    let rest = message.payload.get(4..).unwrap_or_default();
-    if attribute(rest, NFTA_TABLE_NAME).map(text).as_deref() != Some(TABLE) {
-        return;
-    }
-    match kind {
-        NFT_MSG_NEWSETELEM => take_elements(mirror, shown, family, rest, true),
-        NFT_MSG_DELSETELEM => take_elements(mirror, shown, family, rest, false),
-        _ => {
+/// Takes in an event. Those about other tables are passed over. What cannot be read, or is about more than elements,
+/// means that the table is to be read anew.
+pub(crate) fn take(mirror: &mut Mirror, shown: &mut Shown, message: &Incoming<'_>) {
+    let Some(family) = concerns(message.payload()) else { return };
+    match message.read::<NetfilterMessage>() {
+        Ok(NetlinkPayload::InnerMessage(read)) => match read.inner {
+            NetfilterMessageInner::NfTables(NfTablesMessage::NewSetElement(elements)) => {
+                take_elements(mirror, shown, family, &elements, true);
+            }
+            NetfilterMessageInner::NfTables(NfTablesMessage::DeleteSetElement(elements)) => {
+                take_elements(mirror, shown, family, &elements, false);
+            }
+            _ => drop(mirror.stale.tables.insert(family)),
+        },
+        Ok(_) => {}
+        Err(error) => {
+            unread(message.header, &error);
             mirror.stale.tables.insert(family);
         }
     }
+}
+
+/// The family of our table that the message is about. Others' are not read further: they may be of any shape.
+fn concerns(payload: &[u8]) -> Option<Family> {
+    let header = NetfilterHeader::parse(payload).ok()?;
+    let family = FAMILIES.into_iter().find(|family| number(*family) == header.family)?;
+    NlasIterator::new(payload.get(header.buffer_len()..)?)
+        .flatten()
+        .find(|attribute| attribute.kind() == NFTA_TABLE_NAME)
+        .and_then(|attribute| parse_string(attribute.value()).ok())
+        .filter(|name| name == TABLE)
+        .map(|_| family)
 }
 
 /// Reads a table anew: whether it is there and as we made it, and all its elements.
 ///
 /// `ours`: we have just loaded it, so it is what it should be.
 pub(crate) fn reread(
-    requests: &mut Requests,
+    requests: &mut Requests<NetfilterMessage>,
     mirror: &mut Mirror,
     shown: &mut Shown,
     family: Family,
@@ -159,47 +191,99 @@ pub(crate) fn reread(
     };
     mirror.set(shown, Key::Table(family), Some(Object::Table(Table { text: String::new(), digest })));
     for set in Set::ALL.into_iter().filter(|set| set.family() == family) {
-        let request = request(NFT_MSG_GETSETELEM, 0, family)
-            .put_text(NFTA_TABLE_NAME, TABLE)
-            .put_text(NFTA_SET_ELEM_LIST_SET, set.name());
-        let replies =
-            absent_is_empty(requests.dump(&request)).map_err(|refusal| refusal.to_error(attempted()))?;
+        let attributes =
+            vec![SetElementList::Table(TABLE.to_owned()), SetElementList::Set(set.name().to_owned())];
+        let query = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
+        let replies = absent_is_empty(requests.dump(&of(family, query, 0)))
+            .map_err(|refusal| refusal.to_error(attempted()))?;
         for reply in replies {
-            take_elements(mirror, shown, family, reply.payload.get(4..).unwrap_or_default(), true);
+            if let NetfilterMessageInner::NfTables(NfTablesMessage::NewSetElement(elements)) = reply.inner {
+                take_elements(mirror, shown, family, &elements, true);
+            }
         }
     }
     Ok(())
 }
 
-fn read(requests: &mut Requests, family: Family) -> Result<Option<(String, Fingerprint)>, Refusal> {
-    let table = request(NFT_MSG_GETTABLE, 0, family).put_text(NFTA_TABLE_NAME, TABLE);
-    let Some(table) = absent_is_empty(requests.request(table))?.pop() else { return Ok(None) };
-    let table = table.payload.get(4..).unwrap_or_default();
-    let mut fingerprint = Fingerprint::new();
-    let part = |kind: u8, bytes: &[u8], name: u16, policy: u16| {
-        let value = |wanted| attribute(bytes, wanted).unwrap_or_default().to_vec();
-        (kind, value(name), value(policy))
+/// What the table has in its comment, and what it is made of.
+fn read(
+    requests: &mut Requests<NetfilterMessage>,
+    family: Family,
+) -> Result<Option<(String, Fingerprint)>, Refusal> {
+    let query = NfTablesMessage::GetTable(TableMessage { attributes: vec![named()] });
+    let replies = absent_is_empty(requests.request(of(family, query, 0)))?;
+    let Some(attributes) = replies.into_iter().find_map(|reply| match reply.inner {
+        NetfilterMessageInner::NfTables(NfTablesMessage::NewTable(table)) => Some(table.attributes),
+        _ => None,
+    }) else {
+        return Ok(None);
     };
-    fingerprint.insert(part(NFT_MSG_GETTABLE, table, NFTA_TABLE_HANDLE, NFTA_TABLE_FLAGS));
-    for (kind, name, policy) in [
-        (NFT_MSG_GETCHAIN, NFTA_CHAIN_HANDLE, NFTA_CHAIN_POLICY),
-        (NFT_MSG_GETRULE, NFTA_RULE_HANDLE, u16::MAX),
-        (NFT_MSG_GETSET, NFTA_SET_HANDLE, u16::MAX),
-    ] {
-        let request = request(kind, 0, family).put_text(NFTA_TABLE_NAME, TABLE);
-        for reply in absent_is_empty(requests.dump(&request))? {
-            let rest = reply.payload.get(4..).unwrap_or_default();
-            if attribute(rest, NFTA_TABLE_NAME).map(text).as_deref() == Some(TABLE) {
-                fingerprint.insert(part(kind, rest, name, policy));
-            }
+    let (mut handle, mut flags, mut digest) = (0, 0, String::new());
+    for attribute in attributes {
+        match attribute {
+            TableAttribute::Handle(number) => handle = number,
+            TableAttribute::Flags(bits) => flags = bits.bits(),
+            TableAttribute::UserData(data) => digest = comment(&data),
+            _ => {}
         }
     }
-    Ok(Some((comment(table), fingerprint)))
+    let mut fingerprint = Fingerprint::from([Part::Table { handle, flags }]);
+    let chains = ChainMessage { attributes: vec![ChainAttribute::Table(TABLE.to_owned())] };
+    let rules = RuleMessage { attributes: vec![RuleAttribute::Table(TABLE.to_owned())] };
+    let sets = SetMessage { attributes: vec![SetAttribute::Table(TABLE.to_owned())] };
+    for query in
+        [NfTablesMessage::GetChain(chains), NfTablesMessage::GetRule(rules), NfTablesMessage::GetSet(sets)]
+    {
+        let replies = absent_is_empty(requests.dump(&of(family, query, 0)))?;
+        fingerprint.extend(replies.iter().filter_map(|reply| match &reply.inner {
+            NetfilterMessageInner::NfTables(message) => part(message),
+            _ => None,
+        }));
+    }
+    Ok(Some((digest, fingerprint)))
 }
 
-/// The comment in a table's user data: type, length, text with NUL (libnftnl `udata.h`).
-fn comment(table: &[u8]) -> String {
-    let mut data = attribute(table, NFTA_TABLE_USERDATA).unwrap_or_default();
+/// The part of our table that a message shows.
+fn part(message: &NfTablesMessage) -> Option<Part> {
+    let (mut ours, mut handle, mut policy) = (false, 0, None);
+    match message {
+        NfTablesMessage::NewChain(chain) => {
+            for attribute in &chain.attributes {
+                match attribute {
+                    ChainAttribute::Table(name) => ours = name == TABLE,
+                    ChainAttribute::Handle(number) => handle = *number,
+                    ChainAttribute::Policy(number) => policy = Some(*number),
+                    _ => {}
+                }
+            }
+            ours.then_some(Part::Chain { handle, policy })
+        }
+        NfTablesMessage::NewRule(rule) => {
+            for attribute in &rule.attributes {
+                match attribute {
+                    RuleAttribute::Table(name) => ours = name == TABLE,
+                    RuleAttribute::Handle(number) => handle = *number,
+                    _ => {}
+                }
+            }
+            ours.then_some(Part::Rule { handle })
+        }
+        NfTablesMessage::NewSet(set) => {
+            for attribute in &set.attributes {
+                match attribute {
+                    SetAttribute::Table(name) => ours = name == TABLE,
+                    SetAttribute::Handle(number) => handle = *number,
+                    _ => {}
+                }
+            }
+            ours.then_some(Part::Set { handle })
+        }
+        _ => None,
+    }
+}
+
+/// The comment in a table's user data: type, length, text with NUL.
+fn comment(mut data: &[u8]) -> String {
     while let [kind, length, rest @ ..] = data {
         let (value, next) = rest.split_at_checked(usize::from(*length)).unwrap_or((rest, &[]));
         if *kind == NFTNL_UDATA_TABLE_COMMENT {
@@ -210,7 +294,7 @@ fn comment(table: &[u8]) -> String {
     String::new()
 }
 
-fn absent_is_empty(answer: Answer) -> Answer {
+fn absent_is_empty(answer: Answer<NetfilterMessage>) -> Answer<NetfilterMessage> {
     match answer {
         // No such table or set; or a kernel without nftables, which has none either.
         Err(refusal) if matches!(refusal.errno, Errno::ENOENT | Errno::EOPNOTSUPP) => Ok(Vec::new()),
@@ -218,56 +302,87 @@ fn absent_is_empty(answer: Answer) -> Answer {
     }
 }
 
-fn take_elements(mirror: &mut Mirror, shown: &mut Shown, family: Family, message: &[u8], present: bool) {
-    let name = attribute(message, NFTA_SET_ELEM_LIST_SET).map(text).unwrap_or_default();
-    let Some(set) = Set::ALL.into_iter().find(|set| set.family() == family && set.name() == name) else {
+fn take_elements(
+    mirror: &mut Mirror,
+    shown: &mut Shown,
+    family: Family,
+    message: &SetElementMessage,
+    present: bool,
+) {
+    let Some(set) = message.attributes.iter().find_map(|attribute| match attribute {
+        SetElementList::Set(name) => {
+            Set::ALL.into_iter().find(|set| set.family() == family && set.name() == name)
+        }
+        _ => None,
+    }) else {
         return;
     };
-    let elements = attribute(message, NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
-    for (_, element) in attributes(elements) {
-        let fields = |kind, types| {
-            attribute(element, kind)
-                .and_then(|data| attribute(data, NFTA_DATA_VALUE))
-                .map_or(Some(Vec::new()), |bytes| decode(types, bytes))
-        };
-        let Some(key) = fields(NFTA_SET_ELEM_KEY, set.key()).filter(|key| !key.is_empty()) else { continue };
-        let Some(value) = fields(NFTA_SET_ELEM_DATA, set.value()) else { continue };
-        mirror.set(shown, Key::Element(set, key), present.then_some(Object::Element(value)));
+    let elements = message.attributes.iter().filter_map(|attribute| match attribute {
+        SetElementList::Elements(elements) => Some(elements),
+        _ => None,
+    });
+    for element in elements.flatten() {
+        let ListAttribute::Element(element) = element else { continue };
+        let (mut key, mut value) = (None, Some(Vec::new()));
+        for attribute in element {
+            match attribute {
+                SetElementAttribute::Key(data) => key = fields(set.key(), data),
+                SetElementAttribute::Data(data) => value = fields(set.value(), data),
+                _ => {}
+            }
+        }
+        if let (Some(key), Some(value)) = (key, value) {
+            mirror.set(shown, Key::Element(set, key), present.then_some(Object::Element(value)));
+        }
     }
 }
 
-fn element(kind: u8, flags: u16, set: Set, key: &[Field], value: Option<&[Field]>) -> Request {
-    let value = value.filter(|value| !value.is_empty());
-    request(kind, flags, set.family())
-        .put_text(NFTA_TABLE_NAME, TABLE)
-        .put_text(NFTA_SET_ELEM_LIST_SET, set.name())
-        .nest(NFTA_SET_ELEM_LIST_ELEMENTS, |list| {
-            list.nest(NFTA_LIST_ELEM, |element| {
-                let element = element.nest(NFTA_SET_ELEM_KEY, |data| data.put(NFTA_DATA_VALUE, &encode(key)));
-                match value {
-                    Some(value) => {
-                        element.nest(NFTA_SET_ELEM_DATA, |data| data.put(NFTA_DATA_VALUE, &encode(value)))
-                    }
-                    None => element,
-                }
-            })
-        })
-}
-
-fn request(kind: u8, flags: u16, family: Family) -> Request {
-    let number = match family {
-        Family::Inet => NFPROTO_INET,
-        Family::Bridge => NFPROTO_BRIDGE,
-    };
-    Request::new(NFNL_SUBSYS_NFTABLES << 8 | u16::from(kind), flags, &[number, 0, 0, 0])
-}
-
-fn family(number: u8) -> Option<Family> {
-    match number {
-        NFPROTO_INET => Some(Family::Inet),
-        NFPROTO_BRIDGE => Some(Family::Bridge),
+fn fields(types: &[FieldType], data: &DataAttribute) -> Option<Vec<Field>> {
+    match data {
+        DataAttribute::Value(bytes) => decode(types, bytes),
         _ => None,
     }
+}
+
+fn element(set: Set, key: &[Field], value: &[Field]) -> SetElementMessage {
+    let mut element = vec![SetElementAttribute::Key(DataAttribute::Value(encode(key)))];
+    if !value.is_empty() {
+        element.push(SetElementAttribute::Data(DataAttribute::Value(encode(value))));
+    }
+    SetElementMessage {
+        attributes: vec![
+            SetElementList::Table(TABLE.to_owned()),
+            SetElementList::Set(set.name().to_owned()),
+            SetElementList::Elements(vec![ListAttribute::Element(element)]),
+        ],
+    }
+}
+
+fn removal(set: Set, key: &[Field]) -> Request<NetfilterMessage> {
+    of(set.family(), NfTablesMessage::DeleteSetElement(element(set, key, &[])), 0)
+}
+
+fn named() -> TableAttribute {
+    TableAttribute::Name(TABLE.to_owned())
+}
+
+/// A request about tables of that family.
+fn of(family: Family, message: NfTablesMessage, flags: u16) -> Request<NetfilterMessage> {
+    const VERSION: u8 = libc::NFNETLINK_V0 as u8;
+    request(NetfilterMessage::new(NetfilterHeader::new(number(family), VERSION, 0), message), flags)
+}
+
+fn number(family: Family) -> NetfilterProtoFamily {
+    match family {
+        Family::Inet => NetfilterProtoFamily::Inet,
+        Family::Bridge => NetfilterProtoFamily::Bridge,
+    }
+}
+
+/// Text up to its NUL.
+fn text(value: &[u8]) -> String {
+    let end = value.iter().position(|byte| *byte == 0).unwrap_or(value.len());
+    String::from_utf8_lossy(&value[..end]).into_owned()
 }
 
 /// Fields as the registers hold them: concatenated, each filled up to four bytes.

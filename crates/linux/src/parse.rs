@@ -4,18 +4,27 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 use model::{Mac, Protocol};
+use netlink_packet_core::{DefaultNla, Nla, parse_ip};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{
+    BridgePortState, InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    LinkProtoInfoBridge,
+};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
+};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType,
+};
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
+use netlink_packet_route::{AddressFamily, IpProtocol};
+use nix::libc;
 use plan::object::{Ifname, LinkKind, RouteKind, Rule};
 
-use crate::message::{attribute, attributes, ip, text, u16_at, u32_at};
-use crate::uapi::{
-    AF_BRIDGE, AF_INET, AF_INET6, AF_UNSPEC, BR_STATE_FORWARDING, FR_ACT_TO_TBL, FRA_DPORT_RANGE,
-    FRA_IIFNAME, FRA_IP_PROTO, FRA_PRIORITY, FRA_TABLE, IFA_ADDRESS, IFA_LOCAL, IFF_LOOPBACK, IFLA_ADDRESS,
-    IFLA_BRPORT_STATE, IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU,
-    IFLA_PROTINFO, IFLA_VXLAN_ID, IFLA_VXLAN_LOCAL, IFLA_VXLAN_LOCAL6, IFLA_VXLAN_PORT, IP6_RT_PRIO_USER,
-    NDA_DST, NDA_LLADDR, NTF_PROXY, NTF_SELF, NUD_PERMANENT, RT_TABLE_LOCAL, RTA_DST, RTA_GATEWAY, RTA_OIF,
-    RTA_PREFSRC, RTA_PRIORITY, RTA_TABLE, RTM_F_CLONED, RTN_LOCAL, RTN_UNICAST, RTN_UNREACHABLE,
-    RTPROT_KERNEL, RTPROT_REDIRECT,
-};
+/// The state in what a bridge says of its port: the one attribute there that the library has no name for.
+const IFLA_BRPORT_STATE: u16 = 1;
+/// The metric that IPv6 gives to routes made without one (`IP6_RT_PRIO_USER`).
+const IP6_RT_PRIO_USER: u32 = 1024;
 
 /// A message about a device, or about its being a port of a bridge.
 pub(crate) enum Parsed {
@@ -30,66 +39,105 @@ pub(crate) struct ParsedLink {
     pub(crate) kind: Option<LinkKind>,
     pub(crate) mac: Option<Mac>,
     pub(crate) mtu: Option<u32>,
+    pub(crate) gso_max_size: Option<u32>,
     pub(crate) master: Option<u32>,
-    pub(crate) flags: u32,
+    pub(crate) flags: LinkFlags,
 }
 
-/// `struct ifinfomsg` and its attributes.
-pub(crate) fn link(payload: &[u8]) -> Option<Parsed> {
-    const HEADER: usize = 16;
-    let family = *payload.first()?;
-    let index = u32_at(payload, 4)?;
-    let flags = u32_at(payload, 8)?;
-    let rest = payload.get(HEADER..)?;
-    if family == AF_BRIDGE {
-        let state = attribute(rest, IFLA_PROTINFO).and_then(|port| attribute(port, IFLA_BRPORT_STATE));
-        return Some(Parsed::Port { index, forwarding: state == Some(&[BR_STATE_FORWARDING]) });
+/// A device, or a port.
+pub(crate) fn link(message: &LinkMessage) -> Option<Parsed> {
+    let (index, flags) = (message.header.index, message.header.flags);
+    match message.header.interface_family {
+        AddressFamily::Bridge => {
+            return Some(Parsed::Port { index, forwarding: message.attributes.iter().any(is_forwarding) });
+        }
+        AddressFamily::Unspec => {}
+        _ => return None,
     }
-    if family != AF_UNSPEC {
-        return None;
-    }
-    let mut parsed =
-        ParsedLink { index, name: Ifname::new(""), kind: None, mac: None, mtu: None, master: None, flags };
-    for (kind, value) in attributes(rest) {
-        match kind {
-            IFLA_IFNAME => parsed.name = Ifname::new(&text(value)),
-            IFLA_ADDRESS => parsed.mac = mac(value),
-            IFLA_MTU => parsed.mtu = u32_at(value, 0),
-            IFLA_MASTER => parsed.master = u32_at(value, 0).filter(|index| *index != 0),
-            IFLA_LINKINFO if flags & IFF_LOOPBACK == 0 => parsed.kind = link_kind(value),
+    let mut parsed = ParsedLink {
+        index,
+        name: Ifname::new(""),
+        kind: None,
+        mac: None,
+        mtu: None,
+        gso_max_size: None,
+        master: None,
+        flags,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => parsed.name = Ifname::new(name),
+            LinkAttribute::Address(bytes) => parsed.mac = mac(bytes),
+            LinkAttribute::Mtu(mtu) => parsed.mtu = Some(*mtu),
+            LinkAttribute::GsoMaxSize(size) => parsed.gso_max_size = Some(*size),
+            LinkAttribute::Controller(index) => parsed.master = Some(*index).filter(|index| *index != 0),
+            LinkAttribute::LinkInfo(info) if !flags.contains(LinkFlags::Loopback) => {
+                parsed.kind = link_kind(info);
+            }
             _ => {}
         }
     }
     Some(Parsed::Link(parsed))
 }
 
-fn link_kind(info: &[u8]) -> Option<LinkKind> {
-    let data = attribute(info, IFLA_INFO_DATA).unwrap_or_default();
-    match text(attribute(info, IFLA_INFO_KIND)?).as_str() {
-        "bridge" => Some(LinkKind::Bridge),
-        "veth" => Some(LinkKind::Veth),
-        "vxlan" => Some(LinkKind::Vxlan {
-            vni: u32_at(attribute(data, IFLA_VXLAN_ID)?, 0)?,
-            port: u16::from_be(u16_at(attribute(data, IFLA_VXLAN_PORT)?, 0)?),
-            local: attribute(data, IFLA_VXLAN_LOCAL)
-                .or_else(|| attribute(data, IFLA_VXLAN_LOCAL6))
-                .and_then(ip)
-                .unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+/// Whether this says that the port lets frames through.
+fn is_forwarding(attribute: &LinkAttribute) -> bool {
+    let LinkAttribute::ProtoInfoBridge(port) = attribute else { return false };
+    port.iter().any(|info| match info {
+        LinkProtoInfoBridge::Other(state) if state.kind() == IFLA_BRPORT_STATE => {
+            value(state) == [u8::from(BridgePortState::Forwarding)]
+        }
+        _ => false,
+    })
+}
+
+fn link_kind(info: &[LinkInfo]) -> Option<LinkKind> {
+    use netlink_packet_route::link::InfoKind;
+    let kind = info.iter().find_map(|info| match info {
+        LinkInfo::Kind(kind) => Some(kind),
+        _ => None,
+    })?;
+    match kind {
+        InfoKind::Bridge => Some(LinkKind::Bridge),
+        InfoKind::Veth => Some(LinkKind::Veth),
+        InfoKind::Vxlan => info.iter().find_map(|info| match info {
+            LinkInfo::Data(InfoData::Vxlan(data)) => vxlan(data),
+            _ => None,
         }),
         _ => None,
     }
 }
 
-/// `struct ifaddrmsg`: the device's index and the address. Loopback, link-local and multicast ones are the kernel's.
-pub(crate) fn address(payload: &[u8]) -> Option<(u32, IpNet)> {
-    const HEADER: usize = 8;
-    let rest = payload.get(HEADER..)?;
-    let address = attribute(rest, IFA_LOCAL).or_else(|| attribute(rest, IFA_ADDRESS)).and_then(ip)?;
+fn vxlan(data: &[InfoVxlan]) -> Option<LinkKind> {
+    let (mut id, mut udp, mut local) = (None, None, IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    for info in data {
+        match info {
+            InfoVxlan::Id(vni) => id = Some(*vni),
+            InfoVxlan::Port(port) => udp = Some(*port),
+            InfoVxlan::Local(address) => local = IpAddr::V4(*address),
+            InfoVxlan::Local6(address) => local = IpAddr::V6(*address),
+            _ => {}
+        }
+    }
+    Some(LinkKind::Vxlan { vni: id?, port: udp?, local })
+}
+
+/// The device's index and the address. Loopback, link-local and multicast ones are the kernel's.
+pub(crate) fn address(message: &AddressMessage) -> Option<(u32, IpNet)> {
+    let (mut local, mut other) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(address) => local = Some(*address),
+            AddressAttribute::Address(address) => other = Some(*address),
+            _ => {}
+        }
+    }
+    let address = local.or(other)?;
     let kernels = address.is_loopback() || address.is_multicast() || is_link_local_v6(address);
     if kernels {
         return None;
     }
-    Some((u32_at(payload, 4)?, IpNet::new(address, *payload.get(1)?).ok()?))
+    Some((message.header.index, IpNet::new(address, message.header.prefix_len).ok()?))
 }
 
 /// A neighbour, or a forwarding entry of a VXLAN device.
@@ -108,22 +156,38 @@ pub(crate) enum Entry {
     },
 }
 
-/// `struct ndmsg`.
-pub(crate) fn neighbour(payload: &[u8]) -> Option<Entry> {
-    const HEADER: usize = 12;
-    let family = *payload.first()?;
-    let index = u32_at(payload, 4)?;
-    let permanent = u16_at(payload, 8)? & NUD_PERMANENT != 0;
-    let flags = *payload.get(10)?;
-    let rest = payload.get(HEADER..)?;
-    let address = attribute(rest, NDA_DST).and_then(ip)?;
-    let mac = attribute(rest, NDA_LLADDR).and_then(mac);
-    match family {
-        AF_BRIDGE if flags & NTF_SELF != 0 => Some(Entry::Fdb { index, mac: mac?, via: address, permanent }),
-        AF_INET | AF_INET6
-            if flags & NTF_PROXY == 0 && !address.is_multicast() && !is_link_local_v6(address) =>
+/// An entry; of the bridge family only those of a device's own table are.
+pub(crate) fn neighbour(message: &NeighbourMessage) -> Option<Entry> {
+    let index = message.header.ifindex;
+    let permanent = u16::from(message.header.state) & libc::NUD_PERMANENT != 0;
+    let flags = message.header.flags;
+    let (mut destination, mut ethernet) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
+                destination = Some(IpAddr::V4(*address));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
+                destination = Some(IpAddr::V6(*address));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
+                destination = parse_ip(bytes).ok();
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => ethernet = mac(bytes),
+            _ => {}
+        }
+    }
+    let address = destination?;
+    match message.header.family {
+        AddressFamily::Bridge if flags.contains(NeighbourFlags::Own) => {
+            Some(Entry::Fdb { index, mac: ethernet?, via: address, permanent })
+        }
+        AddressFamily::Inet | AddressFamily::Inet6
+            if !flags.contains(NeighbourFlags::Proxy)
+                && !address.is_multicast()
+                && !is_link_local_v6(address) =>
         {
-            Some(Entry::Neighbour { index, address, mac: mac.filter(|_| permanent) })
+            Some(Entry::Neighbour { index, address, mac: ethernet.filter(|_| permanent) })
         }
         _ => None,
     }
@@ -139,89 +203,110 @@ pub(crate) struct ParsedRoute {
     pub(crate) metric: u32,
 }
 
-/// `struct rtmsg`. Table `local`, the kernel's own routes and IPv6's link-local and multicast ones are left out.
-pub(crate) fn route(payload: &[u8]) -> Option<ParsedRoute> {
-    let protocol = *payload.get(5)?;
-    any_route(payload).filter(|_| protocol != RTPROT_KERNEL && protocol != RTPROT_REDIRECT)
+/// Table `local`, the kernel's own routes and IPv6's link-local and multicast ones are left out.
+pub(crate) fn route(message: &RouteMessage) -> Option<ParsedRoute> {
+    let kernels = matches!(message.header.protocol, RouteProtocol::Kernel | RouteProtocol::IcmpRedirect);
+    if kernels { None } else { any_route(message) }
 }
 
 /// As [`route`], with the kernel's own.
-pub(crate) fn any_route(payload: &[u8]) -> Option<ParsedRoute> {
-    const HEADER: usize = 12;
-    let (family, length) = (*payload.first()?, *payload.get(1)?);
-    let (table, kind) = (*payload.get(4)?, *payload.get(7)?);
-    let flags = u32_at(payload, 8)?;
-    let any = match family {
-        AF_INET => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        AF_INET6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+pub(crate) fn any_route(message: &RouteMessage) -> Option<ParsedRoute> {
+    let header = &message.header;
+    let any = match header.address_family {
+        AddressFamily::Inet => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        AddressFamily::Inet6 => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         _ => return None,
     };
-    if flags & RTM_F_CLONED != 0 {
+    if header.flags.contains(RouteFlags::Cloned) {
         return None;
     }
-    let rest = payload.get(HEADER..)?;
-    let number = |kind| attribute(rest, kind).and_then(|value| u32_at(value, 0));
-    let address = |kind| attribute(rest, kind).and_then(ip);
-    let destination = address(RTA_DST).unwrap_or(any);
-    let table = number(RTA_TABLE).unwrap_or(u32::from(table));
-    if table == RT_TABLE_LOCAL
+    let mut table = u32::from(header.table);
+    let (mut destination, mut index, mut via, mut src, mut metric) = (any, None, None, None, 0);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Destination(address) => destination = ip(address).unwrap_or(any),
+            RouteAttribute::Oif(number) => index = Some(*number),
+            RouteAttribute::Gateway(address) => via = ip(address),
+            RouteAttribute::PrefSource(address) => src = ip(address),
+            RouteAttribute::Priority(number) => metric = *number,
+            _ => {}
+        }
+    }
+    if table == u32::from(libc::RT_TABLE_LOCAL)
         || is_link_local_v6(destination)
-        || (family == AF_INET6 && destination.is_multicast())
+        || (any.is_ipv6() && destination.is_multicast())
     {
         return None;
     }
-    let known = match kind {
-        RTN_UNICAST => Some(RouteKind::Unicast),
-        RTN_LOCAL => Some(RouteKind::Local),
-        RTN_UNREACHABLE => Some(RouteKind::Unreachable),
+    let known = match header.kind {
+        RouteType::Unicast => Some(RouteKind::Unicast),
+        RouteType::Local => Some(RouteKind::Local),
+        RouteType::Unreachable => Some(RouteKind::Unreachable),
         _ => None,
     };
-    // IPv6 hangs unreachable routes on `lo`. A kind without a word is shown as one that nobody wants: sent nowhere.
-    let index = number(RTA_OIF).filter(|_| matches!(known, Some(RouteKind::Unicast | RouteKind::Local)));
-    let metric = number(RTA_PRIORITY).unwrap_or(0);
     Some(ParsedRoute {
         table,
-        destination: IpNet::new(destination, length).ok()?,
+        destination: IpNet::new(destination, header.destination_prefix_length).ok()?,
         kind: known.unwrap_or(RouteKind::Unicast),
-        via: address(RTA_GATEWAY),
-        index,
-        src: address(RTA_PREFSRC),
-        metric: if family == AF_INET6 && metric == IP6_RT_PRIO_USER { 0 } else { metric },
+        via,
+        // IPv6 hangs unreachable routes on `lo`. A kind without a word is shown as one that nobody wants: sent nowhere.
+        index: index.filter(|_| matches!(known, Some(RouteKind::Unicast | RouteKind::Local))),
+        src,
+        metric: if any.is_ipv6() && metric == IP6_RT_PRIO_USER { 0 } else { metric },
     })
 }
 
-/// `struct fib_rule_hdr`: priority and rule. The three that each namespace is born with are left out. A rule of another
-/// shape than ours is shown as one that nobody wants: of no device.
-pub(crate) fn rule(payload: &[u8]) -> Option<(u32, Rule)> {
-    const HEADER: usize = 12;
-    if *payload.first()? != AF_INET {
+/// Priority and rule. The three that each namespace is born with are left out. A rule of another shape than ours is
+/// shown as one that nobody wants: of no device.
+pub(crate) fn rule(message: &RuleMessage) -> Option<(u32, Rule)> {
+    let header = &message.header;
+    if header.family != AddressFamily::Inet {
         return None;
     }
-    let rest = payload.get(HEADER..)?;
-    let number = |kind| attribute(rest, kind).and_then(|value| u32_at(value, 0));
-    let priority = number(FRA_PRIORITY).unwrap_or(0);
+    let (mut priority, mut table) = (0, u32::from(header.table));
+    let (mut iif, mut protocol, mut ports) = (None, None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(number) => priority = *number,
+            RuleAttribute::Table(number) => table = *number,
+            RuleAttribute::Iifname(name) => iif = Some(Ifname::new(name)),
+            RuleAttribute::IpProtocol(IpProtocol::Tcp) => protocol = Some(Protocol::Tcp),
+            RuleAttribute::IpProtocol(IpProtocol::Udp) => protocol = Some(Protocol::Udp),
+            RuleAttribute::DestinationPortRange(range) => ports = Some(*range),
+            _ => {}
+        }
+    }
     if matches!(priority, 0 | 32766 | 32767) {
         return None;
     }
-    let table = number(FRA_TABLE).unwrap_or_else(|| payload.get(4).copied().unwrap_or(0).into());
-    let ours = || {
-        let anywhere = payload.get(1..3)? == [0, 0] && *payload.get(7)? == FR_ACT_TO_TBL;
-        let ports = attribute(rest, FRA_DPORT_RANGE)?;
-        let (first, last) = (u16_at(ports, 0)?, u16_at(ports, 2)?);
-        let protocol = match attribute(rest, FRA_IP_PROTO)? {
-            [6] => Protocol::Tcp,
-            [17] => Protocol::Udp,
-            _ => return None,
-        };
-        let iif = Ifname::new(&text(attribute(rest, FRA_IIFNAME)?));
-        (anywhere && first == last).then_some(Rule { iif, protocol, dport: first, table })
+    let anywhere = (header.dst_len, header.src_len, header.action) == (0, 0, RuleAction::ToTable);
+    let rule = match (iif, protocol, ports) {
+        (Some(iif), Some(protocol), Some(ports)) if anywhere && ports.start == ports.end => {
+            Rule { iif, protocol, dport: ports.start, table }
+        }
+        _ => Rule { iif: Ifname::new(""), protocol: Protocol::Tcp, dport: 0, table },
     };
-    let foreign = || Rule { iif: Ifname::new(""), protocol: Protocol::Tcp, dport: 0, table };
-    Some((priority, ours().unwrap_or_else(foreign)))
+    Some((priority, rule))
 }
 
 fn mac(value: &[u8]) -> Option<Mac> {
     value.try_into().ok().map(Mac)
+}
+
+fn ip(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
+}
+
+/// The value of an attribute that the library has no name for.
+fn value(attribute: &DefaultNla) -> Vec<u8> {
+    let mut value = vec![0; attribute.value_len()];
+    attribute.emit_value(&mut value);
+    value
 }
 
 fn is_link_local_v6(address: IpAddr) -> bool {

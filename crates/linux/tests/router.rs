@@ -134,6 +134,24 @@ fn whatever_is_changed_behind_our_back_is_seen_and_healed() {
 }
 
 #[test]
+fn a_size_changed_without_an_event_is_seen_by_a_resync_and_healed() {
+    sandbox::run("a_size_changed_without_an_event_is_seen_by_a_resync_and_healed", |dir| {
+        underlay();
+        let mut kernel = Kernel::open(dir).unwrap();
+        let desired = desired();
+        converge(&mut kernel, &desired);
+        in_router(&kernel, "for dev in br0 vxlan0 up0; do ip link set $dev gso_max_size 50000; done");
+        sh("ip link set dw1 gso_max_size 50000");
+        kernel.resync().unwrap();
+        let drift = await_drift(&mut kernel, &desired);
+        assert_eq!(drift.len(), 4, "{drift:?}");
+        assert_eq!(converge(&mut kernel, &desired), 1);
+        let healed = in_router(&kernel, "ip -d link show br0");
+        assert!(healed.contains("gso_max_size 60000"), "{healed}");
+    });
+}
+
+#[test]
 fn elements_taken_or_slipped_into_a_set_are_seen() {
     sandbox::run("elements_taken_or_slipped_into_a_set_are_seen", |dir| {
         underlay();
@@ -243,10 +261,11 @@ fn a_container_is_set_up_and_answers_at_once() {
             // No second chance: the first packet has to be answered.
             in_router(&kernel, &format!("ping -c 1 -W 1 10.42.64.{host}"));
             if host == 70 {
-                let seen = ns.run(|| sh("ip -o addr; ip -o link; ip route")).unwrap();
+                let seen = ns.run(|| sh("ip -o addr; ip -d -o link; ip route")).unwrap();
                 for expected in [
                     "10.42.64.70/16",
                     "mtu 1450",
+                    "gso_max_size 60000",
                     "02:1f:00:00:00:46",
                     "default via 10.42.0.1",
                     "169.254.169.250 dev eth0",

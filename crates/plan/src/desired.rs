@@ -20,6 +20,10 @@ use crate::{firewall, hash, transit};
 
 /// What the name of each router's namespace begins with.
 pub const ROUTER_PREFIX: &str = "droveway-";
+/// The longest packet that a device of a network takes to cut up, bytes: as long as an IPv4 packet can be, rounded up. The
+/// same on both ends of each veth pair, on the bridge and on the overlay device, so that none cuts up what the next would
+/// take whole, and none hands on more than the overlay can take.
+const GSO_MAX_SIZE: u32 = 65_536;
 /// The routing table that takes captured queries in.
 const TABLE_CAPTURE: u32 = 53;
 /// Priorities of the rules that capture queries.
@@ -209,11 +213,18 @@ impl<'a> Router<'a> {
     /// The veth pair to the host and the default route over it.
     fn way_out(&self, draw: &mut Drawing<'_>) {
         let (host_side, own_side) = transit::pair(self.slot);
-        let peer = Peer::Host { name: host_device(self.slot), mac: None, mtu: self.mtu, up: true };
+        let peer = Peer::Host {
+            name: host_device(self.slot),
+            mac: None,
+            mtu: self.mtu,
+            gso_max_size: Some(GSO_MAX_SIZE),
+            up: true,
+        };
         let up0 = Link {
             kind: LinkKind::Veth,
             mac: None,
             mtu: Some(self.mtu),
+            gso_max_size: Some(GSO_MAX_SIZE),
             master: None,
             up: true,
             peer: Some(peer),
@@ -283,12 +294,19 @@ fn attachment_objects(
     let mtu = network_mtu(catalog, local, network);
     let peer = match &attachment.end {
         End::Nowhere => return,
-        End::Handed => Peer::Host { name: handed_name(id), mac: Some(attachment.mac), mtu, up: false },
-        End::Inside { netns, ifname } => Peer::Container(ContainerEnd {
+        End::Handed => Peer::Host {
+            name: handed_name(id),
+            mac: Some(attachment.mac),
+            mtu,
+            gso_max_size: Some(GSO_MAX_SIZE),
+            up: false,
+        },
+        End::Inside { netns, ifname } => Peer::Container(Box::new(ContainerEnd {
             netns: netns.clone(),
             ifname: Ifname::new(ifname),
             mac: attachment.mac,
             mtu,
+            gso_max_size: Some(GSO_MAX_SIZE),
             addresses: attachment
                 .addresses
                 .iter()
@@ -298,7 +316,7 @@ fn attachment_objects(
                 .collect(),
             on_link: vec![IpAddr::V4(SERVICE_ADDRESS).into()],
             gateway: (!network.internal).then(|| network.gateway()),
-        }),
+        })),
     };
     let port = port_name(id);
     let mut router = Drawing { place: Place::Router(network.id.clone()), state };
@@ -306,6 +324,7 @@ fn attachment_objects(
         kind: LinkKind::Veth,
         mac: None,
         mtu: Some(mtu),
+        gso_max_size: Some(GSO_MAX_SIZE),
         master: Some(Ifname::new("br0")),
         up: true,
         peer: Some(peer),
@@ -365,6 +384,7 @@ fn host_objects(catalog: &Catalog, local: &Local, state: &mut State) {
             kind: LinkKind::VethEnd,
             mac: None,
             mtu: Some(network_mtu(catalog, local, network)),
+            gso_max_size: Some(GSO_MAX_SIZE),
             master: None,
             up: true,
             peer: None,
@@ -408,7 +428,15 @@ impl Drawing<'_> {
     }
 
     fn link(&mut self, name: &str, kind: LinkKind, mac: Mac, mtu: u32) {
-        let link = Link { kind, mac: Some(mac), mtu: Some(mtu), master: None, up: true, peer: None };
+        let link = Link {
+            kind,
+            mac: Some(mac),
+            mtu: Some(mtu),
+            gso_max_size: Some(GSO_MAX_SIZE),
+            master: None,
+            up: true,
+            peer: None,
+        };
         self.put(Key::Link(Ifname::new(name)), Object::Link(link));
     }
 

@@ -144,6 +144,28 @@ fn the_smallest_underlay_of_those_who_take_part_sets_the_mtu() {
 }
 
 #[test]
+fn every_device_takes_packets_of_the_same_size_to_cut_up() {
+    let (catalog, local, _) = scene(false);
+    let state = desired(&catalog, &local);
+    let links: Vec<_> = state
+        .iter()
+        .filter_map(|((_, key), object)| match object {
+            Object::Link(link) => Some((key, link)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(links.len(), 5, "br0, vxlan0, up0 and dwN, and an endpoint's port: {links:?}");
+    for (key, link) in links {
+        assert_eq!(link.gso_max_size, Some(65_536), "{key:?}");
+        match &link.peer {
+            Some(Peer::Host { gso_max_size, .. }) => assert_eq!(*gso_max_size, Some(65_536), "{key:?}"),
+            Some(Peer::Container(end)) => assert_eq!(end.gso_max_size, Some(65_536), "{key:?}"),
+            None => {}
+        }
+    }
+}
+
+#[test]
 fn making_goes_from_namespace_to_routes_and_removing_names_only_the_namespace() {
     let (catalog, local, _) = scene(false);
     let want = desired(&catalog, &local);

@@ -123,6 +123,8 @@ pub struct Link {
     pub mac: Option<Mac>,
     /// Its MTU, bytes.
     pub mtu: Option<u32>,
+    /// The longest packet that is handed to it to be cut into segments, bytes (`gso_max_size`).
+    pub gso_max_size: Option<u32>,
     /// The bridge it is a port of; `None` means of none.
     pub master: Option<Ifname>,
     /// Whether it is up.
@@ -162,11 +164,13 @@ pub enum Peer {
         mac: Option<Mac>,
         /// Its MTU, bytes.
         mtu: u32,
+        /// As of [`Link`].
+        gso_max_size: Option<u32>,
         /// Whether to bring it up.
         up: bool,
     },
     /// In a container, fully set up.
-    Container(ContainerEnd),
+    Container(Box<ContainerEnd>),
 }
 
 /// The container's end of an endpoint's veth pair, and everything to set up around it.
@@ -180,6 +184,8 @@ pub struct ContainerEnd {
     pub mac: Mac,
     /// Its MTU, bytes.
     pub mtu: u32,
+    /// As of [`Link`].
+    pub gso_max_size: Option<u32>,
     /// Its addresses, with the network's prefix. A gratuitous ARP follows for each.
     pub addresses: Vec<IpNet>,
     /// Destinations that are on link besides.
@@ -364,6 +370,7 @@ impl Link {
         };
         kind && self.mac.is_none_or(|mac| have.mac == Some(mac))
             && self.mtu.is_none_or(|mtu| have.mtu == Some(mtu))
+            && self.gso_max_size.is_none_or(|size| have.gso_max_size == Some(size))
             && self.master == have.master
             && self.up == have.up
     }

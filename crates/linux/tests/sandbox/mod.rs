@@ -16,6 +16,9 @@ use plan::object::{
 };
 use plan::{Key, Object, Place, Scope, State, diff};
 
+/// Another than the kernel's own, to see that it is set.
+const GSO: u32 = 60_000;
+
 /// Runs `test` in fresh namespaces, with an empty directory for those that it makes. `name` is the test's own name.
 pub(crate) fn run(name: &str, test: impl FnOnce(&Path) + Send + 'static) {
     if !nix::unistd::geteuid().is_root() {
@@ -79,7 +82,8 @@ pub(crate) fn ip(text: &str) -> IpAddr {
 
 fn link(kind: LinkKind, last: u8, master: Option<&str>) -> Object {
     let master = master.map(name);
-    Object::Link(Link { kind, mac: Some(mac(last)), mtu: Some(1450), master, up: true, peer: None })
+    let (mac, mtu, gso_max_size) = (Some(mac(last)), Some(1450), Some(GSO));
+    Object::Link(Link { kind, mac, mtu, gso_max_size, master, up: true, peer: None })
 }
 
 fn table(family: Family, digest: &str) -> Object {
@@ -117,14 +121,22 @@ pub(crate) fn desired() -> State {
         kind: LinkKind::Veth,
         mac: Some(mac(2)),
         mtu: Some(1500),
+        gso_max_size: Some(GSO),
         master: None,
         up: true,
-        peer: Some(Peer::Host { name: name("dw1"), mac: Some(mac(3)), mtu: 1500, up: true }),
+        peer: Some(Peer::Host {
+            name: name("dw1"),
+            mac: Some(mac(3)),
+            mtu: 1500,
+            gso_max_size: Some(GSO),
+            up: true,
+        }),
     });
     let dw1 = Link {
         kind: LinkKind::VethEnd,
         mac: Some(mac(3)),
         mtu: Some(1500),
+        gso_max_size: Some(GSO),
         master: None,
         up: true,
         peer: None,
@@ -224,6 +236,7 @@ pub(crate) fn endpoint(netns: PathBuf, device: &str, host: u8) -> ((Place, Key),
         ifname: name("eth0"),
         mac: mac(host),
         mtu: 1450,
+        gso_max_size: Some(GSO),
         addresses: vec![address],
         on_link: vec!["169.254.169.250/32".parse().unwrap()],
         gateway: Some(ip("10.42.0.1")),
@@ -232,9 +245,10 @@ pub(crate) fn endpoint(netns: PathBuf, device: &str, host: u8) -> ((Place, Key),
         kind: LinkKind::Veth,
         mac: None,
         mtu: Some(1450),
+        gso_max_size: Some(GSO),
         master: Some(name("br0")),
         up: true,
-        peer: Some(Peer::Container(end)),
+        peer: Some(Peer::Container(Box::new(end))),
     };
     ((router(), Key::Link(name(device))), Object::Link(link))
 }
