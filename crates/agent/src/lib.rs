@@ -204,8 +204,7 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
             routes: underlay::routes()?,
         });
         match attempt.await {
-            // A server with another CA does not become the right one by waiting.
-            Err(error) if error.code == ErrorCode::Unavailable && !error.message.contains("fingerprint") => {
+            Err(error) if error.code == ErrorCode::Unavailable => {
                 tracing::warn!("{}; trying again", error.message);
                 tokio::time::sleep(backoff.next()).await;
             }

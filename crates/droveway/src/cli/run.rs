@@ -61,7 +61,8 @@ async fn host(settings: Settings) -> Result<(), Failure> {
         docker_plugin: agent::DOCKER_PLUGIN.into(),
         forwarders: settings.forwarders,
     };
-    Ok(agent::run(config, stop).await?)
+    // What the agent has to say is whole: the remedies for users of the API are not for it.
+    agent::run(config, stop).await.map_err(|error| Failure::new(Exit::of(error.code), error.message))
 }
 
 /// Two threads serve thousands of connections; more would only cost memory.
