@@ -178,7 +178,7 @@ pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
         .json(&body)
         .send()
         .await
-        .map_err(|e| unreachable_because(join.url, &e))?;
+        .map_err(|e| distrusted(join.url, &e).unwrap_or_else(|| unreachable_because(join.url, &e)))?;
     let answer: JoinAnswer = decode(join.url, refused(join.url, answer).await?).await?;
     Ok(Identity {
         host: answer.host,
@@ -254,6 +254,22 @@ async fn decode<T: DeserializeOwned>(url: &str, answer: Response) -> Result<T, A
 
 fn unavailable(url: &str, why: &str) -> ApiError {
     ApiError::new(ErrorCode::Unavailable, format!("server {url}: {why}"))
+}
+
+/// The refusal of our own verifier, if that is why there is no answer: waiting does not help then.
+fn distrusted(url: &str, error: &reqwest::Error) -> Option<ApiError> {
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = next {
+        if let Some(rustls::Error::General(why)) = error.downcast_ref() {
+            return Some(ApiError::new(ErrorCode::Forbidden, format!("server {url}: {why}")));
+        }
+        // An `io::Error` hides what it wraps from `source`.
+        next = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    None
 }
 
 /// The innermost cause says most: "connection refused" rather than "error sending request".

@@ -4,8 +4,9 @@
 //! indices are needed for that.
 //!
 //! Invariant: after all events were read and nothing is stale, the state shows what the kernel has. What the kernel
-//! does without an event is known and leads to `stale`: it drops IPv4 routes in silence when their device goes down or
-//! their source address goes away. Only a `gso_max_size` that someone else changes shows no sooner than a resync.
+//! does without an event is known and leads to `stale`: it drops IPv4 routes in silence when their device goes down, or
+//! their source address or the last address of their device goes away. Only a `gso_max_size` that someone else changes
+//! shows no sooner than a resync.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -311,7 +312,8 @@ impl Mirror {
 
     fn address(&mut self, shown: &mut Shown, message: &AddressMessage, present: bool) {
         let Some((index, address)) = parse::address(message) else { return };
-        if !present && self.routes.values().flatten().any(|held| held.route.src == Some(address.addr())) {
+        let with_it = |held: &Held| held.route.src == Some(address.addr()) || held.index == Some(index);
+        if !present && self.routes.values().flatten().any(with_it) {
             self.stale.routes = true;
         }
         let key = |name| Key::Address(name, address);

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use model::agent_api::Attached;
+use model::api::ApiError;
 use nix::sys::signal::Signal;
 
 use super::daemons::{DEATH_LIMIT, Daemon, outer_pin};
@@ -233,7 +234,10 @@ impl Lab {
             Answer::Runs(attached) => {
                 Ok(Container { host: host.to_owned(), name: run.name.to_string(), attached: *attached })
             }
-            Answer::Failed(why) => bail!("{host}/{}: {why}", run.name),
+            Answer::Failed { code: Some(code), why } => {
+                Err(ApiError::new(code, format!("{host}/{}: {why}", run.name)).into())
+            }
+            Answer::Failed { code: None, why } => bail!("{host}/{}: {why}", run.name),
         }
     }
 

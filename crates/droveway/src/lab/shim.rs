@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use model::agent_api::{AttachRequest, Attached, SOCKET};
+use model::api::{ApiError, ErrorCode};
 use model::{EndpointId, Name, PublishedPort};
 use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
@@ -137,7 +138,12 @@ pub(super) enum Answer {
     /// It runs.
     Runs(Box<Attached>),
     /// It does not, and nothing is left of it.
-    Failed(String),
+    Failed {
+        /// What the agent calls it, if it was the agent that refused.
+        code: Option<ErrorCode>,
+        /// Why.
+        why: String,
+    },
 }
 
 /// What goes to the box before CMD may begin.
@@ -154,7 +160,8 @@ pub(super) fn shim(dir: &Path, foreground: bool, spec: &RunSpec) -> Result<ExitC
         Ok(running) => running,
         Err(error) if foreground => return Err(error),
         Err(error) => {
-            say(&serde_json::to_string(&Answer::Failed(format!("{error:#}")))?)?;
+            let code = error.downcast_ref::<ApiError>().map(|refusal| refusal.code);
+            say(&serde_json::to_string(&Answer::Failed { code, why: format!("{error:#}") })?)?;
             return Ok(ExitCode::FAILURE);
         }
     };
