@@ -209,7 +209,7 @@ fn a_lab_ends_with_the_process_that_holds_it_even_if_that_is_killed() {
     let name = format!("held-{}", std::process::id());
     let dir = droveway::lab::default_dir(&name.parse().unwrap());
     let mut caller = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "a_caller_that_waits", "--nocapture"])
+        .args(["--exact", "lab_bare::a_caller_that_waits", "--nocapture"])
         .env("LAB_CALLER", &name)
         .stdout(Stdio::piped())
         .spawn()
