@@ -35,7 +35,8 @@ struct Size {
     counts: &'static [usize],
 }
 
-const FULL: Size = Size { rounds: 7, seconds: 4, attaches: 200, endpoints: 500, counts: &[1, 10, 100, 500, 1000] };
+const FULL: Size =
+    Size { rounds: 7, seconds: 4, attaches: 200, endpoints: 500, counts: &[1, 10, 100, 500, 1000] };
 const QUICK: Size = Size { rounds: 3, seconds: 2, attaches: 50, endpoints: 60, counts: &[1, 50, 100] };
 
 fn main() -> ExitCode {
@@ -71,7 +72,10 @@ fn run() -> Result<()> {
     let lab = Lab::up(spec("")?)?;
 
     if does("stream") {
-        println!("one TCP stream, container to container, two hosts ({} rounds of {} s each)", size.rounds, size.seconds);
+        println!(
+            "one TCP stream, container to container, two hosts ({} rounds of {} s each)",
+            size.rounds, size.seconds
+        );
         let outcome = stream::measure(&lab, spec("x")?, size.rounds, size.seconds, &mut report);
         outcome.unwrap_or_else(|error| report.failed("VXLAN stream", &error));
     }

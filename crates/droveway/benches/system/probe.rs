@@ -77,8 +77,7 @@ fn echo(sequence: u16) -> [u8; 16] {
     packet[0] = ECHO;
     packet[4..6].copy_from_slice(b"dw");
     packet[6..8].copy_from_slice(&sequence.to_be_bytes());
-    let mut sum: u32 =
-        packet.chunks_exact(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
+    let mut sum: u32 = packet.chunks_exact(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1])).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

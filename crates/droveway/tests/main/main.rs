@@ -3,11 +3,13 @@
 //! Needs no root where the kernel allows user namespaces; what needs Docker Engines says so and is passed over without.
 #![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
 
+mod away;
 mod drift;
 mod frame;
 mod isolation;
 mod outside;
 mod probe;
 mod spoof;
+mod steady;
 mod support;
 mod walk;
