@@ -4,26 +4,10 @@ use std::time::{Duration, Instant};
 
 use droveway::lab::{Container, Lab};
 
-use crate::support::{LIMIT, Look, idle, lab, meet, router_words, says, succeeds, until};
+use crate::support::{LIMIT, Look, idle, kernel, lab, meet, router_words, says, succeeds, until};
 
 /// A second, and as much again for a machine that has others to serve: how long it took is printed.
 const BACK: Duration = Duration::from_secs(2);
-
-/// All of a router that shall be as it was, without what the kernel numbers anew.
-const ROUTER: &str = "
-    ip -o -4 addr | sed 's/^[0-9]*: //'
-    ip -4 route show table main; ip -4 route show table 53; ip -4 rule
-    bridge fdb show dev vxlan0 | grep permanent | sed 's/link-netnsid.*//'
-    ip neigh show nud permanent
-    bridge link | sed 's/^[0-9]*: //; s/@[^:]*//; s/<.*> mtu/mtu/'
-    ip -br link | sed 's/@/ /' | cut -d' ' -f1
-    grep -H . /proc/sys/net/ipv4/conf/br0/proxy_arp /proc/sys/net/ipv4/neigh/br0/proxy_delay /proc/sys/net/ipv4/ip_forward
-    nft -s list ruleset";
-const HOST: &str = "
-    ip -o -4 addr | sed 's/^[0-9]*: //'; ip -4 route
-    grep -H . /proc/sys/net/ipv4/conf/dw0/route_localnet
-    ip -br link | sed 's/@/ /' | cut -d' ' -f1
-    nft -s list ruleset; ls /run/netns";
 
 struct Scene {
     lab: Lab,
@@ -33,12 +17,7 @@ struct Scene {
 
 impl Scene {
     fn kernel(&self) -> String {
-        let router = router_words("managed", &["sh", "-c", ROUTER]);
-        let router: Vec<&str> = router.iter().map(String::as_str).collect();
-        let text = says(&self.lab, "h1", &router) + &says(&self.lab, "h1", &["sh", "-c", HOST]);
-        let mut lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-        lines.sort_unstable();
-        lines.join("\n")
+        kernel(&self.lab, "h1")
     }
 
     /// Across hosts and to the outside.

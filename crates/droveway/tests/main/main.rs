@@ -3,6 +3,7 @@
 //! Needs no root where the kernel allows user namespaces; what needs Docker Engines says so and is passed over without.
 #![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
 
+mod away;
 mod drift;
 mod frame;
 mod isolation;
@@ -11,5 +12,6 @@ mod lab_bare;
 mod outside;
 mod probe;
 mod spoof;
+mod steady;
 mod support;
 mod walk;

@@ -6,31 +6,10 @@ use droveway::lab::{Container, Lab};
 
 use crate::frame::{Arp, BROADCAST, Mac, echo, echo_reply, ethernet, ipv4, mac, packet, tagged, udp};
 use crate::probe;
+use crate::steady::Steady;
 use crate::support::{
     Capture, LIMIT, Look, idle, in_router, lab, meet, router, silent, succeeds, ttl, until,
 };
-
-/// A ping that goes on, and must lose nothing.
-struct Steady {
-    child: std::process::Child,
-}
-
-impl Steady {
-    fn start(lab: &Lab, from: &Container, to: &Container) -> Self {
-        let to = to.ip().to_string();
-        Self { child: lab.spawn(&from.path(), &["ping", "-n", "-i", "0.05", "-W", "1", &to]).unwrap() }
-    }
-
-    /// Sent and received.
-    fn end(self, lab: &Lab, from: &Container) -> (u32, u32) {
-        lab.check(&from.path(), &["pkill", "-INT", "-x", "ping"]).unwrap();
-        let output = self.child.wait_with_output().unwrap();
-        let text = String::from_utf8(output.stdout).unwrap();
-        let line = text.lines().find(|line| line.contains("packets transmitted")).unwrap().to_owned();
-        let mut numbers = line.split_whitespace().filter_map(|word| word.parse().ok());
-        (numbers.next().unwrap(), numbers.next().unwrap())
-    }
-}
 
 struct Street {
     lab: Lab,

@@ -178,3 +178,29 @@ impl Drop for Capture {
         }
     }
 }
+
+/// All of a router that shall be as it was, without what the kernel numbers anew.
+const ROUTER: &str = "
+    ip -o -4 addr | sed 's/^[0-9]*: //'
+    ip -4 route show table main; ip -4 route show table 53; ip -4 rule
+    bridge fdb show dev vxlan0 | grep permanent | sed 's/link-netnsid.*//'
+    ip neigh show nud permanent
+    bridge link | sed 's/^[0-9]*: //; s/@[^:]*//; s/<.*> mtu/mtu/'
+    ip -br link | sed 's/@/ /' | cut -d' ' -f1
+    grep -H . /proc/sys/net/ipv4/conf/br0/proxy_arp /proc/sys/net/ipv4/neigh/br0/proxy_delay /proc/sys/net/ipv4/ip_forward
+    nft -s list ruleset";
+const HOST: &str = "
+    ip -o -4 addr | sed 's/^[0-9]*: //'; ip -4 route
+    grep -H . /proc/sys/net/ipv4/conf/dw0/route_localnet
+    ip -br link | sed 's/@/ /' | cut -d' ' -f1
+    nft -s list ruleset; ls /run/netns";
+
+/// What the kernel has of a host and of its router for `managed`, line by line, in order.
+pub fn kernel(lab: &Lab, host: &str) -> String {
+    let router = router_words("managed", &["sh", "-c", ROUTER]);
+    let router: Vec<&str> = router.iter().map(String::as_str).collect();
+    let text = says(lab, host, &router) + &says(lab, host, &["sh", "-c", HOST]);
+    let mut lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.sort_unstable();
+    lines.join("\n")
+}

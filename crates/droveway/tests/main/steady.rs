@@ -1,0 +1,33 @@
+//! A ping that goes on, and must lose nothing.
+
+use std::process::Child;
+
+use droveway::lab::{Container, Lab};
+
+use crate::support::Look;
+
+pub struct Steady {
+    child: Child,
+}
+
+impl Steady {
+    /// Begins, twenty times a second.
+    pub fn start(lab: &Lab, from: &Container, to: &Container) -> Self {
+        Self::start_at(lab, &from.path(), &to.ip().to_string())
+    }
+
+    /// The same from anywhere.
+    pub fn start_at(lab: &Lab, from: &str, to: &str) -> Self {
+        Self { child: lab.spawn(from, &["ping", "-n", "-i", "0.05", "-W", "1", to]).unwrap() }
+    }
+
+    /// How many were sent and received.
+    pub fn end(self, lab: &Lab, from: &Container) -> (u32, u32) {
+        lab.check(&from.path(), &["pkill", "-INT", "-x", "ping"]).unwrap();
+        let output = self.child.wait_with_output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        let line = text.lines().find(|line| line.contains("packets transmitted")).unwrap().to_owned();
+        let mut numbers = line.split_whitespace().filter_map(|word| word.parse().ok());
+        (numbers.next().unwrap(), numbers.next().unwrap())
+    }
+}
