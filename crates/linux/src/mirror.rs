@@ -423,3 +423,22 @@ impl Mirror {
         self.set(shown, Key::Rule(priority), object);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::messages;
+
+    #[test]
+    fn an_event_that_cannot_be_read_makes_everything_be_read_anew() {
+        const RTM_NEWLINK: u16 = 16;
+        let mut mirror = Mirror::new(Place::Host);
+        mirror.stale.all = false;
+        let mut bytes = 20_u32.to_ne_bytes().to_vec();
+        bytes.extend(RTM_NEWLINK.to_ne_bytes());
+        bytes.resize(20, 0);
+        let message = messages(&bytes).next().unwrap();
+        mirror.take_event(&mut Shown::new(), &message);
+        assert!(mirror.stale.all);
+    }
+}

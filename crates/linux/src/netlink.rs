@@ -416,3 +416,105 @@ fn refusal(code: i32, attributes: &[u8]) -> Result<(), Refusal> {
         .and_then(|attribute| parse_string(attribute.value()).ok());
     Err(Refusal { errno: Errno::from_raw(code.wrapping_neg()), words })
 }
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_netfilter::nftables::{
+        DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
+    };
+    use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
+    use netlink_sys::protocols::NETLINK_USERSOCK;
+
+    use super::*;
+
+    fn bytes<M: Protocol>(message: M) -> Vec<u8> {
+        let mut request = request(message, NLM_F_ACK);
+        request.header.sequence_number = 42;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        bytes
+    }
+
+    fn link() -> RouteNetlinkMessage {
+        let mut link = LinkMessage::default();
+        link.attributes = vec![
+            LinkAttribute::IfName("vxlan0".to_owned()),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Vxlan),
+                LinkInfo::Data(InfoData::Vxlan(vec![InfoVxlan::Id(77), InfoVxlan::Port(4789)])),
+            ]),
+        ];
+        RouteNetlinkMessage::NewLink(link)
+    }
+
+    fn element() -> NetfilterMessage {
+        let key = SetElementAttribute::Key(DataAttribute::Value(vec![1, 2, 3, 4]));
+        let attributes = vec![
+            SetElementList::Set("vtep".to_owned()),
+            SetElementList::Elements(vec![ListAttribute::Element(vec![key])]),
+        ];
+        let header = NetfilterHeader::new(NetfilterProtoFamily::Inet, 0, 0);
+        NetfilterMessage::new(header, NfTablesMessage::NewSetElement(SetElementMessage { attributes }))
+    }
+
+    #[test]
+    fn messages_in_a_row_are_read_back() {
+        let mut datagram = bytes(link());
+        datagram.resize(datagram.len().next_multiple_of(4), 0);
+        datagram.extend(bytes(link()));
+        let read: Vec<_> = messages(&datagram).collect();
+        assert_eq!(read.len(), 2);
+        for message in read {
+            assert_eq!(
+                (message.header.sequence_number, message.header.flags),
+                (42, NLM_F_ACK | NLM_F_REQUEST)
+            );
+            assert_eq!(message.read().unwrap(), NetlinkPayload::InnerMessage(link()));
+        }
+    }
+
+    #[test]
+    fn bytes_cut_anywhere_are_refused_without_panic() {
+        fn check<M: Protocol>(whole: &[u8]) {
+            for end in 0..whole.len() {
+                let mut cut = whole[..end].to_vec();
+                assert_eq!(messages(&cut).count(), 0, "a message that is not all there is not there");
+                if cut.len() >= 4 {
+                    cut[..4].copy_from_slice(&(end as u32).to_ne_bytes());
+                    for message in messages(&cut) {
+                        let _ = message.read::<M>();
+                    }
+                }
+            }
+        }
+        check::<RouteNetlinkMessage>(&bytes(link()));
+        check::<NetfilterMessage>(&bytes(element()));
+        assert_eq!(messages(&[0; 64]).count(), 0, "a message of no length ends the walk");
+    }
+
+    #[test]
+    fn what_another_process_sends_is_not_looked_at() {
+        // Of this kind anybody may send to anybody.
+        let mut ours = Socket::new(NETLINK_USERSOCK).unwrap();
+        let address = ours.bind_auto().unwrap();
+        let theirs = Socket::new(NETLINK_USERSOCK).unwrap();
+        theirs.send_to(&bytes(link()), &address, 0).unwrap();
+        let outcome = receive(&ours, &mut [0; 4096], libc::MSG_DONTWAIT);
+        assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_refusal_has_the_kernels_words_whether_the_request_is_repeated_or_not() {
+        let request = bytes(link());
+        let words = [&11_u16.to_ne_bytes()[..], &1_u16.to_ne_bytes(), b"no way\0\0"].concat();
+        for (repeated, flags) in [(&request[..16], NLM_F_CAPPED), (&request[..], 0)] {
+            let mut error = ErrorMessage::default();
+            error.code = std::num::NonZeroI32::new(-17);
+            error.header = [repeated, &words].concat();
+            let refusal = acknowledgement(&error, flags).unwrap_err();
+            assert_eq!((refusal.errno, refusal.words.as_deref()), (Errno::EEXIST, Some("no way")));
+        }
+        assert!(acknowledgement(&ErrorMessage::default(), NLM_F_CAPPED).is_ok());
+    }
+}

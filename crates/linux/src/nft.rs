@@ -453,4 +453,30 @@ mod tests {
         assert_eq!(decode(&types, &bytes).unwrap(), fields);
         assert_eq!(decode(&types, &bytes[..30]), None, "what is cut short is no element");
     }
+
+    #[test]
+    fn an_event_about_our_table_that_cannot_be_read_makes_it_be_read_anew_and_others_are_passed_over() {
+        const NEW_ELEMENT: u16 = u16::from_be_bytes([10, 12]);
+        let attribute = |kind: u16, value: &[u8]| {
+            let length = u16::try_from(value.len() + 4).unwrap();
+            let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+            bytes.extend_from_slice(value);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+            bytes
+        };
+        for (table, stale) in [("droveway", true), ("docker", false)] {
+            let mut mirror = Mirror::new(plan::Place::Host);
+            mirror.stale.tables.clear();
+            let name = attribute(NFTA_TABLE_NAME, format!("{table}\0").as_bytes());
+            // A name of a set that is no text.
+            let body = [&[1, 0, 0, 0][..], &name, &attribute(2, &[0xff, 0xff, 0])].concat();
+            let mut bytes = u32::try_from(16 + body.len()).unwrap().to_ne_bytes().to_vec();
+            bytes.extend(NEW_ELEMENT.to_ne_bytes());
+            bytes.resize(16, 0);
+            bytes.extend(body);
+            let message = crate::netlink::messages(&bytes).next().unwrap();
+            take(&mut mirror, &mut Shown::new(), &message);
+            assert_eq!(mirror.stale.tables.contains(&Family::Inet), stale, "{table}");
+        }
+    }
 }
