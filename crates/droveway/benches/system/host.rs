@@ -46,7 +46,9 @@ impl<'a> Host<'a> {
         let mut script = String::new();
         while self.fresh.len() < count {
             let name = format!("c{}", MADE.fetch_add(1, Ordering::Relaxed));
-            script.push_str(&format!("netns add {name}\n"));
+            script.push_str("netns add ");
+            script.push_str(&name);
+            script.push('\n');
             self.fresh.push(name);
         }
         batch(self.lab, &self.name, &script)
