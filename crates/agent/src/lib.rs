@@ -148,10 +148,12 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let own = context.candidates.borrow().iter().map(|candidate| candidate.address).collect();
     let forwarder = Arc::new(names::Forwarder::new(upstreams, own));
 
+    let addresses = context.candidates.clone();
+    let link = link::Link { server, control: control.clone(), connection: connection_tx, chores, report };
+
     let outcome = tokio::select! {
         served = socket::serve(listener, context) => served.map_err(internal),
-        () = link::follow(server.clone(), control.clone(), connection_tx) => Ok(()),
-        () = link::tell(server, control.clone(), chores, report, connection) => Ok(()),
+        () = link.keep(identity.clone(), addresses) => Ok(()),
         () = routers::serve(control.clone(), forwarder) => Ok(()),
         () = follow_underlay(&config, &identity, &control, &candidates_tx, &report_tx) => Ok(()),
         () = follow_docker(&config, control.clone(), docker_tx) => Ok(()),

@@ -10,12 +10,13 @@ use std::time::Duration;
 
 use model::agent_api::Connection;
 use model::api::{ApiError, ErrorCode, HostReport};
-use model::{Endpoint, EndpointId};
+use model::{Candidate, Endpoint, EndpointId};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::chores::Chores;
 use crate::control::{Command, Control, Lessor};
+use crate::ledger::Identity;
 use crate::server::Server;
 use crate::{now_millis, random};
 
@@ -40,8 +41,34 @@ impl Backoff {
     }
 }
 
+/// What the two tasks work with.
+pub(crate) struct Link {
+    pub(crate) server: Server,
+    pub(crate) control: Control,
+    pub(crate) connection: watch::Sender<Connection>,
+    pub(crate) chores: watch::Receiver<Arc<Chores>>,
+    pub(crate) report: watch::Receiver<HostReport>,
+}
+
+impl Link {
+    /// Runs both tasks, and begins again with a new connection when the host's addresses change.
+    pub(crate) async fn keep(self, identity: Identity, mut candidates: watch::Receiver<Vec<Candidate>>) {
+        let Self { server, control, connection, chores, report } = self;
+        loop {
+            tokio::select! {
+                () = follow(&server, &control, &connection) => return,
+                () = tell(&server, &control, chores.clone(), report.clone(), connection.subscribe()) => return,
+                changed = candidates.changed() => if changed.is_err() { return },
+            }
+            if let Err(error) = server.reconnect(&identity) {
+                tracing::warn!("{error}; the old connection to the server is kept");
+            }
+        }
+    }
+}
+
 /// Follows the watch stream and hands its messages to the reconciler.
-pub(crate) async fn follow(server: Server, control: Control, state: watch::Sender<Connection>) {
+async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connection>) {
     let mut backoff = Backoff::new();
     loop {
         let view = control.view();
@@ -70,7 +97,7 @@ pub(crate) async fn follow(server: Server, control: Control, state: watch::Sende
             },
             Err(error) => error,
         };
-        down(&state, &error);
+        down(state, &error);
         tokio::time::sleep(backoff.next()).await;
     }
 }
@@ -89,14 +116,14 @@ fn down(state: &watch::Sender<Connection>, error: &ApiError) {
 }
 
 /// Tells the server what happened here.
-pub(crate) async fn tell(
-    server: Server,
-    control: Control,
+async fn tell(
+    server: &Server,
+    control: &Control,
     mut chores: watch::Receiver<Arc<Chores>>,
     mut report: watch::Receiver<HostReport>,
     mut connection: watch::Receiver<Connection>,
 ) {
-    let mut teller = Teller { server, control, told: BTreeMap::new(), idle: BTreeMap::new() };
+    let mut teller = Teller { server: server.clone(), control: control.clone(), told: BTreeMap::new(), idle: BTreeMap::new() };
     let mut backoff = Backoff::new();
     report.mark_changed();
     loop {

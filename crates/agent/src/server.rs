@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use model::api::{
@@ -30,10 +31,10 @@ const SILENCE: Duration = Duration::from_secs(35);
 /// A line of the watch stream is not longer than this, in bytes: a snapshot of a very large environment.
 const LINE_MAX: usize = 256 << 20;
 
-/// A connection to the server, made when it is needed.
+/// A connection to the server, made when it is needed. Clones share it.
 #[derive(Clone)]
 pub struct Server {
-    client: Client,
+    client: Arc<RwLock<Client>>,
     url: String,
     environment: EnvironmentId,
 }
@@ -41,9 +42,18 @@ pub struct Server {
 impl Server {
     /// The server that this host has joined.
     pub fn of(identity: &Identity) -> Result<Self, TlsError> {
-        let own = ClientIdentity { certificate: identity.certificate.clone(), key: identity.key.clone() };
-        let client = client(Trust::ca(identity.ca.as_bytes())?, Some(own))?;
-        Ok(Self { client, url: identity.server.clone(), environment: identity.environment.clone() })
+        Ok(Self {
+            client: Arc::new(RwLock::new(client_of(identity)?)),
+            url: identity.server.clone(),
+            environment: identity.environment.clone(),
+        })
+    }
+
+    /// Leaves the present connection: it was made from an address that this host may not have any more, and would be
+    /// found dead only after a while.
+    pub fn reconnect(&self, identity: &Identity) -> Result<(), TlsError> {
+        *self.client.write().unwrap_or_else(PoisonError::into_inner) = client_of(identity)?;
+        Ok(())
     }
 
     /// Its URL.
@@ -95,7 +105,8 @@ impl Server {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.client.request(method, format!("{}{}/{}{path}", self.url, path::PREFIX, self.environment))
+        let client = self.client.read().unwrap_or_else(PoisonError::into_inner).clone();
+        client.request(method, format!("{}{}/{}{path}", self.url, path::PREFIX, self.environment))
     }
 
     async fn send<B: Serialize + ?Sized>(
@@ -223,6 +234,11 @@ impl WatchStream {
             self.buffer.extend_from_slice(&chunk);
         }
     }
+}
+
+fn client_of(identity: &Identity) -> Result<Client, TlsError> {
+    let own = ClientIdentity { certificate: identity.certificate.clone(), key: identity.key.clone() };
+    client(Trust::ca(identity.ca.as_bytes())?, Some(own))
 }
 
 fn client(trust: Trust, identity: Option<ClientIdentity>) -> Result<Client, TlsError> {
