@@ -202,12 +202,7 @@ impl Book {
 
     /// Chooses an address, or says what is missing.
     fn choose(&self, network: &Network, wish: Option<IpAddr>) -> Result<IpAddr, Refusal> {
-        let blocks: Vec<IpNet> = self
-            .catalog
-            .blocks_of(&network.id)
-            .filter(|block| block.host == self.host)
-            .map(|block| block.cidr)
-            .collect();
+        let blocks = self.own_blocks(&network.id);
         let need_block = Refusal::NeedBlock { network: network.id.clone(), held: blocks.len() };
         // The router's address comes from a block, so a host with only claimed addresses needs one too.
         let Some(router) = self.catalog.router_address(&network.id, &self.host) else {
@@ -254,6 +249,12 @@ impl Book {
         }
     }
 
+    /// The blocks of a network that this host holds.
+    fn own_blocks(&self, network: &NetworkId) -> Vec<IpNet> {
+        let blocks = self.catalog.blocks_of(network).filter(|block| block.host == self.host);
+        blocks.map(|block| block.cidr).collect()
+    }
+
     fn holder(&self, network: &NetworkId, address: IpAddr) -> Option<String> {
         let holds = |record: &&Record| {
             record.endpoint.network == *network && record.endpoint.addresses.contains(&address)
@@ -272,12 +273,7 @@ impl Book {
     /// A network whose free addresses run low, and how many blocks of it there are: to be fetched early.
     pub(crate) fn low(&self, network: &NetworkId) -> Option<usize> {
         let network = self.catalog.networks.get(network)?;
-        let blocks: Vec<IpNet> = self
-            .catalog
-            .blocks_of(&network.id)
-            .filter(|block| block.host == self.host)
-            .map(|block| block.cidr)
-            .collect();
+        let blocks = self.own_blocks(&network.id);
         let empty = BTreeSet::new();
         let pool = Pool {
             network: &network.id,

@@ -216,15 +216,17 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
     }
 }
 
+/// The machine's name as the system has it, without a domain.
 fn host_name() -> Result<Name, ApiError> {
     let text = nix::unistd::gethostname().map_err(internal)?;
     let text = text.to_string_lossy();
     let first = text.split('.').next().unwrap_or_default();
-    first.parse().map_err(|e| {
-        ApiError::new(
-            ErrorCode::Invalid,
-            format!("this machine's host name is no name for a host: {e}; give one with --name"),
-        )
+    first.parse().map_err(|_| {
+        let message = format!(
+            "this machine's host name {text:?} cannot be the host's name in Droveway; give one with --name: 1 to 63 of \
+             a-z A-Z 0-9 _ -"
+        );
+        ApiError::new(ErrorCode::Invalid, message)
     })
 }
 

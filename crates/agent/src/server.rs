@@ -1,7 +1,8 @@
 //! The agent's side of the server's API: join, watch, leases, and telling it what happened here.
 //!
 //! Every call has a deadline. A refusal is the server's [`ApiError`]; an unreachable server is `Unavailable`, and what
-//! it would have changed is tried again by whoever keeps it. A server whose certificate is refused is `Unauthenticated`.
+//! it would have changed is tried again by whoever keeps it. So is one whose certificate is refused: only a server that is
+//! believed says of this host that it is `Unauthenticated`. Who joins takes that for final: see [`join`].
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -167,7 +168,8 @@ pub struct Join<'a> {
     pub routes: Vec<HostRoute>,
 }
 
-/// Joins: has the key certified, and answers the identity to be kept.
+/// Joins: has the key certified, and answers the identity to be kept. A server that the token does not vouch for does not
+/// become the right one by waiting: that is `Unauthenticated`, like a token that the server refuses.
 pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
     let internal = |why: String| ApiError::new(ErrorCode::Internal, why);
     let csr = rcgen::CertificateParams::default()
@@ -189,7 +191,13 @@ pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
         .json(&body)
         .send()
         .await
-        .map_err(|e| distrusted(join.url, &e).unwrap_or_else(|| unreachable_because(join.url, &e)))?;
+        .map_err(|e| match untrusted(&e) {
+            Some(why) => ApiError::new(
+                ErrorCode::Unauthenticated,
+                format!("server {} is not trusted: {why}", join.url),
+            ),
+            None => unreachable_because(join.url, &e),
+        })?;
     let answer: JoinAnswer = decode(join.url, refused(join.url, answer).await?).await?;
     Ok(Identity {
         host: answer.host,
@@ -272,30 +280,59 @@ fn unavailable(url: &str, why: &str) -> ApiError {
     ApiError::new(ErrorCode::Unavailable, format!("server {url}: {why}"))
 }
 
-/// The refusal of our own verifier, if that is why there is no answer: waiting does not help then.
-fn distrusted(url: &str, error: &reqwest::Error) -> Option<ApiError> {
-    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
-    while let Some(error) = next {
-        if let Some(rustls::Error::General(why)) = error.downcast_ref() {
-            return Some(ApiError::new(ErrorCode::Forbidden, format!("server {url}: {why}")));
-        }
-        // An `io::Error` hides what it wraps from `source`.
-        next = match error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => error.source(),
-        };
-    }
-    None
-}
-
 /// The innermost cause says most: "connection refused" rather than "error sending request".
 fn unreachable_because(url: &str, error: &reqwest::Error) -> ApiError {
     if let Some(why) = untrusted(error) {
-        return ApiError::new(ErrorCode::Unauthenticated, format!("server {url} is not trusted: {why}"));
+        return unavailable(url, &format!("not trusted: {why}"));
     }
     let mut cause: &dyn std::error::Error = error;
     while let Some(inner) = cause.source() {
         cause = inner;
     }
     unavailable(url, &format!("{cause} (is it running and reachable from this host?)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use model::HostId;
+
+    use super::*;
+    use crate::tls::tests::{Ca, ca, serve_two};
+
+    fn identity(url: &str, ca: &Ca) -> Identity {
+        Identity {
+            host: HostId::from_random([1; 8]),
+            name: "h1".parse().unwrap(),
+            environment: EnvironmentId::default(),
+            server: url.to_owned(),
+            ca: ca.pem.clone(),
+            certificate: ca.leaf_pem.clone(),
+            key: ca.key_pem.clone(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_with_another_ca_ends_joining_but_is_merely_away_to_a_host_that_has_joined() {
+        let (ours, other) = (ca(model::SERVER_NAME), ca(model::SERVER_NAME));
+        let url = serve_two(&other);
+        let token = format!("dwj1.id.secret.{}", ours.fingerprint()).parse().unwrap();
+        let answer = join(Join {
+            key: &rcgen::KeyPair::generate().unwrap(),
+            url: &url,
+            token: &token,
+            environment: &EnvironmentId::default(),
+            name: &"h1".parse().unwrap(),
+            candidates: Vec::new(),
+            labels: BTreeMap::new(),
+            routes: Vec::new(),
+        })
+        .await;
+        let error = answer.err().unwrap();
+        assert_eq!(error.code, ErrorCode::Unauthenticated, "{error}");
+        assert!(error.message.contains(&other.fingerprint().to_string()), "{error}");
+
+        let error = Server::of(&identity(&url, &ours)).unwrap().watch(None).await.err().unwrap();
+        assert_eq!(error.code, ErrorCode::Unavailable, "{error}");
+        assert!(error.message.contains(&other.fingerprint().to_string()), "{error}");
+    }
 }

@@ -286,4 +286,4 @@ impl ServerCertVerifier for Verifier {
 
 #[cfg(test)]
 #[path = "tls_tests.rs"]
-mod tests;
+pub(crate) mod tests;

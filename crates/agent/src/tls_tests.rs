@@ -4,14 +4,22 @@ use rustls::{ClientConnection, ServerConfig, ServerConnection};
 use super::*;
 
 /// A CA and a server's certificate of it for `name`.
-struct Ca {
-    pem: String,
+pub(crate) struct Ca {
+    pub(crate) pem: String,
     der: CertificateDer<'static>,
+    pub(crate) leaf_pem: String,
     leaf: CertificateDer<'static>,
+    pub(crate) key_pem: String,
     key: PrivateKeyDer<'static>,
 }
 
-fn ca(name: &str) -> Ca {
+impl Ca {
+    pub(crate) fn fingerprint(&self) -> Fingerprint {
+        fingerprint(&self.der)
+    }
+}
+
+pub(crate) fn ca(name: &str) -> Ca {
     let (key, mut params) = (KeyPair::generate().unwrap(), CertificateParams::default());
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let root = params.self_signed(&key).unwrap();
@@ -19,19 +27,44 @@ fn ca(name: &str) -> Ca {
     let leaf = CertificateParams::new([name.to_owned()]).unwrap();
     let leaf = leaf.signed_by(&leaf_key, &Issuer::new(params, key)).unwrap();
     let key = PrivateKeyDer::Pkcs8(leaf_key.serialize_der().into());
-    Ca { pem: root.pem(), der: root.into(), leaf: leaf.into(), key }
+    Ca {
+        pem: root.pem(),
+        der: root.into(),
+        leaf_pem: leaf.pem(),
+        leaf: leaf.into(),
+        key_pem: leaf_key.serialize_pem(),
+        key,
+    }
+}
+
+/// The URL of a server that takes two connections with that certificate.
+pub(crate) fn serve_two(ca: &Ca) -> String {
+    let config = Arc::new(server_config(vec![ca.leaf.clone(), ca.der.clone()], ca));
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming().take(2) {
+            let mut connection = ServerConnection::new(Arc::clone(&config)).unwrap();
+            // Who does not believe it goes away in the middle.
+            drop(connection.complete_io(&mut stream.unwrap()));
+        }
+    });
+    url
+}
+
+fn server_config(chain: Vec<CertificateDer<'static>>, ca: &Ca) -> ServerConfig {
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(chain, ca.key.clone_key())
+        .unwrap()
 }
 
 /// A handshake in memory between a client that believes `trust` and a server that sends `chain`.
 fn handshake(trust: Trust, chain: Vec<CertificateDer<'static>>, server: &Ca) -> Result<(), Untrusted> {
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_no_client_auth()
-        .with_single_cert(chain, server.key.clone_key())
-        .unwrap();
-    let mut server = ServerConnection::new(Arc::new(config)).unwrap();
+    let mut server = ServerConnection::new(Arc::new(server_config(chain, server))).unwrap();
     let name = "192.0.2.1".try_into().unwrap();
     let mut client = ClientConnection::new(Arc::new(client_config(trust, None).unwrap()), name).unwrap();
     while client.is_handshaking() {

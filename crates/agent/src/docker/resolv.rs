@@ -8,12 +8,14 @@
 
 use std::fs::OpenOptions;
 use std::io::{self, Read, Seek, Write};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use crate::names::nameservers;
+
 /// The stub of systemd-resolved, and the file of its upstreams, which the engine reads instead.
-const STUB: &str = "127.0.0.53";
+const STUB: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 53));
 /// See [`STUB`].
 const STUB_UPSTREAMS: &str = "/run/systemd/resolve/resolv.conf";
 /// A resolv.conf larger than this is none.
@@ -22,27 +24,12 @@ const FILE_MAX: u64 = 64 << 10;
 /// Whether the engine would send queries from its own namespace, given the host's resolv.conf.
 pub(super) fn bypasses_containers(resolv_conf: &Path) -> bool {
     let read = |path: &Path| std::fs::read_to_string(path).unwrap_or_default();
-    let text = read(resolv_conf);
-    let servers = nameservers(&text);
-    let servers = match servers[..] {
-        [only] if only == STUB => nameservers(&read(Path::new(STUB_UPSTREAMS))).join(" "),
-        _ => servers.join(" "),
+    let servers = match nameservers(&read(resolv_conf))[..] {
+        [STUB] => nameservers(&read(Path::new(STUB_UPSTREAMS))),
+        ref servers => servers.to_vec(),
     };
-    first_is_loopback(&servers)
-}
-
-/// The first server is asked first, and what it says counts.
-fn first_is_loopback(servers: &str) -> bool {
-    servers
-        .split(' ')
-        .next()
-        .and_then(|first| first.parse::<IpAddr>().ok())
-        .is_some_and(|ip| ip.is_loopback())
-}
-
-fn nameservers(text: &str) -> Vec<&str> {
-    let fields = text.lines().map(str::split_ascii_whitespace);
-    fields.filter_map(|mut line| if line.next() == Some("nameserver") { line.next() } else { None }).collect()
+    // The first server is asked first, and what it says counts.
+    servers.first().is_some_and(IpAddr::is_loopback)
 }
 
 /// Makes a container's file name the router and search `ours` after the host's own domains.

@@ -20,6 +20,7 @@ mod zone;
 
 pub(crate) use budget::{Budget, Permit};
 pub use forward::{Forwarder, Unanswered, Upstreams};
+pub(crate) use resolv::nameservers;
 pub use resolv::{Resolv, resolv_conf};
 pub use serve::{Receive, Transmit, Udp, serve};
 pub use zone::{Outcome, TTL, Zone, follow};

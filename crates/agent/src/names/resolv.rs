@@ -31,12 +31,10 @@ pub struct Resolv {
 impl Resolv {
     /// Reads the text. What it does not understand it leaves out: the host's own resolver does the same.
     pub fn parse(text: &str) -> Self {
-        let mut resolv = Self::default();
+        let mut resolv = Self { search: Vec::new(), nameservers: nameservers(text) };
         for line in text.lines() {
-            let line = line.split(['#', ';']).next().unwrap_or_default();
-            let mut words = line.split_ascii_whitespace();
+            let mut words = words(line);
             match words.next() {
-                Some("nameserver") => resolv.nameservers.extend(words.next().and_then(nameserver)),
                 Some("search") => resolv.search = words.filter_map(domain).collect(),
                 Some("domain") => resolv.search = words.take(1).filter_map(domain).collect(),
                 Some(_) | None => {}
@@ -47,6 +45,19 @@ impl Resolv {
         }
         resolv
     }
+}
+
+/// The name servers that the text names, in their order.
+pub(crate) fn nameservers(text: &str) -> Vec<IpAddr> {
+    let lines = text.lines().map(words);
+    let named =
+        lines.filter_map(|mut line| line.next().filter(|word| *word == "nameserver").and(line.next()));
+    named.filter_map(nameserver).collect()
+}
+
+/// A line's words, without a comment.
+fn words(line: &str) -> std::str::SplitAsciiWhitespace<'_> {
+    line.split(['#', ';']).next().unwrap_or_default().split_ascii_whitespace()
 }
 
 /// A name server's address. One with a zone (`fe80::1%eth0`) is left out: it needs an interface as well.

@@ -14,7 +14,7 @@ use reqwest::Url;
 
 use super::exit::{Exit, Failure};
 use super::log::LogArgs;
-use super::{local, parse};
+use super::parse;
 
 /// The variable that may hold the token.
 const TOKEN_VARIABLE: &str = "DROVEWAY_TOKEN";
@@ -102,19 +102,15 @@ pub(super) struct Settings {
 }
 
 impl AgentArgs {
-    /// Reads the token, and the host's name where none was given. `variable` is what DROVEWAY_TOKEN holds.
+    /// Reads the token. `variable` is what DROVEWAY_TOKEN holds.
     pub(super) fn settle(self, variable: Option<String>) -> Result<Settings, Failure> {
         let token = read_token(self.token, self.token_file.as_deref(), variable)?;
-        let name = match self.name {
-            Some(name) => name,
-            None => local::hostname()?,
-        };
         Ok(Settings {
             server: self.server.map(|url| url.as_str().trim_end_matches('/').to_owned()),
             token,
             address: self.address,
             interface: self.interface,
-            name: Some(name),
+            name: self.name,
             labels: self.labels.into_iter().collect(),
             state_dir: self.state_dir,
             socket: self.socket,
