@@ -22,9 +22,9 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
         ("", "")
     } else {
         (
-            r#"
+            r"
         ct state established,related accept
-        ct status dnat accept"#,
+        ct status dnat accept",
             r#"
         iifname "br0" ip saddr POOL ip daddr != POOL accept"#,
         )
