@@ -31,7 +31,6 @@ soak:            ## the long form: many seeds, fault storms
 
 bench:           ## ratios against kernel VXLAN by hand, attach latency, memory
 	@scripts/deps.sh build bench
-	cargo build --profile $(PROFILE) --locked
 	@scripts/bench.sh
 
 ci:              ## everything CI does

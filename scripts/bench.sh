@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 
 runner=()
 [ "$(id -u)" -eq 0 ] || runner=(--config "target.'cfg(all())'.runner=['sudo','-E']")
-exec cargo bench --locked -p droveway --bench system "${runner[@]}" -- "$@"
+exec cargo bench --profile "${PROFILE:-release}" --locked -p droveway --bench system "${runner[@]}" -- "$@"

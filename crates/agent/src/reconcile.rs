@@ -27,8 +27,10 @@ use crate::view::{Router, View};
 
 /// How long a router stays after its last endpoint.
 pub(crate) const LINGER: Duration = Duration::from_secs(60);
-/// How often a busy reconciler tells others what it knows.
+/// How often a busy reconciler tells others what it knows, and the most of its time that this may take: what is told
+/// grows with the network, and an attachment that comes meanwhile waits.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
+const PUBLISH_SHARE: u32 = 20;
 /// Diffs that may follow each other before the rest is left to the next wake-up.
 const ROUNDS: usize = 6;
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
@@ -56,6 +58,7 @@ pub(crate) struct Reconciler {
     /// Something changed that others should know.
     unpublished: bool,
     last_published: Instant,
+    publish_pause: Duration,
     retry: Option<(Instant, Duration)>,
 }
 
@@ -82,6 +85,7 @@ impl Reconciler {
             stale: true,
             unpublished: true,
             last_published: Instant::now(),
+            publish_pause: PUBLISH_EVERY,
             retry: None,
         }
     }
@@ -482,7 +486,7 @@ impl Reconciler {
     }
 
     fn deadline(&self) -> Option<Duration> {
-        let publish = self.unpublished.then(|| self.last_published + PUBLISH_EVERY);
+        let publish = self.unpublished.then(|| self.last_published + self.publish_pause);
         let retry = self.retry.map(|(at, _)| at);
         let linger = self.lingering.values().min().copied();
         let next = [publish, retry, linger].into_iter().flatten().min()?;
@@ -492,7 +496,7 @@ impl Reconciler {
     // ---- towards the others ----
 
     fn publish(&mut self) {
-        if !self.unpublished || self.last_published.elapsed() < PUBLISH_EVERY {
+        if !self.unpublished || self.last_published.elapsed() < self.publish_pause {
             return;
         }
         self.unpublished = false;
@@ -501,6 +505,7 @@ impl Reconciler {
         let chores = Chores::of(&view, &self.book, |network| self.lingering.contains_key(network));
         self.published.send_replace(Arc::new(view));
         self.chores.send_replace(Arc::new(chores));
+        self.publish_pause = PUBLISH_EVERY.max(self.last_published.elapsed() * PUBLISH_SHARE);
     }
 
     fn view(&self) -> View {

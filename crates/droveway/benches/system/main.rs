@@ -36,7 +36,7 @@ struct Size {
 }
 
 const FULL: Size =
-    Size { rounds: 7, seconds: 4, attaches: 200, endpoints: 500, counts: &[1, 10, 100, 500, 1000] };
+    Size { rounds: 15, seconds: 3, attaches: 200, endpoints: 500, counts: &[1, 10, 100, 500, 1000] };
 const QUICK: Size = Size { rounds: 3, seconds: 2, attaches: 50, endpoints: 60, counts: &[1, 50, 100] };
 
 fn main() -> ExitCode {

@@ -6,7 +6,8 @@
 //! netns c: eth0 ── veth ── p0 ─ br0   netns r   vxlan0 ─ ─ ─ underlay of the host
 //! ```
 //! It lives in a lab of its own, so that no table of ours is on its way. Rounds alternate between the two, and change
-//! who begins: whatever else the machine does hits both.
+//! who begins: whatever else the machine does hits both. Both use cubic: a congestion control that paces would measure its
+//! timers.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -86,8 +87,12 @@ pub fn measure(lab: &Lab, by_hand: LabSpec, rounds: u32, seconds: u32, report: &
     let (a, b) = (samples(&raw.droveway), samples(&raw.by_hand));
     println!("  droveway Gbit/s: {a}");
     println!("  by hand  Gbit/s: {b}");
-    let ratio = a.median() / b.median();
-    let figure = format!("{ratio:.3} ({:.2} of {:.2} Gbit/s)", a.median(), b.median());
+    let pairs = raw.droveway.iter().zip(&raw.by_hand).map(|(a, b)| a.gbit_per_second / b.gbit_per_second);
+    let ratios = Samples::of(pairs.collect());
+    println!("  ratio of each round: {ratios}");
+    // Of each round, as the machine's other work changes from round to round.
+    let ratio = ratios.median();
+    let figure = format!("{ratio:.3} (medians {:.2}, {:.2} Gbit/s)", a.median(), b.median());
     report.judged(MEASURE, figure, ">= 0.95", ratio >= 0.95);
     Ok(())
 }
@@ -121,7 +126,7 @@ impl Way<'_> {
 
     fn client(&self, seconds: u32) -> Result<Stream> {
         let (time, limit) = (seconds.to_string(), (seconds + 20).to_string());
-        let words = ["timeout", &limit, "iperf3", "-c", &self.address, "-t", &time, "-J"];
+        let words = ["timeout", &limit, "iperf3", "-c", &self.address, "-t", &time, "-C", "cubic", "-J"];
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let output = self.inside("h1", &self.from, &words)?.output()?;
@@ -184,7 +189,8 @@ fn make_by_hand(lab: &Lab, mtu: u32) -> Result<()> {
              ip netns exec r {fdb}\n\
              ip netns exec r sh -ec 'cd /proc/sys/net/ipv4; echo 1 >ip_forward; echo 0 >conf/all/rp_filter; \
                  echo 0 >conf/all/send_redirects; echo 0 >conf/br0/send_redirects; \
-                 echo 1 >conf/br0/proxy_arp; echo 0 >neigh/br0/proxy_delay'\n"
+                 echo 1 >conf/br0/proxy_arp; echo 0 >neigh/br0/proxy_delay; \
+                 for f in ../bridge/bridge-nf-call-*; do [ ! -e $f ] || echo 0 >$f; done'\n"
         );
         lab.check(host, &["sh", "-c", &all])?;
     }
