@@ -1,19 +1,13 @@
 //! The whole lab: server, agents, and containers that reach one another.
 
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use droveway::lab::{Container, Daemon, Lab, LabSpec, RunSpec};
+use droveway::lab::{Container, Daemon, Lab};
 
-fn lab(hosts: u32) -> Lab {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("w{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let program = env!("CARGO_BIN_EXE_droveway").into();
-    Lab::up(LabSpec { hosts, program, ..LabSpec::new(&name).unwrap() }).unwrap()
-}
+use crate::support::{idle, lab, succeeds};
 
 fn sleeper(lab: &Lab, host: &str, name: &str) -> Container {
-    lab.run(host, &RunSpec::new(name, &["sleep", "1000"]).unwrap()).unwrap()
+    lab.run(host, &idle(name)).unwrap()
 }
 
 /// Whether a ping arrives before long: the other host has to hear of a new endpoint first.
@@ -21,7 +15,7 @@ fn reaches(lab: &Lab, from: &Container, to: &Container) -> bool {
     let (from, to) = (from.path(), to.address().unwrap().to_string());
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        if lab.exec(&from, &["ping", "-c", "1", "-W", "1", &to]).unwrap().status.success() {
+        if succeeds(lab, &from, &["ping", "-c", "1", "-W", "1", &to]) {
             return true;
         }
         if Instant::now() > deadline {

@@ -7,33 +7,28 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use droveway::lab::{Lab, LabSpec, Pin, RunSpec};
 use nix::sys::signal::Signal;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 
+use crate::support::{self, LIMIT, succeeds};
+
 const PROGRAM: &str = env!("CARGO_BIN_EXE_droveway");
 
 fn bare(hosts: u32) -> LabSpec {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("t{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    LabSpec { hosts, bare: true, program: PROGRAM.into(), ..LabSpec::new(&name).unwrap() }
+    LabSpec { bare: true, ..support::spec(hosts) }
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !done() {
-        assert!(Instant::now() < deadline, "not within 10 s: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+fn until(what: &str, done: impl FnMut() -> bool) {
+    support::until(LIMIT, what, done);
 }
 
 fn pings(lab: &Lab, from: &str, to: &str) -> bool {
-    lab.exec(from, &["ping", "-c", "1", "-W", "1", to]).unwrap().status.success()
+    succeeds(lab, from, &["ping", "-c", "1", "-W", "1", to])
 }
 
 /// All processes of a lab. Numbers of namespaces are given again at once, those of processes with their start are not.
