@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use linux::{Kernel, Woken};
 use model::api::{ApiError, ErrorCode};
 use model::{Change, EndpointId, NetworkId, Object, Watch};
+use nix::errno::Errno;
 use plan::object::{Ifname, Set};
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
@@ -280,7 +281,10 @@ impl Reconciler {
                 return Ok(());
             }
             for step in &steps {
-                self.kernel.apply(step).map_err(refused_attachment)?;
+                self.kernel.apply(step).map_err(|why| match why.source.errno {
+                    Some(Errno::EEXIST) => ApiError::new(ErrorCode::Conflict, why.to_string()),
+                    Some(_) | None => refused_attachment(why),
+                })?;
             }
         }
         Err(refused_attachment(format!("it was not there after {ROUNDS} tries")))

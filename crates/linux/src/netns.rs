@@ -12,10 +12,19 @@ use std::path::Path;
 use std::thread;
 
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::error::Error;
+
+mod request {
+    nix::ioctl_none_bad!(
+        /// `NS_GET_NSTYPE` of ioctl_ns(2): the `CLONE_NEW*` of the namespace that a file is.
+        ns_get_nstype,
+        nix::request_code_none!(0xb7, 0x3)
+    );
+}
 
 /// A network namespace, held open.
 #[derive(Debug)]
@@ -24,11 +33,17 @@ pub struct Netns {
 }
 
 impl Netns {
-    /// Opens the namespace that a file names: `/run/netns/x`, `/proc/123/ns/net`.
+    /// Opens the namespace that a file names: `/run/netns/x`, `/proc/123/ns/net`. Any other file is refused.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let file = File::open(path)
-            .map_err(|error| Error::io(format!("open network namespace {}", path.display()), &error))?;
-        Ok(Self { fd: file.into() })
+        let attempted = || format!("open network namespace {}", path.display());
+        // A pipe without a writer would make us wait.
+        let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path);
+        let file = file.map_err(|error| Error::io(attempted(), &error))?;
+        // SAFETY: the ioctl takes no argument and writes nothing; the descriptor is open.
+        match unsafe { request::ns_get_nstype(file.as_raw_fd()) } {
+            Ok(kind) if kind == CloneFlags::CLONE_NEWNET.bits() => Ok(Self { fd: file.into() }),
+            Ok(_) | Err(_) => Err(Error::words(attempted(), "the file is no network namespace")),
+        }
     }
 
     /// The namespace of the calling thread.

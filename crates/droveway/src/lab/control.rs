@@ -19,6 +19,7 @@ use super::process::{tail, tool, wait_for, wait_gone};
 use super::shim::{Answer, Record, RunSpec};
 use super::state::{Supervisor, lock, write_json};
 use super::{LabSpec, Pin, SERVER, State, supervisor};
+use crate::client;
 
 /// How long the kernel may take to empty a cgroup.
 const CLEAN_LIMIT: Duration = Duration::from_secs(5);
@@ -235,7 +236,8 @@ impl Lab {
                 Ok(Container { host: host.to_owned(), name: run.name.to_string(), attached: *attached })
             }
             Answer::Failed { code: Some(code), why } => {
-                Err(ApiError::new(code, format!("{host}/{}: {why}", run.name)).into())
+                let refusal = ApiError::new(code, format!("{host}/{}: {why}", run.name));
+                Err(client::Error::Refused(refusal).into())
             }
             Answer::Failed { code: None, why } => bail!("{host}/{}: {why}", run.name),
         }

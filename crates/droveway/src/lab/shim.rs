@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use model::agent_api::{AttachRequest, Attached, SOCKET};
-use model::api::{ApiError, ErrorCode};
+use model::api::ErrorCode;
 use model::{EndpointId, Name, PublishedPort};
 use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
@@ -36,7 +36,7 @@ use super::mounts;
 use super::process::{exit_code, ip, ourselves, put_down, spawn_as_pid_1, tail, wait_for};
 use super::state::{Pin, read_json, write_json};
 use super::supervisor::{own_surroundings, say};
-use crate::client::ask_agent;
+use crate::client::{self, ask_agent};
 
 /// How long an agent that is away is asked to detach.
 const DETACH_LIMIT: Duration = Duration::from_secs(10);
@@ -160,7 +160,10 @@ pub(super) fn shim(dir: &Path, foreground: bool, spec: &RunSpec) -> Result<ExitC
         Ok(running) => running,
         Err(error) if foreground => return Err(error),
         Err(error) => {
-            let code = error.downcast_ref::<ApiError>().map(|refusal| refusal.code);
+            let code = match error.downcast_ref() {
+                Some(client::Error::Refused(refusal)) => Some(refusal.code),
+                Some(_) | None => None,
+            };
             say(&serde_json::to_string(&Answer::Failed { code, why: format!("{error:#}") })?)?;
             return Ok(ExitCode::FAILURE);
         }

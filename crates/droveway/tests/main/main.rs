@@ -2,7 +2,9 @@
 //!
 //! Needs no root where the kernel allows user namespaces; what needs Docker Engines says so and is passed over without.
 #![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
+#![allow(clippy::large_stack_arrays, reason = "bodies that are too large")]
 
+mod api;
 mod away;
 mod drift;
 mod frame;
@@ -11,6 +13,7 @@ mod lab;
 mod lab_bare;
 mod outside;
 mod probe;
+mod refused;
 mod spoof;
 mod steady;
 mod support;

@@ -2,11 +2,14 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::path::Path;
 use std::process::Child;
 
 use droveway::lab::Lab;
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, sendto, socket};
+
+use crate::api;
 
 const ROLE: &str = "DROVEWAY_TEST_PROBE";
 
@@ -22,6 +25,7 @@ fn a_probe() {
             UdpSocket::bind("0.0.0.0:0").unwrap().send_to(&unhex(payload), to).unwrap();
         }
         ["get", path] => get(path),
+        ["abuse-api", data] => api::abuse(Path::new(data)),
         ["resolver", at] => resolver(&UdpSocket::bind(at).unwrap()),
         _ => panic!("no such role: {role}"),
     }
@@ -61,6 +65,11 @@ pub fn metadata(lab: &Lab, target: &str, path: &str) -> String {
     assert!(said.contains("HTTP/1.1 200") && said.contains("PROBE DONE"), "{said}");
     let (_, body) = said.split_once("\r\n\r\n").unwrap();
     body.split("PROBE DONE").next().unwrap().trim().to_owned()
+}
+
+/// Sends the server's API all that it should refuse.
+pub fn abuse_api(lab: &Lab, target: &str, data: &Path) {
+    run(lab, target, &format!("abuse-api {}", data.display()));
 }
 
 /// A name server that knows `www.example.com` and `intranet.lab.example` as 192.0.2.7, until the child is killed.
