@@ -123,7 +123,12 @@ async fn tell(
     mut report: watch::Receiver<HostReport>,
     mut connection: watch::Receiver<Connection>,
 ) {
-    let mut teller = Teller { server: server.clone(), control: control.clone(), told: BTreeMap::new(), idle: BTreeMap::new() };
+    let mut teller = Teller {
+        server: server.clone(),
+        control: control.clone(),
+        told: BTreeMap::new(),
+        idle: BTreeMap::new(),
+    };
     let mut backoff = Backoff::new();
     report.mark_changed();
     loop {
