@@ -5,7 +5,7 @@
 //!
 //! Invariant: after all events were read and nothing is stale, the state shows what the kernel has. What the kernel
 //! does without an event is known and leads to `stale`: it drops IPv4 routes in silence when their device goes down, or
-//! their source address or the last address of their device goes away. Only a `gso_max_size` that someone else changes
+//! their source address or the last IPv4 address of their device goes away. Only a `gso_max_size` that someone else changes
 //! shows no sooner than a resync.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -96,6 +96,12 @@ struct Device {
     forwarding: bool,
     /// Addresses, neighbours and forwarding entries on it.
     hanging: BTreeSet<Key>,
+}
+
+impl Device {
+    fn has_ipv4(&self) -> bool {
+        self.hanging.iter().any(|key| matches!(key, Key::Address(_, address) if address.addr().is_ipv4()))
+    }
 }
 
 #[derive(Debug, PartialEq)]
@@ -312,12 +318,17 @@ impl Mirror {
 
     fn address(&mut self, shown: &mut Shown, message: &AddressMessage, present: bool) {
         let Some((index, address)) = parse::address(message) else { return };
-        let with_it = |held: &Held| held.route.src == Some(address.addr()) || held.index == Some(index);
-        if !present && self.routes.values().flatten().any(with_it) {
-            self.stale.routes = true;
-        }
         let key = |name| Key::Address(name, address);
         self.hang(shown, index, key, present.then_some(Object::Address));
+        if present {
+            return;
+        }
+        let last = self.devices.get(&index).is_some_and(|device| !device.has_ipv4());
+        let with_it =
+            |held: &Held| held.route.src == Some(address.addr()) || (last && held.index == Some(index));
+        if self.routes.values().flatten().any(with_it) {
+            self.stale.routes = true;
+        }
     }
 
     fn neighbour(&mut self, shown: &mut Shown, message: &NeighbourMessage, present: bool) {

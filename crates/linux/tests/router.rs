@@ -134,6 +134,25 @@ fn whatever_is_changed_behind_our_back_is_seen_and_healed() {
 }
 
 #[test]
+fn routes_that_go_in_silence_with_the_last_address_of_their_device_are_missed() {
+    sandbox::run("routes_that_go_in_silence_with_the_last_address_of_their_device_are_missed", |dir| {
+        underlay();
+        let mut kernel = Kernel::open(dir).unwrap();
+        let mut desired = desired();
+        let name = (Place::Host, Key::Route(TABLE_MAIN, "169.254.1.2/32".parse().unwrap()));
+        if let Some(Object::Route(route)) = desired.get_mut(&name) {
+            route.src = None;
+        }
+        converge(&mut kernel, &desired);
+        sh("ip addr flush dev dw1");
+        let drift = await_drift(&mut kernel, &desired);
+        assert!(drift.contains(&name), "{drift:?}");
+        converge(&mut kernel, &desired);
+        assert!(sh("ip route").contains("169.254.1.2 dev dw1"), "it is back");
+    });
+}
+
+#[test]
 fn a_size_changed_without_an_event_is_seen_by_a_resync_and_healed() {
     sandbox::run("a_size_changed_without_an_event_is_seen_by_a_resync_and_healed", |dir| {
         underlay();

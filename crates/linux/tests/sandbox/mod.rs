@@ -225,7 +225,9 @@ pub(crate) fn desired() -> State {
 
 /// An underlay for the host, as VXLAN wants one.
 pub(crate) fn underlay() {
-    sh("ip link add und0 type bridge; ip addr add 10.9.0.1/24 dev und0; ip link set und0 up");
+    // Without a link-local address, whose state would change by itself.
+    sh("ip link add und0 type bridge; ip link set und0 addrgenmode none; ip addr add 10.9.0.1/24 dev und0; \
+        ip link set und0 up");
 }
 
 /// An endpoint's device, leading into the namespace bound at `netns`.
