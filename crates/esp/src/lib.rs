@@ -1,0 +1,1 @@
+//! ESP tunnel mode: seal, open, replay window, SA table.

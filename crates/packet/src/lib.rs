@@ -1,0 +1,1 @@
+//! IP, UDP, TCP and ESP as views over bytes: checksums, TCP split and merge.
