@@ -70,6 +70,12 @@ impl Header {
     }
 }
 
+/// The explicit IV of an ESP packet.
+#[inline]
+pub fn iv(packet: &[u8]) -> Option<[u8; IV_LEN]> {
+    packet.get(HEADER_LEN..)?.first_chunk().copied()
+}
+
 /// Writes padding, pad length and next header after `inner` bytes of plaintext and returns the length of all that
 /// is to be encrypted, or `None` when `buffer` is too short.
 #[inline]
