@@ -320,5 +320,5 @@ fn keys_are_never_printed_and_must_have_their_suite_s_length() {
     let error = KeyMaterial::new(Suite::Aes256Gcm16, &[0; 32]).unwrap_err();
     assert_eq!(error.to_string(), "AES_GCM_16-256 takes 36 bytes of key material, 32 were given");
     assert!(Spi::new(255).is_none() && Spi::new(0).is_none());
-    assert_eq!(Spi::new(0xc0ffee).unwrap().to_string(), "00c0ffee");
+    assert_eq!(Spi::new(0x00c0_ffee).unwrap().to_string(), "00c0ffee");
 }
