@@ -160,10 +160,12 @@ impl Merger {
             protocol::UDP => self.udp_candidate(packet, layout, start),
             _ => None,
         };
-        let Some(candidate) = candidate else {
+        if !has_ports(layout) {
             self.add(alone(layout, start), 0);
             return Ok(());
-        };
+        }
+        // With a header that does not hold it goes alone, but no other of its flow may overtake it.
+        let candidate = candidate.unwrap_or(alone(layout, start));
         let hash = flow_hash(packet, layout);
         let slot = self.find(arena, packet, layout, hash);
         if let Some((slot, index)) = slot {
@@ -413,6 +415,11 @@ impl<'m> Merged<'m> {
 
 fn alone(layout: Layout, start: usize) -> Candidate {
     Candidate { layout, start, kind: None, payload: layout.end, sequence: 0, flags: 0 }
+}
+
+/// Whether a packet that is no fragment tells its flow by ports.
+fn has_ports(layout: Layout) -> bool {
+    matches!(layout.protocol, protocol::TCP | protocol::UDP) && layout.end - layout.transport >= 4
 }
 
 fn slot_of(hash: u32, probe: usize) -> usize {

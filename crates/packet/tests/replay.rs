@@ -1,6 +1,6 @@
 //! The committed fuzz corpus, run on each test.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
 mod fuzz_targets;
 

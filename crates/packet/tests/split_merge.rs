@@ -318,6 +318,14 @@ fn pure_acks_and_handshakes_go_alone_and_nothing_overtakes_them() {
 }
 
 #[test]
+fn a_datagram_whose_length_lies_goes_alone_and_is_not_overtaken() {
+    let mut packets = Flow { udp: true, ..Flow::tcp(10, &[1; 30]) }.segments();
+    packets[1][25] ^= 0x80;
+    assert_eq!(merged_counts(&packets), [1, 1, 1]);
+    assert_merge_is_undone(&packets);
+}
+
+#[test]
 fn what_the_device_refused_is_not_merged() {
     for (offloads, tcp, udp) in
         [(Offloads { tcp: false, udp: true }, 2, 1), (Offloads { tcp: true, udp: false }, 1, 2)]

@@ -289,29 +289,6 @@ fn extended_numbers_run_over_the_end_of_the_low_half_with_loss_and_reorder() {
 }
 
 #[test]
-fn two_workers_on_one_sa_never_use_a_number_twice() {
-    let (out, inbound) = pair(Sequence::Extended);
-    std::thread::scope(|scope| {
-        for worker in 0..4u32 {
-            let (out, inbound) = (&out, &inbound);
-            scope.spawn(move || {
-                for round in 0..50 {
-                    let mut burst = out.begin(1 + (worker + round) % 7).unwrap();
-                    while burst.left() > 0 {
-                        let mut buffer = [0; 100];
-                        buffer[esp::HEAD_ROOM..][..30].copy_from_slice(&inner_v4(30));
-                        let length = burst.seal(&mut buffer, 30).unwrap();
-                        open_one(inbound, &mut buffer[..length], &policy()).unwrap();
-                    }
-                }
-            });
-        }
-    });
-    assert_eq!(out.counters(), inbound.counters(), "all opened, so none had a number of another");
-    assert_eq!(inbound.begin().highest(), inbound.counters().packets);
-}
-
-#[test]
 fn keys_are_never_printed_and_must_have_their_suite_s_length() {
     let material = KeyMaterial::new(Suite::Aes128Gcm16, &[0xab; 20]).unwrap();
     let (out, inbound) = pair(Sequence::Extended);
