@@ -312,12 +312,15 @@ impl Mirror {
 
     fn address(&mut self, shown: &mut Shown, message: &AddressMessage, present: bool) {
         let Some((index, address)) = parse::address(message) else { return };
-        let with_it = |held: &Held| held.route.src == Some(address.addr()) || held.index == Some(index);
+        let key = |name| Key::Address(name, address);
+        self.hang(shown, index, key, present.then_some(Object::Address));
+        let ipv4 = |key: &Key| matches!(key, Key::Address(_, address) if address.addr().is_ipv4());
+        let last = !self.devices.get(&index).is_some_and(|device| device.hanging.iter().any(ipv4));
+        let with_it =
+            |held: &Held| held.route.src == Some(address.addr()) || (last && held.index == Some(index));
         if !present && self.routes.values().flatten().any(with_it) {
             self.stale.routes = true;
         }
-        let key = |name| Key::Address(name, address);
-        self.hang(shown, index, key, present.then_some(Object::Address));
     }
 
     fn neighbour(&mut self, shown: &mut Shown, message: &NeighbourMessage, present: bool) {
