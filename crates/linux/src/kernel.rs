@@ -347,15 +347,18 @@ impl Kernel {
 
     /// Takes over the router that is bound under that name, or removes what is no router.
     fn adopt(&mut self, name: &str) -> Result<(), Error> {
-        let opened = Netns::open(&self.netns_dir.join(name))?;
-        let network = match opened.run(alias_of_lo) {
-            Ok(alias) => alias?.parse::<NetworkId>().ok(),
+        let found = match Netns::open(&self.netns_dir.join(name)) {
+            Ok(opened) => {
+                opened.run(alias_of_lo)??.parse::<NetworkId>().ok().map(|network| (network, opened))
+            }
             // A file that is no namespace.
             Err(error) if error.is(Errno::EINVAL) => None,
             Err(error) => return Err(error),
         };
-        match network {
-            Some(network) if !self.routers.contains_key(&network) => self.enter(network, name, opened),
+        match found {
+            Some((network, opened)) if !self.routers.contains_key(&network) => {
+                self.enter(network, name, opened)
+            }
             Some(_) | None => {
                 tracing::warn!(name, "removing a router that was left half made");
                 netns::remove(&self.netns_dir, name)

@@ -42,7 +42,10 @@ impl Netns {
         // SAFETY: the ioctl takes no argument and writes nothing; the descriptor is open.
         match unsafe { request::ns_get_nstype(file.as_raw_fd()) } {
             Ok(kind) if kind == CloneFlags::CLONE_NEWNET.bits() => Ok(Self { fd: file.into() }),
-            Ok(_) | Err(_) => Err(Error::words(attempted(), "the file is no network namespace")),
+            Ok(_) | Err(_) => {
+                let words = Some("the file is no network namespace".to_owned());
+                Err(Error::kernel(attempted(), Errno::EINVAL, words))
+            }
         }
     }
 

@@ -244,7 +244,7 @@ fn removing_all_leaves_nothing_behind() {
     sandbox::run("removing_all_leaves_nothing_behind", |dir| {
         underlay();
         let before = sh(
-            "ip -o link | sed 's/^[0-9]*: //'; ip -o addr | sed 's/^[0-9]*: //; s/ *valid.*//'; ip route; nft list ruleset",
+            "ip -o link | sed 's/^[0-9]*: //'; ip -o addr | sed 's/^[0-9]*: //; s/ tentative//; s/ *valid.*//'; ip route; nft list ruleset",
         );
         let mut kernel = Kernel::open(dir).unwrap();
         converge(&mut kernel, &desired());
@@ -255,7 +255,7 @@ fn removing_all_leaves_nothing_behind() {
         assert_eq!(std::fs::read_dir(dir).unwrap().count(), 0);
         // The namespace ends some moments after its last user; the host's end of its veth goes with the pair.
         let after = sh(
-            "ip -o link | sed 's/^[0-9]*: //'; ip -o addr | sed 's/^[0-9]*: //; s/ *valid.*//'; ip route; nft list ruleset",
+            "ip -o link | sed 's/^[0-9]*: //'; ip -o addr | sed 's/^[0-9]*: //; s/ tentative//; s/ *valid.*//'; ip route; nft list ruleset",
         );
         assert_eq!(after, before);
     });
