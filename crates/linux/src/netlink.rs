@@ -11,13 +11,14 @@ use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use netlink_packet_core::{
-    DecodeError, ErrorMessage, NLM_F_ACK, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_MULTIPART,
-    NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-    NetlinkSerializable, NlasIterator, Parseable, parse_string,
+    DecodeError, Emitable, ErrorMessage, NLM_F_ACK, NLM_F_CAPPED, NLM_F_DUMP, NLM_F_DUMP_INTR,
+    NLM_F_MULTIPART, NLM_F_REQUEST, NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload, NetlinkSerializable, NlasIterator, Parseable, ParseableParametrized, parse_string,
 };
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkHeader, LinkMessage};
 use netlink_sys::constants::NLMSGERR_ATTR_MSG;
 use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_sys::{Socket, SocketAddr};
@@ -40,11 +41,49 @@ pub(crate) trait Protocol: NetlinkSerializable + NetlinkDeserializable {
     const NUMBER: isize;
     /// The kind in words.
     const NAME: &str;
+
+    /// Reads what is needed of a message that is longer than that; `None` for one that is to be read whole.
+    fn read_needed(_header: &NetlinkHeader, _payload: &[u8]) -> Option<Result<Self, DecodeError>> {
+        None
+    }
 }
 
 impl Protocol for RouteNetlinkMessage {
     const NUMBER: isize = NETLINK_ROUTE;
     const NAME: &str = "route";
+
+    fn read_needed(header: &NetlinkHeader, payload: &[u8]) -> Option<Result<Self, DecodeError>> {
+        match header.message_type {
+            libc::RTM_NEWLINK => Some(link(payload).map(Self::NewLink)),
+            libc::RTM_DELLINK => Some(link(payload).map(Self::DelLink)),
+            _ => None,
+        }
+    }
+}
+
+/// A device's message has some sixty attributes, most of them about what others do with devices. Those that nobody here
+/// asks for cost nothing, and may be of any shape.
+fn link(payload: &[u8]) -> Result<LinkMessage, DecodeError> {
+    const NEEDED: [u16; 8] = [
+        libc::IFLA_IFNAME,
+        libc::IFLA_ADDRESS,
+        libc::IFLA_MTU,
+        libc::IFLA_MASTER,
+        libc::IFLA_PROTINFO,
+        libc::IFLA_LINKINFO,
+        libc::IFLA_IFALIAS,
+        libc::IFLA_GSO_MAX_SIZE,
+    ];
+    let mut message = LinkMessage::default();
+    message.header = LinkHeader::parse(payload)?;
+    for attribute in NlasIterator::new(&payload[message.header.buffer_len()..]) {
+        let attribute = attribute?;
+        if NEEDED.contains(&attribute.kind()) {
+            let family = message.header.interface_family;
+            message.attributes.push(LinkAttribute::parse_with_param(&attribute, family)?);
+        }
+    }
+    Ok(message)
 }
 
 impl Protocol for NetfilterMessage {
@@ -108,7 +147,10 @@ impl<'a> Incoming<'a> {
 
     /// Reads it.
     pub(crate) fn read<M: Protocol>(&self) -> Result<NetlinkPayload<M>, DecodeError> {
-        NetlinkMessage::deserialize(self.bytes).map(|message| message.payload)
+        match M::read_needed(&self.header, self.payload()) {
+            Some(read) => read.map(NetlinkPayload::InnerMessage),
+            None => NetlinkMessage::deserialize(self.bytes).map(|message| message.payload),
+        }
     }
 }
 
@@ -419,10 +461,11 @@ fn refusal(code: i32, attributes: &[u8]) -> Result<(), Refusal> {
 
 #[cfg(test)]
 mod tests {
+    use netlink_packet_core::DefaultNla;
     use netlink_packet_netfilter::nftables::{
         DataAttribute, ListAttribute, NfTablesMessage, SetElementAttribute, SetElementList, SetElementMessage,
     };
-    use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkInfo, LinkMessage};
+    use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkInfo};
     use netlink_sys::protocols::NETLINK_USERSOCK;
 
     use super::*;
@@ -472,6 +515,20 @@ mod tests {
             );
             assert_eq!(message.read().unwrap(), NetlinkPayload::InnerMessage(link()));
         }
+    }
+
+    #[test]
+    fn of_a_device_only_what_is_needed_is_read_whatever_the_rest_is_like() {
+        let mut message = LinkMessage::default();
+        let name = LinkAttribute::IfName("br0".to_owned());
+        let odd = DefaultNla::new(libc::IFLA_OPERSTATE, vec![1, 2, 3]);
+        message.attributes = vec![LinkAttribute::Other(odd), name.clone(), LinkAttribute::GroMaxSize(1)];
+        let bytes = bytes(RouteNetlinkMessage::NewLink(message));
+        let read = messages(&bytes).next().unwrap().read().unwrap();
+        let NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(read)) = read else {
+            panic!("{read:?}")
+        };
+        assert_eq!(read.attributes, [name]);
     }
 
     #[test]
