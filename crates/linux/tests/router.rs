@@ -278,7 +278,7 @@ fn a_container_is_set_up_and_answers_at_once() {
             times.push(started.elapsed());
             desired.insert(key, object);
             // No second chance: the first packet has to be answered.
-            in_router(&kernel, &format!("ping -c 1 -W 1 10.42.64.{host}"));
+            in_router(&kernel, &format!("ping -c 1 -W 5 10.42.64.{host}"));
             if host == 70 {
                 let seen = ns.run(|| sh("ip -o addr; ip -d -o link; ip route")).unwrap();
                 for expected in [
@@ -293,7 +293,7 @@ fn a_container_is_set_up_and_answers_at_once() {
                     assert!(seen.contains(expected), "{expected}: {seen}");
                 }
                 assert!(!seen.contains("fe80"), "{seen}");
-                ns.run(|| sh("ping -c 1 -W 1 10.42.0.1")).unwrap();
+                ns.run(|| sh("ping -c 1 -W 5 10.42.0.1")).unwrap();
             }
         }
         times.sort();
