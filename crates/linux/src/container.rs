@@ -1,7 +1,5 @@
 //! The container's end of an endpoint: all that is set up inside of the container's namespace.
 
-use std::fs;
-use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::thread;
@@ -36,10 +34,10 @@ pub(crate) fn configure(ns: &Netns, end: &ContainerEnd) -> Result<u32, Error> {
         let mut requests = Requests::open()?;
         let index = index_of(&mut requests, &end.ifname)
             .map_err(|refusal| refusal.to_error(attempted("find the device")))?;
-        // No IPv6 of its own on this interface, so no wait for duplicate address detection.
-        if !end.addresses.iter().any(|address| address.addr().is_ipv6()) {
-            write_if_there(&format!("ipv6/conf/{}/disable_ipv6", end.ifname), "1")?;
-        }
+        // No link-local address on this interface, so no wait for duplicate address detection. Asked by netlink: the
+        // sysctl's path is looked up among those of all namespaces, which takes longer with each endpoint. A kernel
+        // without IPv6 has nothing to switch off.
+        drop(requests.requests(vec![link::no_link_local(&end.ifname)]));
 
         let mut steps = vec![("bring up lo".to_owned(), up(&Ifname::new("lo")))];
         for address in &end.addresses {
@@ -153,12 +151,4 @@ pub(crate) fn wait_for_port(home: &mut Namespace, shown: &mut Shown, name: &Ifna
 
 fn up(name: &Ifname) -> Request<RouteNetlinkMessage> {
     request(SetLink(link::set_up(link::named(name, []), true)), 0)
-}
-
-fn write_if_there(path: &str, value: &str) -> Result<(), Error> {
-    match fs::write(format!("/proc/sys/net/{path}"), value) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::io(format!("set sysctl {path} to {value}"), &error)),
-    }
 }

@@ -314,7 +314,7 @@ fn sizes(mtu: Option<u32>, gso_max_size: Option<u32>) -> impl Iterator<Item = Li
 }
 
 /// Keeps the kernel from giving the device an IPv6 link-local address.
-fn no_link_local(name: &Ifname) -> Request<RouteNetlinkMessage> {
+pub(crate) fn no_link_local(name: &Ifname) -> Request<RouteNetlinkMessage> {
     let inet6 = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
     request(SetLink(named(name, [LinkAttribute::AfSpecUnspec(vec![inet6])])), 0)
 }
