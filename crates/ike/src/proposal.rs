@@ -327,11 +327,12 @@ impl<'a> Chosen<'a> {
                 | TransformType::Esn
                 | TransformType::Other(_) => false,
             };
-            if !may_be_none || !self.proposal.of(transform.kind).any(|t| t.id == NONE && t.understood()) {
+            let none = self.proposal.of(transform.kind).find(|t| t.id == NONE && t.attributes.is_empty());
+            if !may_be_none {
                 return None;
             }
+            self.transforms.push(none?.clone());
             self.done.push(transform.kind);
-            self.transforms.push(Transform::new(transform.kind, NONE));
         }
         Some(self.transforms)
     }
@@ -373,19 +374,187 @@ fn check_answer(request: &SaPayload, answer: &SaPayload) -> Result<(), Error> {
     let [chosen] = answer.proposals.as_slice() else {
         return Err(syntax("answer with several proposals"));
     };
-    let offered = request
-        .proposals
-        .iter()
-        .find(|p| p.number == chosen.number && p.protocol == chosen.protocol)
-        .ok_or(Misbehaved::NotOffered)?;
     for transform in &chosen.transforms {
         if chosen.of(transform.kind).count() != 1 {
             return Err(syntax("answer with several transforms of a type"));
         }
-        let none_beside_aead = transform.kind == TransformType::Integrity && transform.id == NONE;
-        if !none_beside_aead && !offered.transforms.contains(transform) {
-            return Err(Misbehaved::NotOffered.into());
-        }
     }
-    Ok(())
+    // Proposals of one number are alternatives of different protocols; nothing forbids more of them.
+    let offered = request.proposals.iter().any(|p| {
+        p.number == chosen.number
+            && p.protocol == chosen.protocol
+            && chosen.transforms.iter().all(|t| {
+                let none_beside_aead = t.kind == TransformType::Integrity && t.id == NONE;
+                none_beside_aead || p.transforms.contains(t)
+            })
+    });
+    if offered { Ok(()) } else { Err(Misbehaved::NotOffered.into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    fn key_exchange(id: u16) -> Transform {
+        Transform::new(TransformType::KeyExchange, id)
+    }
+
+    fn aes(id: u16, bits: u16) -> Transform {
+        Transform::with_key_len(TransformType::Encryption, id, bits)
+    }
+
+    fn ike(transforms: Vec<Transform>) -> Proposal {
+        Proposal { number: 1, protocol: Protocol::Ike, spi: Vec::new(), transforms }
+    }
+
+    /// PRF_HMAC_SHA2_256.
+    fn prf() -> Transform {
+        Transform::new(TransformType::Prf, 5)
+    }
+
+    fn offered(proposals: Vec<Proposal>) -> SaPayload {
+        SaPayload { proposals }
+    }
+
+    #[test]
+    fn two_of_us_agree_on_what_each_prefers() {
+        let offer = IkeOffer::default();
+        let request = offer.request(None);
+        let selected = offer.select(&request, Group::X25519.id()).unwrap();
+        assert_eq!(selected.suite.to_string(), "AES_GCM_16_256/PRF_HMAC_SHA2_256/CURVE_25519");
+        assert_eq!(selected.peer_spi, None);
+        assert_eq!(offer.accept(&request, &selected.answer(None)).unwrap().suite, selected.suite);
+    }
+
+    #[test]
+    fn the_group_of_the_ke_payload_is_preferred_if_it_is_acceptable() {
+        let offer = IkeOffer::default();
+        let group = |ke| offer.select(&offer.request(None), ke).unwrap().suite.group;
+        assert_eq!(group(Group::P384.id()), Group::P384);
+        assert_eq!(group(14), Group::X25519, "MODP is not, so the peer is asked for our first");
+    }
+
+    #[test]
+    fn the_first_acceptable_proposal_of_the_peer_is_taken() {
+        let cbc =
+            ike(vec![aes(12, 256), prf(), Transform::new(TransformType::Integrity, 12), key_exchange(14)]);
+        let mut gcm = ike(vec![aes(20, 128), prf(), key_exchange(19), key_exchange(31)]);
+        gcm.number = 2;
+        let request = offered(vec![cbc.clone(), gcm.clone()]);
+        let selected = IkeOffer::default().select(&request, 19).unwrap();
+        assert_eq!(
+            selected.suite,
+            IkeSuite { encr: Encr::Aes128Gcm16, prf: Prf::HmacSha256, group: Group::P256 }
+        );
+        assert_eq!(selected.answer(None).proposals[0].number, 2);
+        let error = IkeOffer::default().select(&offered(vec![cbc]), 14).unwrap_err();
+        assert_eq!(error, Incompatible::NoProposal.into());
+        assert_eq!(error.notify().map(|n| n.kind), Some(crate::wire::NotifyType::NoProposalChosen));
+    }
+
+    #[test]
+    fn a_type_that_is_not_known_makes_a_proposal_unacceptable_and_none_beside_aead_does_not() {
+        let select = |more: Vec<Transform>| {
+            let mut proposal = ike(vec![aes(20, 256), prf(), key_exchange(31)]);
+            proposal.transforms.extend(more);
+            IkeOffer::default().select(&offered(vec![proposal]), 31)
+        };
+        let none = Transform::new(TransformType::Integrity, NONE);
+        let chosen = select(vec![none.clone()]).unwrap();
+        assert!(chosen.answer(None).proposals[0].transforms.contains(&none), "one of each type is chosen");
+        assert!(select(vec![Transform::new(TransformType::Integrity, 12)]).is_err());
+        assert!(select(vec![Transform::new(TransformType::Other(99), NONE)]).is_err());
+        let mlkem = Transform::new(TransformType::AdditionalKeyExchange1, 36);
+        assert!(select(vec![mlkem.clone()]).is_err());
+        assert!(select(vec![mlkem, Transform::new(TransformType::AdditionalKeyExchange1, NONE)]).is_ok());
+    }
+
+    #[test]
+    fn a_transform_with_an_unknown_attribute_is_not_chosen() {
+        let mut strange = aes(20, 256);
+        strange
+            .attributes
+            .push(crate::wire::Attribute { kind: 99, value: crate::wire::AttributeValue::Short(1) });
+        let request = offered(vec![ike(vec![strange, aes(20, 128), prf(), key_exchange(31)])]);
+        let selected = IkeOffer::default().select(&request, 31).unwrap();
+        assert_eq!(selected.suite.encr, Encr::Aes128Gcm16);
+    }
+
+    #[test]
+    fn an_answer_that_was_not_offered_is_refused() {
+        let offer = IkeOffer { encr: vec![Encr::Aes256Gcm16], ..IkeOffer::default() };
+        let request = offer.request(None);
+        let accept = |answer: Proposal| offer.accept(&request, &offered(vec![answer])).map(|s| s.suite);
+        let good = ike(vec![aes(20, 256), prf(), key_exchange(31)]);
+        assert!(accept(good.clone()).is_ok());
+        let wrong = [
+            Proposal { number: 2, ..good.clone() },
+            Proposal { protocol: Protocol::Esp, ..good.clone() },
+            ike(vec![aes(20, 128), prf(), key_exchange(31)]),
+            ike(vec![aes(20, 256), prf()]),
+            ike(vec![aes(20, 256), prf(), key_exchange(31), Transform::new(TransformType::Esn, 0)]),
+        ];
+        for answer in wrong {
+            assert_eq!(accept(answer), Err(Misbehaved::NotOffered.into()));
+        }
+        let two = ike(vec![aes(20, 256), prf(), key_exchange(31), key_exchange(19)]);
+        assert!(matches!(accept(two), Err(Error::PeerMisbehaved(Misbehaved::Syntax(_)))));
+        assert!(offer.accept(&request, &offered(vec![good.clone(), good])).is_err());
+    }
+
+    #[test]
+    fn rekeying_an_ike_sa_carries_both_new_spis() {
+        let offer = IkeOffer::default();
+        let request = offer.request(Some(IkeSpi(7)));
+        let selected = offer.select(&request, 31).unwrap();
+        assert_eq!(selected.peer_spi, Some(IkeSpi(7)));
+        let accepted = offer.accept(&request, &selected.answer(Some(IkeSpi(8)))).unwrap();
+        assert_eq!(accepted.peer_spi, Some(IkeSpi(8)));
+        let mut short = request;
+        short.proposals[0].spi.truncate(4);
+        assert!(offer.select(&short, 31).is_err());
+    }
+
+    #[test]
+    fn a_child_of_ike_auth_has_no_group_even_if_the_peer_lists_one() {
+        let offer = EspOffer::default();
+        let mut request = offer.request(ChildExchange::Auth, EspSpi(0x0102_0304));
+        assert!(request.proposals[0].of(TransformType::KeyExchange).next().is_none());
+        request.proposals[0].transforms.push(key_exchange(31));
+        let selected = offer.select(&request, ChildExchange::Auth).unwrap();
+        assert_eq!(selected.suite, EspSuite { encr: Encr::Aes256Gcm16, group: None, esn: true });
+        assert_eq!(selected.peer_spi, EspSpi(0x0102_0304));
+        assert!(selected.answer(EspSpi(9)).proposals[0].of(TransformType::KeyExchange).next().is_none());
+    }
+
+    #[test]
+    fn a_peer_without_esn_gets_none_and_one_that_says_nothing_as_well() {
+        let offer = EspOffer::default();
+        let mut request = offer.request(ChildExchange::Auth, EspSpi(1));
+        let both = request.proposals[0].of(TransformType::Esn).map(|t| t.id).collect::<Vec<_>>();
+        assert_eq!(both, [1, 0]);
+        request.proposals[0].transforms.retain(|t| t.kind != TransformType::Esn || t.id == 0);
+        assert!(!offer.select(&request, ChildExchange::Auth).unwrap().suite.esn);
+        request.proposals[0].transforms.retain(|t| t.kind != TransformType::Esn);
+        assert!(!offer.select(&request, ChildExchange::Auth).unwrap().suite.esn);
+        let strict = EspOffer { esn: vec![true], ..offer };
+        assert!(strict.select(&request, ChildExchange::Auth).is_err());
+    }
+
+    #[test]
+    fn forward_secrecy_is_had_where_both_can_and_done_without_where_allowed() {
+        let with = |pfs| EspOffer { pfs, ..EspOffer::default() };
+        let create = ChildExchange::Create(Some(Group::P256.id()));
+        let agreed = |ours: Pfs, theirs: Pfs| {
+            let request = with(theirs).request(create, EspSpi(1));
+            with(ours).select(&request, create).ok().map(|s| s.suite.group)
+        };
+        assert_eq!(agreed(Pfs::Preferred, Pfs::Preferred), Some(Some(Group::P256)));
+        assert_eq!(agreed(Pfs::Required, Pfs::Preferred), Some(Some(Group::P256)));
+        assert_eq!(agreed(Pfs::Preferred, Pfs::Off), Some(None));
+        assert_eq!(agreed(Pfs::Off, Pfs::Preferred), Some(None));
+        assert_eq!(agreed(Pfs::Required, Pfs::Off), None);
+        assert_eq!(agreed(Pfs::Off, Pfs::Required), None);
+    }
 }

@@ -111,6 +111,9 @@ impl Payload {
 
     fn emit(&self, out: &mut Vec<u8>, next: PayloadType) -> Result<(), Error> {
         let len = u16::try_from(self.len()).map_err(|_| Misuse::TooLong("a payload"))?;
+        if !self.counts_fit() {
+            return Err(Misuse::TooLong("a count within a payload").into());
+        }
         out.extend_from_slice(&[next.into(), 0]);
         out.extend_from_slice(&len.to_be_bytes());
         match self {
@@ -127,6 +130,29 @@ impl Payload {
             Payload::VendorId(p) | Payload::Configuration(p) | Payload::Eap(p) => out.extend_from_slice(p),
         }
         Ok(())
+    }
+
+    /// Whether what is counted in one octet can be.
+    fn counts_fit(&self) -> bool {
+        let octet = usize::from(u8::MAX);
+        match self {
+            Payload::Sa(sa) => {
+                sa.proposals.iter().all(|p| p.spi.len() <= octet && p.transforms.len() <= octet)
+            }
+            Payload::Notify(notify) => notify.spi.len() <= octet,
+            Payload::TsInitiator(ts) | Payload::TsResponder(ts) => ts.0.len() <= octet,
+            Payload::Ke(_)
+            | Payload::IdInitiator(_)
+            | Payload::IdResponder(_)
+            | Payload::Cert(_)
+            | Payload::CertReq(_)
+            | Payload::Auth(_)
+            | Payload::Nonce(_)
+            | Payload::Delete(_)
+            | Payload::VendorId(_)
+            | Payload::Configuration(_)
+            | Payload::Eap(_) => true,
+        }
     }
 
     /// The payload, or `None` if its type is not known here.
