@@ -225,7 +225,10 @@ impl EspOffer {
                     chosen.ignore(TransformType::KeyExchange);
                     None
                 }
-                ChildExchange::Create(ke) => self.pick_group(&mut chosen, ke)?,
+                ChildExchange::Create(ke) => match self.pick_group(&mut chosen, ke)? {
+                    ChildGroup::Own(group) => Some(group),
+                    ChildGroup::None => None,
+                },
             };
             let esn = if proposal.of(TransformType::Esn).next().is_some() {
                 chosen.pick(TransformType::Esn, &self.esn, esn_of)?
@@ -241,21 +244,22 @@ impl EspOffer {
         offered.proposals.iter().find_map(acceptable).ok_or_else(|| Incompatible::NoProposal.into())
     }
 
-    fn pick_group(&self, chosen: &mut Chosen<'_>, ke: Option<u16>) -> Option<Option<Group>> {
-        let mut groups: Vec<Option<Group>> = Vec::new();
+    /// Picks the group, or none, if the proposal leaves a choice that is acceptable; fails with `None` as a whole.
+    fn pick_group(&self, chosen: &mut Chosen<'_>, ke: Option<u16>) -> Option<ChildGroup> {
+        let mut groups = Vec::new();
         if self.pfs != Pfs::Off {
-            groups.extend(prefer(&self.groups, ke.unwrap_or(NONE)).into_iter().map(Some));
+            groups.extend(prefer(&self.groups, ke.unwrap_or(NONE)).into_iter().map(ChildGroup::Own));
         }
         if self.pfs != Pfs::Required {
             // Without a KE payload "none" spares a round trip, where both allow it.
-            groups.insert(if ke.is_none() { 0 } else { groups.len() }, None);
+            groups.insert(if ke.is_none() { 0 } else { groups.len() }, ChildGroup::None);
         }
         if chosen.proposal.of(TransformType::KeyExchange).next().is_none() {
-            return groups.contains(&None).then_some(None);
+            return groups.contains(&ChildGroup::None).then_some(ChildGroup::None);
         }
         chosen.pick(TransformType::KeyExchange, &groups, |t| match t.id {
-            NONE => Some(None),
-            id => Group::from_id(id).map(Some),
+            NONE => Some(ChildGroup::None),
+            id => Group::from_id(id).map(ChildGroup::Own),
         })
     }
 
@@ -272,6 +276,15 @@ impl EspOffer {
         check_answer(request, answer)?;
         self.select(answer, exchange).map_err(|_| Misbehaved::NotOffered.into())
     }
+}
+
+/// The key exchange of a CHILD_SA.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ChildGroup {
+    /// Its own.
+    Own(Group),
+    /// None: its keys come from the IKE SA's alone.
+    None,
 }
 
 /// The transforms picked from one proposal so far.

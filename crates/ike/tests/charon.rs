@@ -1,5 +1,7 @@
 //! What a real charon sent is read, decrypted and authenticated: see `charon/README.md`.
 
+#![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
+
 use std::sync::Arc;
 
 use ike::AuthFailure;

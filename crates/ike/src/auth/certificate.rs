@@ -2,7 +2,7 @@
 //!
 //! Chains are built and checked by webpki (path building with bounds, signatures, constraints, validity); what webpki
 //! does not show (identities other than DNS names, validity) is read with x509-parser. See
-//! `docs/decisions/` for why. Extended key usage is not looked at: the CA is one that was named for this peer.
+//! `docs/decisions/012-x509-by-webpki.md` for why. Extended key usage is not looked at: the CA is one that was named for this peer.
 
 use std::fmt;
 use std::time::Duration;

@@ -130,6 +130,8 @@ proptest! {
         crate::fuzzing::sa_payload(&bytes);
         crate::fuzzing::ts_payload(&bytes);
         crate::fuzzing::cert_payload(&bytes);
+        crate::fuzzing::auth_payload(&bytes);
+        crate::fuzzing::authenticated(&bytes);
         for kind in 0..=u8::MAX {
             let _ = parse_chain(kind.into(), &bytes);
         }
@@ -148,6 +150,7 @@ proptest! {
             bytes[at] = octet;
         }
         crate::fuzzing::datagram(&bytes);
+        crate::fuzzing::authenticated(&[&bytes[16..17], &bytes[HEADER_LEN..]].concat());
         let cut = cut.index(bytes.len());
         crate::fuzzing::datagram(&bytes[..cut]);
         // The same, with a length in the header that fits.
