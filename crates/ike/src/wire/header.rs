@@ -142,19 +142,30 @@ impl Header {
     /// # Errors
     /// Too short, or another major version than 2. A higher minor version is accepted (RFC 7296 §2.5).
     pub fn parse(bytes: &[u8]) -> Result<(Self, PayloadType, u32), Error> {
+        let (header, first, major, length) = Self::parse_any_version(bytes)?;
+        if major != 2 {
+            return Err(Misbehaved::MajorVersion(major).into());
+        }
+        Ok((header, first, length))
+    }
+
+    /// The header of a message that may not have parsed, so that it can be answered: of INVALID_MAJOR_VERSION,
+    /// INVALID_SYNTAX and UNSUPPORTED_CRITICAL_PAYLOAD. `None` if there is not even a header.
+    pub fn peek(bytes: &[u8]) -> Option<Self> {
+        Self::parse_any_version(bytes).ok().map(|(header, ..)| header)
+    }
+
+    fn parse_any_version(bytes: &[u8]) -> Result<(Self, PayloadType, u8, u32), Error> {
         let mut r = Reader::new(bytes);
         let initiator = IkeSpi::from_bytes(r.array("IKE header")?);
         let responder = IkeSpi::from_bytes(r.array("IKE header")?);
         let first = PayloadType::from(r.u8("IKE header")?);
-        let version = r.u8("IKE header")?;
+        let major = r.u8("IKE header")? >> 4;
         let exchange = ExchangeType::from(r.u8("IKE header")?);
         let flags = Flags::from_byte(r.u8("IKE header")?);
         let message_id = r.u32("IKE header")?;
         let length = r.u32("IKE header")?;
-        if version >> 4 != 2 {
-            return Err(Misbehaved::MajorVersion(version >> 4).into());
-        }
         let spis = IkeSpis { initiator, responder };
-        Ok((Header { spis, exchange, flags, message_id }, first, length))
+        Ok((Header { spis, exchange, flags, message_id }, first, major, length))
     }
 }

@@ -27,6 +27,7 @@ codes! {
         TemporaryFailure = 43 => "TEMPORARY_FAILURE",
         ChildSaNotFound = 44 => "CHILD_SA_NOT_FOUND",
         StateNotFound = 47 => "STATE_NOT_FOUND",
+        TsMaxQueue = 48 => "TS_MAX_QUEUE",
         InitialContact = 16384 => "INITIAL_CONTACT",
         SetWindowSize = 16385 => "SET_WINDOW_SIZE",
         AdditionalTsPossible = 16386 => "ADDITIONAL_TS_POSSIBLE",

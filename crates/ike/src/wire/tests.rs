@@ -227,6 +227,8 @@ fn a_higher_major_version_is_refused_and_a_higher_minor_one_is_not() {
     bytes[17] = 0x30;
     let error = Datagram::parse(&bytes).unwrap_err();
     assert_eq!(error.notify().map(|n| n.kind), Some(NotifyType::InvalidMajorVersion));
+    assert_eq!(Header::peek(&bytes), Some(init_header()), "whom to tell is known");
+    assert_eq!(Header::peek(&bytes[..27]), None);
 }
 
 #[test]
