@@ -20,6 +20,8 @@ use serde::{Deserialize, Serialize};
 /// "DWAL": this file is a Droveway agent's ledger.
 const APPLICATION_ID: i64 = 0x4457_414c;
 const FORMAT: i64 = 1;
+/// The ledger's file in the state directory.
+pub const FILE: &str = "ledger.sqlite";
 
 /// The open ledger.
 pub struct Ledger {
@@ -112,7 +114,7 @@ pub enum LedgerError {
 impl Ledger {
     /// Opens the ledger in `directory`, making both where they are missing.
     pub fn open(directory: &Path) -> Result<Self, LedgerError> {
-        let path = directory.join("ledger.sqlite");
+        let path = directory.join(FILE);
         let broken = |why: String| LedgerError::Write(path.clone(), why);
         std::fs::DirBuilder::new()
             .recursive(true)

@@ -35,6 +35,7 @@ use model::{EnvironmentId, JoinToken, Name, UnixMillis};
 use tokio::sync::watch;
 
 pub use control::Control;
+pub use ledger::FILE as LEDGER;
 pub use view::View;
 
 use crate::book::Book;

@@ -104,7 +104,11 @@ pub(super) struct Settings {
 impl AgentArgs {
     /// Reads the token. `variable` is what DROVEWAY_TOKEN holds.
     pub(super) fn settle(self, variable: Option<String>) -> Result<Settings, Failure> {
-        let token = read_token(self.token, self.token_file.as_deref(), variable)?;
+        // A host that has joined needs no token: its file, named in a unit or a variable, may be gone since.
+        let joined = self.state_dir.join(agent::LEDGER).exists();
+        let file =
+            self.token_file.as_deref().filter(|file| !joined || *file == Path::new("-") || file.exists());
+        let token = read_token(self.token, file, variable)?;
         Ok(Settings {
             server: self.server.map(|url| url.as_str().trim_end_matches('/').to_owned()),
             token,
@@ -175,6 +179,15 @@ mod tests {
     fn settle(args: &[&str], variable: Option<&str>) -> Result<Settings, Failure> {
         let args = ["agent", "--name", "h1"].iter().chain(args);
         Alone::try_parse_from(args).unwrap().agent.settle(variable.map(str::to_owned))
+    }
+
+    #[test]
+    fn a_lost_token_file_matters_only_to_a_host_that_has_not_joined() {
+        let state = tempfile::tempdir().unwrap();
+        let args = ["--state-dir", state.path().to_str().unwrap(), "--token-file", "/nowhere/token"];
+        assert_eq!(settle(&args, None).unwrap_err().exit, Exit::Usage);
+        std::fs::write(state.path().join(agent::LEDGER), "").unwrap();
+        assert_eq!(settle(&args, None).unwrap().token, None);
     }
 
     fn token(id: &str) -> String {
