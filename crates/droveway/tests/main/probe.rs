@@ -1,9 +1,10 @@
 //! Programs that tests run inside containers and on nodes: this very binary, started there with a role in its environment.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::Child;
+use std::time::Duration;
 
 use droveway::lab::Lab;
 use nix::ifaddrs::getifaddrs;
@@ -24,7 +25,8 @@ fn a_probe() {
             let to: SocketAddr = to.parse().unwrap();
             UdpSocket::bind("0.0.0.0:0").unwrap().send_to(&unhex(payload), to).unwrap();
         }
-        ["get", path] => get(path),
+        ["get", path] => println!("{}", get("169.254.169.250:80", path).unwrap()),
+        ["page", at] => println!("PAGE {}", get(at, "/").unwrap_or_default()),
         ["abuse-api", data] => api::abuse(Path::new(data)),
         ["resolver", at] => resolver(&UdpSocket::bind(at).unwrap()),
         _ => panic!("no such role: {role}"),
@@ -67,6 +69,12 @@ pub fn metadata(lab: &Lab, target: &str, path: &str) -> String {
     body.split("PROBE DONE").next().unwrap().trim().to_owned()
 }
 
+/// What an HTTP server answers with, if anybody does.
+pub fn page(lab: &Lab, target: &str, at: &str) -> String {
+    let said = lab.check(target, &words(&format!("page {at}"))).unwrap();
+    said.split("PAGE ").nth(1).unwrap().split("PROBE DONE").next().unwrap().trim().to_owned()
+}
+
 /// Sends the server's API all that it should refuse.
 pub fn abuse_api(lab: &Lab, target: &str, data: &Path) {
     run(lab, target, &format!("abuse-api {}", data.display()));
@@ -87,14 +95,14 @@ fn raw(interface: &str, frames: &[&str]) {
     }
 }
 
-fn get(path: &str) {
-    let mut stream = TcpStream::connect("169.254.169.250:80").unwrap();
-    stream
-        .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
-        .unwrap();
+fn get(at: &str, path: &str) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&at.parse().unwrap(), Duration::from_secs(2))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    println!("{answer}");
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }
 
 fn resolver(socket: &UdpSocket) {

@@ -70,6 +70,11 @@ pub fn says(lab: &Lab, target: &str, words: &[&str]) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// Lines of their own.
+pub fn lines(text: &str) -> Vec<String> {
+    text.lines().map(str::to_owned).collect()
+}
+
 /// Whether a command succeeds.
 pub fn succeeds(lab: &Lab, target: &str, words: &[&str]) -> bool {
     lab.exec(target, words).unwrap().status.success()
