@@ -2,13 +2,17 @@
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Child;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use droveway::lab::Lab;
 use nix::ifaddrs::getifaddrs;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, sendto, socket};
+use nix::net::if_::if_nametoindex;
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, sendto, socket,
+};
 
 use crate::api;
 
@@ -21,6 +25,7 @@ fn a_probe() {
     let words: Vec<&str> = role.split(' ').collect();
     match words[..] {
         ["raw", interface, ref frames @ ..] => raw(interface, frames),
+        ["capture", interface] => capture(interface),
         ["udp", to, payload] => {
             let to: SocketAddr = to.parse().unwrap();
             UdpSocket::bind("0.0.0.0:0").unwrap().send_to(&unhex(payload), to).unwrap();
@@ -54,6 +59,11 @@ pub fn send(lab: &Lab, target: &str, frames: &[Vec<u8>]) {
 pub fn send_by(lab: &Lab, target: &str, interface: &str, frames: &[Vec<u8>]) {
     let frames: Vec<String> = frames.iter().map(|frame| hex(frame)).collect();
     run(lab, target, &format!("raw {interface} {}", frames.join(" ")));
+}
+
+/// What writes all frames of an interface to its standard error, as a pcap file; the first bytes when it has begun.
+pub fn capture_words(interface: &str) -> Vec<String> {
+    words(&format!("capture {interface}"))
 }
 
 /// Sends a datagram by the ordinary way.
@@ -90,8 +100,27 @@ fn raw(interface: &str, frames: &[&str]) {
     let mut interfaces = getifaddrs().unwrap().filter(|found| found.interface_name == interface);
     let address = interfaces.find_map(|found| found.address?.as_link_addr().copied()).unwrap();
     for frame in frames {
-        use std::os::fd::AsRawFd;
         sendto(socket.as_raw_fd(), &unhex(frame), &address, MsgFlags::empty()).unwrap();
+    }
+}
+
+/// draft-ietf-opsawg-pcap, with microseconds and link type Ethernet.
+fn capture(interface: &str) {
+    let all = Some(SockProtocol::EthAll);
+    let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), all).unwrap();
+    let index = if_nametoindex(interface).unwrap() as usize;
+    let mut out = io::stderr().lock();
+    let head = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0x0001_0000, 1];
+    out.write_all(&head.map(u32::to_le_bytes).concat()).unwrap();
+    let mut frame = vec![0; 1 << 16];
+    loop {
+        let (length, from) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut frame).unwrap();
+        if from.is_none_or(|from| from.ifindex() != index) {
+            continue;
+        }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let head = [now.as_secs() as u32, now.subsec_micros(), length as u32, length as u32];
+        out.write_all(&[&head.map(u32::to_le_bytes).concat(), &frame[..length]].concat()).unwrap();
     }
 }
 
