@@ -1,13 +1,18 @@
 //! A ping that goes on, and must lose nothing.
 
 use std::process::Child;
+use std::time::{Duration, Instant};
 
 use droveway::lab::{Container, Lab};
 
-use crate::support::Look;
+use crate::support::{LIMIT, Look, until};
+
+/// It goes on for so long at least: what it is to survive may be over in no time.
+const LEAST: Duration = Duration::from_millis(500);
 
 pub struct Steady {
     child: Child,
+    begun: Instant,
 }
 
 impl Steady {
@@ -20,7 +25,7 @@ impl Steady {
     pub fn start_with(lab: &Lab, from: &str, words: &[&str], to: &str) -> Self {
         let ping = ["ping", "-n", "-i", "0.05", "-W", "1", to];
         let command: Vec<&str> = words.iter().chain(&ping).copied().collect();
-        Self { child: lab.spawn(from, &command).unwrap() }
+        Self { child: lab.spawn(from, &command).unwrap(), begun: Instant::now() }
     }
 
     /// How many were sent and received.
@@ -30,6 +35,7 @@ impl Steady {
 
     /// The same from anywhere.
     pub fn end_at(self, lab: &Lab, from: &str) -> (u32, u32) {
+        until(LIMIT, "pings went on for a while", || self.begun.elapsed() > LEAST);
         lab.check(from, &["pkill", "-INT", "-x", "ping"]).unwrap();
         let output = self.child.wait_with_output().unwrap();
         let text = String::from_utf8(output.stdout).unwrap();
