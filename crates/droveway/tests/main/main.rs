@@ -6,6 +6,7 @@
 
 mod api;
 mod away;
+mod docker;
 mod drift;
 mod frame;
 mod isolation;

@@ -1,13 +1,18 @@
 //! Programs that tests run inside containers and on nodes: this very binary, started there with a role in its environment.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Child;
+use std::time::{Duration, SystemTime};
 
 use droveway::lab::Lab;
 use nix::ifaddrs::getifaddrs;
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, sendto, socket};
+use nix::net::if_::if_nametoindex;
+use nix::sys::socket::{
+    AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, sendto, socket,
+};
 
 use crate::api;
 
@@ -20,11 +25,13 @@ fn a_probe() {
     let words: Vec<&str> = role.split(' ').collect();
     match words[..] {
         ["raw", interface, ref frames @ ..] => raw(interface, frames),
+        ["capture", interface] => capture(interface),
         ["udp", to, payload] => {
             let to: SocketAddr = to.parse().unwrap();
             UdpSocket::bind("0.0.0.0:0").unwrap().send_to(&unhex(payload), to).unwrap();
         }
-        ["get", path] => get(path),
+        ["get", path] => println!("{}", get("169.254.169.250:80", path).unwrap()),
+        ["page", at] => println!("PAGE {}", get(at, "/").unwrap_or_default()),
         ["abuse-api", data] => api::abuse(Path::new(data)),
         ["resolver", at] => resolver(&UdpSocket::bind(at).unwrap()),
         _ => panic!("no such role: {role}"),
@@ -54,6 +61,11 @@ pub fn send_by(lab: &Lab, target: &str, interface: &str, frames: &[Vec<u8>]) {
     run(lab, target, &format!("raw {interface} {}", frames.join(" ")));
 }
 
+/// What writes all frames of an interface to its standard error, as a pcap file; the first bytes when it has begun.
+pub fn capture_words(interface: &str) -> Vec<String> {
+    words(&format!("capture {interface}"))
+}
+
 /// Sends a datagram by the ordinary way.
 pub fn send_udp(lab: &Lab, target: &str, to: SocketAddr, payload: &[u8]) {
     run(lab, target, &format!("udp {to} {}", hex(payload)));
@@ -65,6 +77,12 @@ pub fn metadata(lab: &Lab, target: &str, path: &str) -> String {
     assert!(said.contains("HTTP/1.1 200") && said.contains("PROBE DONE"), "{said}");
     let (_, body) = said.split_once("\r\n\r\n").unwrap();
     body.split("PROBE DONE").next().unwrap().trim().to_owned()
+}
+
+/// What an HTTP server answers with, if anybody does.
+pub fn page(lab: &Lab, target: &str, at: &str) -> String {
+    let said = lab.check(target, &words(&format!("page {at}"))).unwrap();
+    said.split("PAGE ").nth(1).unwrap().split("PROBE DONE").next().unwrap().trim().to_owned()
 }
 
 /// Sends the server's API all that it should refuse.
@@ -82,19 +100,38 @@ fn raw(interface: &str, frames: &[&str]) {
     let mut interfaces = getifaddrs().unwrap().filter(|found| found.interface_name == interface);
     let address = interfaces.find_map(|found| found.address?.as_link_addr().copied()).unwrap();
     for frame in frames {
-        use std::os::fd::AsRawFd;
         sendto(socket.as_raw_fd(), &unhex(frame), &address, MsgFlags::empty()).unwrap();
     }
 }
 
-fn get(path: &str) {
-    let mut stream = TcpStream::connect("169.254.169.250:80").unwrap();
-    stream
-        .write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").as_bytes())
-        .unwrap();
+/// draft-ietf-opsawg-pcap, with microseconds and link type Ethernet.
+fn capture(interface: &str) {
+    let all = Some(SockProtocol::EthAll);
+    let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), all).unwrap();
+    let index = if_nametoindex(interface).unwrap() as usize;
+    let mut out = io::stderr().lock();
+    let head = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0x0001_0000, 1];
+    out.write_all(&head.map(u32::to_le_bytes).concat()).unwrap();
+    let mut frame = vec![0; 1 << 16];
+    loop {
+        let (length, from) = recvfrom::<LinkAddr>(socket.as_raw_fd(), &mut frame).unwrap();
+        if from.is_none_or(|from| from.ifindex() != index) {
+            continue;
+        }
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let head = [now.as_secs() as u32, now.subsec_micros(), length as u32, length as u32];
+        out.write_all(&[&head.map(u32::to_le_bytes).concat(), &frame[..length]].concat()).unwrap();
+    }
+}
+
+fn get(at: &str, path: &str) -> io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&at.parse().unwrap(), Duration::from_secs(2))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut answer = String::new();
-    stream.read_to_string(&mut answer).unwrap();
-    println!("{answer}");
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
 }
 
 fn resolver(socket: &UdpSocket) {

@@ -2,15 +2,13 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::Ipv4Addr;
-use std::process::{Child, ChildStderr, ChildStdout};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use droveway::lab::{Container, Lab, LabSpec, RunSpec};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 /// How long anything may take that is no subject of a test.
 pub const LIMIT: Duration = Duration::from_secs(15);
@@ -70,6 +68,11 @@ pub fn says(lab: &Lab, target: &str, words: &[&str]) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
+/// Lines of their own.
+pub fn lines(text: &str) -> Vec<String> {
+    text.lines().map(str::to_owned).collect()
+}
+
 /// Whether a command succeeds.
 pub fn succeeds(lab: &Lab, target: &str, words: &[&str]) -> bool {
     lab.exec(target, words).unwrap().status.success()
@@ -117,26 +120,39 @@ pub fn meet(lab: &Lab, from: &Container, to: &Container) {
 }
 
 /// Packets seen at one place, as tcpdump prints them: one line each.
+///
+/// They are taken by a probe there and printed by tcpdump here: tcpdump itself insists on giving up privileges, which
+/// root in a user namespace cannot.
 pub struct Capture {
-    child: Child,
+    children: [Child; 2],
     lines: Arc<Mutex<Vec<String>>>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Capture {
-    /// Begins to capture; comes back when nothing is missed any more. `words` runs before tcpdump.
+    /// Begins to capture; comes back when nothing is missed any more. `words` runs before the probe.
     pub fn start(lab: &Lab, target: &str, words: &[&str], interface: &str, filter: &str) -> Self {
-        let dump = ["tcpdump", "-Z", "root", "-l", "-n", "-e", "--immediate-mode", "-i", interface, filter];
-        let command: Vec<&str> = words.iter().copied().chain(dump).collect();
-        let mut child = lab.spawn(target, &command).unwrap();
+        let probe = crate::probe::capture_words(interface);
+        let command: Vec<&str> = words.iter().copied().chain(probe.iter().map(String::as_str)).collect();
+        let mut taker = lab.command(target, &command).unwrap();
+        taker.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut taker = taker.spawn().unwrap();
+        let mut printer = Command::new("tcpdump")
+            .args(["-r", "-", "-l", "-n", "-e", filter])
+            .stdin(taker.stderr.take().unwrap())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("tcpdump: {error}; is it installed?"));
         let lines = Arc::new(Mutex::new(Vec::new()));
         let errors = Arc::new(Mutex::new(Vec::new()));
-        let out: ChildStdout = child.stdout.take().unwrap();
-        let err: ChildStderr = child.stderr.take().unwrap();
-        let threads = vec![collect(out, &lines), collect(err, &errors)];
-        let capture = Self { child, lines, threads };
-        until(LIMIT, &format!("tcpdump listens on {interface} of {target} (is it installed?)"), || {
-            errors.lock().unwrap().iter().any(|line: &String| line.contains("listening on"))
+        let threads = vec![
+            collect(printer.stdout.take().unwrap(), &lines),
+            collect(printer.stderr.take().unwrap(), &errors),
+        ];
+        let capture = Self { children: [taker, printer], lines, threads };
+        until(LIMIT, &format!("packets on {interface} of {target} are captured"), || {
+            errors.lock().unwrap().iter().any(|line: &String| line.contains("reading from"))
         });
         capture
     }
@@ -171,8 +187,10 @@ fn collect(from: impl std::io::Read + Send + 'static, to: &Arc<Mutex<Vec<String>
 
 impl Drop for Capture {
     fn drop(&mut self) {
-        let _ = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
-        let _ = self.child.wait();
+        for child in &mut self.children {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
