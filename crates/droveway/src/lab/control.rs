@@ -428,7 +428,9 @@ impl Lab {
             BufReader::new(out).read_line(&mut line)?;
         }
         ensure!(line.trim() == supervisor::READY, "lab {} does not start{}", self.spec.name, tail(&log));
-        state.init = Supervisor::load(&self.spec.dir)?.and_then(|supervisor| supervisor.init);
+        // The inner process may be ready before the outer one has written down which it is.
+        let written = || Ok(Supervisor::load(&self.spec.dir)?.and_then(|supervisor| supervisor.init));
+        state.init = wait_for(DEATH_LIMIT, written)?;
         state.save()
     }
 
