@@ -121,6 +121,15 @@ impl Endpoint {
     fn inherit(&mut self, from: IkeSpi, to: IkeSpi, now: Instant) {
         let Some(mut old) = self.sas.remove(&from) else { return };
         let heir = self.with_sa(to, now, |new, _| new.inherit(&mut old));
+        if let (Some(()), Some(peer)) = (heir, old.peer) {
+            for other in self.sas_of(peer) {
+                self.with_sa(other, now, |sa, _| {
+                    if sa.replaces == Some(from) {
+                        sa.replaces = Some(to);
+                    }
+                });
+            }
+        }
         self.sas.insert(from, old);
         self.with_sa(from, now, |old, cx| match heir {
             Some(()) if old.is_up() => old.retire(Phase::Replaced, cx),

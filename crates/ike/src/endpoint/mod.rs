@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::auth::UnixSeconds;
-use crate::config::{ChildConfig, Config, PeerConfig, PeerId};
+use crate::config::{ChildConfig, Config, PeerConfig, PeerId, Timing};
 use crate::error::{Error, Misbehaved};
 use crate::event::{ChildUse, Event, Failure, Path, Slot, Status, Transmit};
 use crate::proposal::{EspSuite, IkeSuite};
@@ -111,6 +111,11 @@ impl Endpoint {
     /// The time of day has been set anew.
     pub fn set_wall_clock(&mut self, unix: UnixSeconds, now: Instant) {
         self.clock = (now, unix);
+    }
+
+    /// Sets how long everything may take. What is under way keeps its times.
+    pub fn set_timing(&mut self, timing: Timing) {
+        self.config.timing = timing;
     }
 
     /// Adds a peer, or changes what is known of it. An SA that is up stays up.

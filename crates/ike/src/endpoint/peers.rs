@@ -14,6 +14,9 @@ use crate::wire::{EspSpi, IkeSpi};
 /// How long the successor of an SA may take to have all its children, before the old one goes all the same.
 const HAND_OVER: Duration = Duration::from_secs(10);
 
+/// How long a second SA may stay, whoever was to delete it.
+const SURPLUS: Duration = Duration::from_secs(30);
+
 /// What is known of a peer beyond its configuration.
 pub(super) struct Peer {
     pub(super) sas: BTreeSet<IkeSpi>,
@@ -33,6 +36,8 @@ pub(super) struct Peer {
     outbound: BTreeMap<Slot, EspSpi>,
     pub(super) hint_at: Option<Instant>,
     handing_over: Option<Instant>,
+    /// Since when there is more than one SA that could have children.
+    surplus: Option<Instant>,
     idle_since: Instant,
 }
 
@@ -52,6 +57,7 @@ impl Peer {
             outbound: BTreeMap::new(),
             hint_at: None,
             handing_over: None,
+            surplus: None,
             idle_since: now,
         }
     }
@@ -127,7 +133,8 @@ impl Endpoint {
             Some(primary) => {
                 let children = self.make_children(peer, primary, &config, now);
                 let handed = self.hand_over(peer, primary, now);
-                children.into_iter().chain(handed).min()
+                let surplus = self.end_surplus(peer, primary, now);
+                children.into_iter().chain(handed).chain(surplus).min()
             }
         };
         self.choose_outbound(peer);
@@ -281,6 +288,27 @@ impl Endpoint {
             self.initiate(peer, path, Some(primary), now);
         }
         Some(retry)
+    }
+
+    /// A second SA that stays, because its deletion was lost with the peer's memory or is another implementation's
+    /// habit not to send, goes in the end.
+    fn end_surplus(&mut self, peer: PeerId, primary: IkeSpi, now: Instant) -> Option<Instant> {
+        let usable = |it: &IkeSpi| *it != primary && self.sas.get(it).is_some_and(|sa| is_usable(sa));
+        let others: Vec<IkeSpi> = self.sas_of(peer).into_iter().filter(usable).collect();
+        let state = self.peers.get_mut(&peer)?;
+        if others.is_empty() {
+            state.surplus = None;
+            return None;
+        }
+        let until = *state.surplus.get_or_insert(now) + SURPLUS;
+        if until > now {
+            return Some(until);
+        }
+        state.surplus = None;
+        for other in others {
+            self.with_sa(other, now, |sa, cx| sa.close(Failure::Replaced, cx));
+        }
+        None
     }
 
     /// For each slot the best SA to send on; the owner is told when it is another than before.

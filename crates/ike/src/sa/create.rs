@@ -50,6 +50,8 @@ pub(crate) struct CreateChild {
     made: Option<Made>,
     /// What the peer made in the same place while we asked.
     collision: Option<Collision>,
+    /// What the peer deleted meanwhile and we do not know: perhaps its answer to this.
+    pub(super) deleted: Vec<EspSpi>,
 }
 
 #[derive(Debug)]
@@ -68,7 +70,7 @@ struct Collision {
 impl CreateChild {
     /// A child where there is none.
     pub(crate) fn new(slot: Slot) -> Self {
-        Self { slot, rekeys: None, group: None, retries: 0, made: None, collision: None }
+        Self { slot, rekeys: None, group: None, retries: 0, made: None, collision: None, deleted: Vec::new() }
     }
 
     pub(super) fn offer(&self) -> Option<&Offer> {
@@ -153,6 +155,7 @@ impl Sa {
             self.create_refused(task, refusal, cx);
             return Ok(());
         }
+        let deleted = std::mem::take(&mut task.deleted);
         let nr = need(body.nonce.clone(), PayloadType::Nonce)?;
         let Some(config) = self.config(cx).cloned() else { return Ok(()) };
         let wanted = config.children.iter().find(|it| it.id == task.slot.child);
@@ -169,6 +172,14 @@ impl Sa {
         };
         let agreed = self.narrow(child, &body, true)?;
         let outbound = selected.peer_spi;
+        if deleted.contains(&outbound) {
+            // Made, used up and deleted while the answer was under way.
+            self.forget_offer(Some(&made.offer), cx);
+            if let Some(old) = task.rekeys {
+                self.push(Task::Close(vec![old]));
+            }
+            return Ok(());
+        }
         let (ours, theirs) = self.child_keys(selected.suite, shared, &made.nonce, &nr)?;
         let stage = self.after_rekey(&task, made.nonce.as_bytes().min(nr.as_bytes()));
         let told = stage == Stage::Up;
@@ -305,6 +316,8 @@ impl Sa {
                     }
                     // We are deleting it (RFC 7296 §2.25.1); or the peer has already replaced it.
                     Some((_, Stage::Closing | Stage::Replaced { .. })) => return Ok(temporary()),
+                    // Perhaps what we asked for a moment ago, whose answer is still under way.
+                    None if matches!(self.current, Some(Task::Create(_))) => return Ok(temporary()),
                     None => {
                         let notify = Notify::about_esp(NotifyType::ChildSaNotFound, spi);
                         return Ok(vec![Payload::Notify(notify)]);

@@ -130,7 +130,13 @@ impl Sa {
             let Delete::Esp(spis) = delete else { continue };
             any = true;
             for spi in spis {
-                let Some(child) = self.children.values().find(|it| it.outbound == *spi) else { continue };
+                let Some(child) = self.children.values().find(|it| it.outbound == *spi) else {
+                    // Perhaps what we asked for a moment ago, whose answer is still under way.
+                    if let Some(Task::Create(ours)) = &mut self.current {
+                        ours.deleted.push(*spi);
+                    }
+                    continue;
+                };
                 let (inbound, stage) = (child.inbound, child.stage);
                 match stage {
                     // Our own request says so already.

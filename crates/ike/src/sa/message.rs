@@ -76,7 +76,8 @@ impl Sa {
             }
             return;
         }
-        if self.phase == Phase::Gone {
+        // Until we know who it is, we only hear its answer; it will ask again (RFC 7296 §2.1).
+        if self.phase == Phase::Gone || (self.phase == Phase::Auth && !header.flags.response) {
             return;
         }
         self.heard(cx.now);
@@ -238,7 +239,7 @@ impl Sa {
             ) => Ok(vec![Payload::Notify(Notify::status(NotifyType::TemporaryFailure))]),
             (
                 ExchangeType::Informational,
-                Phase::Up | Phase::Replaced | Phase::Redundant | Phase::Closing(_) | Phase::Auth,
+                Phase::Up | Phase::Replaced | Phase::Redundant | Phase::Closing(_),
             ) => Ok(self.respond_inform(&body, cx)),
             _ => Err(Misbehaved::Protocol("an exchange that has no place here").into()),
         }

@@ -227,7 +227,7 @@ pub(crate) struct Sa {
     pub(crate) children: BTreeMap<EspSpi, Child>,
     /// When it came about, among all that happened.
     pub(crate) born: u64,
-    /// When it was authenticated, among all that happened.
+    /// When it, or the SA that it descends from, was authenticated, among all that happened.
     pub(crate) established: u64,
     /// The lowest nonce of its making: it decides between two made at once (RFC 7296 §2.8.1).
     pub(crate) lowest: Vec<u8>,
@@ -360,8 +360,16 @@ impl Sa {
 
     /// Begins the next exchange, if none is under way.
     pub(crate) fn begin_next(&mut self, cx: &mut Cx<'_>) {
-        while self.current.is_none() && !matches!(self.phase, Phase::Dead(_) | Phase::Gone) {
-            let Some(task) = self.tasks.pop_front() else { return };
+        while self.current.is_none() {
+            let next = match &self.phase {
+                Phase::Init | Phase::Auth | Phase::HalfOpen | Phase::Up => Some(0),
+                // On its way out it begins nothing but its end; the rest is its heir's.
+                Phase::Replaced | Phase::Redundant | Phase::Closing(_) => {
+                    self.tasks.iter().position(|task| matches!(task, Task::Bye))
+                }
+                Phase::Gone | Phase::Dead(_) => None,
+            };
+            let Some(task) = next.and_then(|at| self.tasks.remove(at)) else { return };
             if let Err(error) = self.build(task, cx) {
                 self.die(Failure::from(&error), cx);
             }
@@ -370,16 +378,6 @@ impl Sa {
 
     /// Builds a task's request and sends it. A task that has become needless does nothing.
     fn build(&mut self, task: Task, cx: &mut Cx<'_>) -> Result<(), Error> {
-        // An SA on its way out begins nothing but its end.
-        let last = matches!(task, Task::Bye);
-        match &self.phase {
-            Phase::Init | Phase::Auth | Phase::HalfOpen | Phase::Up => {}
-            Phase::Replaced | Phase::Redundant | Phase::Closing(_) | Phase::Gone | Phase::Dead(_) => {
-                if !last {
-                    return Ok(());
-                }
-            }
-        }
         match task {
             Task::Open(task) => self.build_open(task, cx),
             Task::Auth(task) => self.build_auth(task, cx),
@@ -484,7 +482,6 @@ impl Sa {
         if self.is_up() {
             let timing = &cx.config.timing;
             at.extend([self.rekey_at, self.expire_at]);
-            at.extend(self.reauth_at);
             if !self.is_busy() {
                 at.push(self.last_heard + timing.liveness);
             }

@@ -185,7 +185,7 @@ impl Sa {
         new.authenticated_by_us = self.authenticated_by_us;
         new.reauth_at = self.reauth_at;
         new.replaces = self.replaces;
-        new.established = cx.shared.next_ordinal();
+        new.established = self.established;
         new.set_nonces(ni, nr);
         new
     }

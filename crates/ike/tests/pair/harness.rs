@@ -357,10 +357,10 @@ impl Pair {
                 return Err(format!("host {host} is not up: {:?}", it.endpoint.status(PEER)));
             }
             if sas.len() != 1 || !sas[0].up {
-                return Err(format!("host {host} has {} IKE SAs: {sas:#?}", sas.len()));
+                return Err(format!("host {host} has {} IKE SAs", sas.len()));
             }
             if sas[0].children.iter().any(|it| !it.up) || sas[0].children.len() != children.len() {
-                return Err(format!("host {host} has other children: {:#?}", sas[0].children));
+                return Err(format!("host {host} has other children"));
             }
             if it.inbound.len() != children.len() || it.outbound.len() != children.len() {
                 let (inbound, outbound) = (it.inbound.keys(), it.outbound.keys());
@@ -409,7 +409,19 @@ impl Pair {
     pub fn story(&self) -> String {
         let tell = |host: usize| {
             let log = &self.hosts[host].log;
-            log[log.len().saturating_sub(60)..].join("\n  ")
+            let sas = self.hosts[host].endpoint.sas(PEER);
+            let sas = sas.iter().map(|it| {
+                let children = it.children.iter().map(|it| (it.slot.child.0, it.inbound.0, it.up));
+                format!(
+                    "{}-{} up: {} {:?}",
+                    it.spis.initiator,
+                    it.spis.responder,
+                    it.up,
+                    children.collect::<Vec<_>>()
+                )
+            });
+            let lines = log[log.len().saturating_sub(60)..].iter().cloned().chain(sas);
+            lines.collect::<Vec<_>>().join("\n  ")
         };
         format!("at {:?}\nhost 0:\n  {}\nhost 1:\n  {}", self.now - self.begun, tell(0), tell(1))
     }

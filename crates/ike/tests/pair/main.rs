@@ -1,6 +1,7 @@
 //! Two endpoints in one test, with virtual time.
 
 mod harness;
+mod storm;
 
 use std::time::Duration;
 
