@@ -48,8 +48,8 @@ pub(crate) struct CreateChild {
     group: Option<Group>,
     retries: u32,
     made: Option<Made>,
-    /// What the peer made in the same place while we asked.
-    collision: Option<Collision>,
+    /// The lowest nonce of what the peer made in the same place while we asked.
+    collision: Option<Vec<u8>>,
     /// What the peer deleted meanwhile and we do not know: perhaps its answer to this.
     pub(super) deleted: Vec<EspSpi>,
 }
@@ -59,12 +59,6 @@ struct Made {
     offer: Offer,
     nonce: Nonce,
     pair: Option<KeyPair>,
-}
-
-#[derive(Debug)]
-struct Collision {
-    inbound: EspSpi,
-    lowest: Vec<u8>,
 }
 
 impl CreateChild {
@@ -195,10 +189,8 @@ impl Sa {
     /// What our new child is to be, and what becomes of the old one.
     fn after_rekey(&mut self, task: &CreateChild, lowest: &[u8]) -> Stage {
         let inbound = task.rekeys;
-        let lost = task
-            .collision
-            .as_ref()
-            .is_some_and(|other| self.children.contains_key(&other.inbound) && lowest < &other.lowest[..]);
+        // By the nonces alone: the peer's child may itself have been replaced by the time that our answer comes.
+        let lost = task.collision.as_ref().is_some_and(|lowest_of_peer| lowest < &lowest_of_peer[..]);
         if lost {
             // The old one is the peer's to delete; ours is the one too many.
             return Stage::Closing;
@@ -340,8 +332,7 @@ impl Sa {
             if let Some(Task::Create(ours)) = &mut self.current
                 && ours.rekeys == Some(old)
             {
-                let lowest = ni.as_bytes().min(nr.as_bytes()).to_vec();
-                ours.collision = Some(Collision { inbound: new, lowest });
+                ours.collision = Some(ni.as_bytes().min(nr.as_bytes()).to_vec());
             }
         }
         Ok(payloads)

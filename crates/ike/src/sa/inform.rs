@@ -73,6 +73,10 @@ impl Sa {
 
     /// Takes a child away that another replaced, if one did: packets under way may still come (RFC 7296 §2.8).
     fn drop_replaced(&mut self, spi: EspSpi, otherwise: Failure, cx: &mut Cx<'_>) {
+        if let Some(Stage::Replaced { by }) = self.children.get(&spi).map(|it| it.stage) {
+            // Whoever ends it, its successor is what is left.
+            self.confirm(by);
+        }
         let Some(child) = self.children.get(&spi) else { return };
         let heir = self.children.values().any(|it| {
             it.slot == child.slot && it.inbound != spi && it.stage == Stage::Up && it.ordinal > child.ordinal
@@ -115,9 +119,9 @@ impl Sa {
         self.linger(why, cx);
     }
 
-    /// Replaced, and deleted: only the answer may be wanted again. The children are still here to be taken.
+    /// Replaced, and deleted: only the answer may be wanted again. The children and tasks are still here to be
+    /// taken.
     fn retire_now(&mut self, cx: &mut Cx<'_>) {
-        self.tasks.clear();
         self.current = None;
         self.retire(Phase::Replaced, cx);
         self.window.forget();
@@ -141,10 +145,8 @@ impl Sa {
                 match stage {
                     // Our own request says so already.
                     Stage::Closing if self.is_closing_now(inbound) => {}
-                    Stage::Closing | Stage::Up | Stage::Receiving => ours.push(inbound),
-                    Stage::Replaced { by } => {
-                        self.confirm(by);
-                        ours.push(inbound);
+                    Stage::Closing | Stage::Up | Stage::Receiving | Stage::Replaced { .. } => {
+                        ours.push(inbound)
                     }
                 }
                 self.drop_replaced(inbound, Failure::ClosedByPeer, cx);

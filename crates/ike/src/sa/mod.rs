@@ -565,18 +565,23 @@ impl Sa {
             self.rekey_at = self.expire_at;
             self.push(Task::Rekey(Box::default()));
         }
-        let mut expired = Vec::new();
+        let (mut expired, mut confirmed) = (Vec::new(), Vec::new());
         for child in self.children.values_mut() {
             if child.life.expire_at <= now {
-                if child.stage != Stage::Closing {
-                    expired.push(child.inbound);
+                // Asked again should it still be there: an exchange may have been lost with the SA it was on.
+                expired.push(child.inbound);
+                child.life.expire_at = now + GIVE_UP;
+                if let Stage::Replaced { by } = child.stage {
+                    confirmed.push(by);
                 }
                 child.stage = Stage::Closing;
-                child.life.expire_at = now + GIVE_UP;
             } else if child.stage == Stage::Up && child.life.rekey_at <= now {
                 child.life.rekey_at = child.life.expire_at;
                 self.tasks.push_back(Task::Create(Box::new(CreateChild::rekey(child.slot, child.inbound))));
             }
+        }
+        for spi in confirmed {
+            self.confirm(spi);
         }
         if !expired.is_empty() {
             self.push(Task::Close(expired));
