@@ -13,8 +13,8 @@ use ike::auth::{Credential, Identity, SigningKey, SpkiHash, Trust};
 use ike::proposal::{EspOffer, IkeOffer};
 use ike::wire::{EspSpi, IpSelector, SecurityLabel};
 use ike::{
-    ChildConfig, ChildId, ChildSa, ChildUse, Config, Endpoint, Event, Failure, Initiate, Path, PeerConfig,
-    PeerId, PeerKind, Slot, Status, Timing,
+    ChildConfig, ChildId, ChildSa, ChildUse, Config, Endpoint, Event, Failure, Initiate, Limits, Path,
+    PeerConfig, PeerId, PeerKind, Slot, Status, Timing,
 };
 
 /// The peer, as each of the two calls the other.
@@ -155,10 +155,18 @@ impl Pair {
         Self::with(seed, Timing::default(), |_, _| {})
     }
 
-    pub fn with(seed: u64, timing: Timing, mut tune: impl FnMut(usize, &mut PeerConfig)) -> Self {
+    pub fn with(seed: u64, timing: Timing, tune: impl FnMut(usize, &mut PeerConfig)) -> Self {
+        Self::with_config(seed, Config { timing, ..Config::default() }, tune)
+    }
+
+    pub fn with_limits(seed: u64, limits: Limits, tune: impl FnMut(usize, &mut PeerConfig)) -> Self {
+        Self::with_config(seed, Config { limits, ..Config::default() }, tune)
+    }
+
+    fn with_config(seed: u64, config: Config, mut tune: impl FnMut(usize, &mut PeerConfig)) -> Self {
         let now = Instant::now();
         let hosts = [0, 1].map(|host| {
-            let config = Config { timing: timing.clone(), ..Config::default() };
+            let config = config.clone();
             let mut it = Host::new(host, config, seed, now);
             let mut peer = peer_config(host, [address(0), address(1)], &[1]);
             tune(host, &mut peer);

@@ -1,6 +1,8 @@
 //! Two endpoints in one test, with virtual time.
 
+mod collisions;
 mod harness;
+mod scenarios;
 mod storm;
 
 use std::time::Duration;
