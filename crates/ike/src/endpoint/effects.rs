@@ -190,7 +190,8 @@ impl Endpoint {
         self.with_sa(loser, now, |sa, cx| {
             sa.retire(Phase::Redundant, cx);
             if sa.authenticated_by_us {
-                sa.push(Task::Bye);
+                // The peer should see the other one up first.
+                sa.push_later(cx.config.timing.retransmit_first, Task::Bye, now);
             }
         });
     }

@@ -303,7 +303,10 @@ impl Endpoint {
             sa.remote_spi() == theirs || sa.phase == Phase::Init
         });
         if known {
-            self.with_sa(ours, now, |sa, cx| sa.handle(datagram, bytes, path, cx));
+            if self.with_sa(ours, now, |sa, cx| sa.handle(datagram, bytes, path, cx)) == Some(true) {
+                self.settle(now);
+                self.with_sa(ours, now, |sa, cx| sa.handle(datagram, bytes, path, cx));
+            }
         } else if !header.flags.response && !matches!(datagram, Datagram::Clear(_)) {
             // It speaks of an SA that we do not have, perhaps from before we began (RFC 7296 §2.21.4).
             self.answer_in_clear(&header, Notify::status(NotifyType::InvalidIkeSpi), path, now);
@@ -407,6 +410,7 @@ impl Endpoint {
 
     /// Does what is due by now.
     pub fn handle_timeout(&mut self, now: Instant) {
+        self.strangers.expire(now);
         let due: Vec<Timer> =
             self.timers.iter().take_while(|(at, _)| *at <= now).map(|(_, timer)| *timer).collect();
         for timer in due {

@@ -141,7 +141,8 @@ impl Strangers {
         self.half_open.len()
     }
 
-    fn expire(&mut self, now: Instant) {
+    /// Forgets those whose time is over.
+    pub(super) fn expire(&mut self, now: Instant) {
         let over: Vec<u64> =
             self.half_open.iter().filter(|(_, it)| it.until <= now).map(|(spi, _)| *spi).collect();
         for spi in over {

@@ -93,7 +93,6 @@ impl Sa {
             self.deleted_by_peer(cx);
             return Vec::new();
         }
-        self.decide_by_use(cx);
         let mut payloads = self.respond_deletes(body, cx);
         payloads.extend(self.respond_move(body, cx));
         payloads

@@ -6,8 +6,8 @@ use crate::config::PeerKind;
 use crate::error::{Error, Misbehaved};
 use crate::event::{Failure, Path};
 use crate::wire::{
-    Datagram, Encrypted, ExchangeType, Flags, Fragment, Header, MAX_MESSAGE, Message, Notify, NotifyType,
-    Payload,
+    Datagram, Delete, Encrypted, ExchangeType, Flags, Fragment, Header, MAX_MESSAGE, Message, Notify,
+    NotifyType, Payload,
 };
 
 impl From<&Error> for Failure {
@@ -42,12 +42,18 @@ impl From<NotifyType> for Failure {
 }
 
 impl Sa {
-    /// A datagram for this SA came by `path`.
-    pub(crate) fn handle(&mut self, datagram: &Datagram<'_>, bytes: &[u8], path: Path, cx: &mut Cx<'_>) {
+    /// A datagram for this SA came by `path`. True: it is to be handled again, after the effects of this.
+    pub(crate) fn handle(
+        &mut self,
+        datagram: &Datagram<'_>,
+        bytes: &[u8],
+        path: Path,
+        cx: &mut Cx<'_>,
+    ) -> bool {
         let header = *datagram.header();
         // The sender's role must be the other than ours (RFC 7296 §3.1).
         if header.flags.initiator == self.opener || matches!(self.phase, Phase::Dead(_)) {
-            return;
+            return false;
         }
         let seen = match (header.flags.response, self.window.outstanding() == Some(header.message_id)) {
             (true, true) => Seen::New,
@@ -55,17 +61,20 @@ impl Sa {
             (false, _) => self.window.seen(header.message_id),
         };
         if seen == Seen::Outside {
-            return;
+            return false;
         }
         let opened = match datagram {
-            Datagram::Clear(message) => return self.handle_clear(message, bytes, path, cx),
+            Datagram::Clear(message) => {
+                self.handle_clear(message, bytes, path, cx);
+                return false;
+            }
             Datagram::Encrypted(encrypted) => self.open_whole(encrypted),
             Datagram::Fragment(fragment) if seen == Seen::Again => self.open_first(fragment),
             Datagram::Fragment(fragment) => self.open_part(fragment),
         };
         let opened = match opened {
             // Nobody knows who sent it (RFC 7296 §2.21.4).
-            Ok(None) | Err(Error::PeerMisbehaved(Misbehaved::Integrity)) => return,
+            Ok(None) | Err(Error::PeerMisbehaved(Misbehaved::Integrity)) => return false,
             Ok(Some(message)) => Ok(message),
             Err(error) => Err(error),
         };
@@ -74,22 +83,34 @@ impl Sa {
             for datagram in self.window.last_answer() {
                 cx.shared.send(path, datagram);
             }
-            return;
+            return false;
         }
         // Until we know who it is, we only hear its answer; it will ask again (RFC 7296 §2.1).
         if self.phase == Phase::Gone || (self.phase == Phase::Auth && !header.flags.response) {
-            return;
+            return false;
         }
         self.heard(cx.now);
         self.seen_from = Some(path);
         self.follow(path, cx);
         let body = opened.and_then(|message| Body::sort(message.payloads));
+        if let (Some(from), Ok(asked)) = (self.undecided, &body)
+            && !header.flags.response
+            && !asked.deletes.contains(&Delete::Ike)
+        {
+            // A collision about this SA is not decided here, but the peer uses it: there it is (RFC 7296 §2.25.2).
+            // The children must be here before the answer.
+            self.undecided = None;
+            let to = self.local_spi();
+            cx.effect(Effect::Inherit { from, to });
+            return true;
+        }
         if header.flags.response {
             self.handle_response(&header, body, bytes, cx);
         } else {
             self.handle_request(&header, body, cx);
         }
         self.begin_next(cx);
+        false
     }
 
     /// A fresh, authenticated message came by this path: the peer is there now (RFC 7296 §2.23). A foreign peer that
@@ -228,10 +249,7 @@ impl Sa {
     fn answer(&mut self, exchange: ExchangeType, body: Body, cx: &mut Cx<'_>) -> Result<Vec<Payload>, Error> {
         match (exchange, &self.phase) {
             (ExchangeType::IkeAuth, Phase::HalfOpen) => self.respond_auth(body, cx),
-            (ExchangeType::CreateChildSa, Phase::Up) => {
-                self.decide_by_use(cx);
-                self.respond_create_child_sa(body, cx)
-            }
+            (ExchangeType::CreateChildSa, Phase::Up) => self.respond_create_child_sa(body, cx),
             // On its way out, or replaced (RFC 7296 §2.25.2).
             (
                 ExchangeType::CreateChildSa,
@@ -242,14 +260,6 @@ impl Sa {
                 Phase::Up | Phase::Replaced | Phase::Redundant | Phase::Closing(_),
             ) => Ok(self.respond_inform(&body, cx)),
             _ => Err(Misbehaved::Protocol("an exchange that has no place here").into()),
-        }
-    }
-
-    /// The peer uses this SA although a collision about it was not decided here: it is, there (RFC 7296 §2.25.2).
-    pub(super) fn decide_by_use(&mut self, cx: &mut Cx<'_>) {
-        if let Some(from) = self.undecided.take() {
-            let to = self.local_spi();
-            cx.effect(Effect::Inherit { from, to });
         }
     }
 

@@ -354,7 +354,7 @@ impl Sa {
     }
 
     /// Something to do not before `wait` is over.
-    fn push_later(&mut self, wait: Duration, task: Task, now: Instant) {
+    pub(crate) fn push_later(&mut self, wait: Duration, task: Task, now: Instant) {
         self.later.push((now + wait, task));
     }
 

@@ -346,7 +346,7 @@ fn a_packet_from_elsewhere_moves_nobody_unless_it_is_fresh_and_authenticated() {
     pair.run(SECOND);
     let from: SocketAddr = "203.0.113.66:666".parse().unwrap();
     let packets = seen.lock().unwrap().clone();
-    assert!(packets.len() >= 4);
+    assert!(packets.len() >= 3);
     let before = pair.hosts[1].endpoint.sas(PEER);
     for mut packet in packets {
         for flip in [false, true] {
