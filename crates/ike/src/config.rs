@@ -76,7 +76,7 @@ pub enum PeerKind {
     Foreign,
 }
 
-/// One wanted child.
+/// One wanted child. Its id is its identity: a child with other selectors, label or worker takes another id.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChildConfig {
     /// The owner's name of it.
@@ -170,9 +170,9 @@ impl Default for Timing {
             liveness: Duration::from_secs(10),
             keepalive: Duration::from_secs(20),
             half_open: Duration::from_secs(20),
-            ike_rekey: Duration::from_secs(4 * 3600),
+            ike_rekey: Duration::from_hours(4),
             reauth: None,
-            child_rekey: Duration::from_secs(3600),
+            child_rekey: Duration::from_hours(1),
             child_bytes: 1 << 40,
             child_packets: 1 << 36,
             jitter_tenths: 2,

@@ -40,7 +40,7 @@ impl Endpoint {
     }
 
     fn settle_sa(&mut self, spi: IkeSpi, now: Instant) {
-        self.with_sa(spi, now, |sa, cx| sa.begin_next(cx));
+        self.with_sa(spi, now, Sa::begin_next);
         self.touched.remove(&Timer::Sa(spi));
         let Some(sa) = self.sas.get(&spi) else { return self.arm(Timer::Sa(spi), None) };
         let (peer, phase) = (sa.peer, sa.phase.clone());

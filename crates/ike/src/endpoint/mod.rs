@@ -181,7 +181,7 @@ impl Endpoint {
         }
         for spi in self.sas_of(peer) {
             if self.sas.get(&spi).is_some_and(|sa| matches!(sa.phase, Phase::Init | Phase::Auth)) {
-                self.with_sa(spi, now, |sa, cx| sa.hurry(cx));
+                self.with_sa(spi, now, Sa::hurry);
             }
         }
         self.touch(Timer::Peer(peer));

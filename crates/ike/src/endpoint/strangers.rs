@@ -14,7 +14,7 @@ use crate::config::{Limits, Timing};
 use crate::random::{Random, Seeded};
 
 /// How long a cookie secret is used; the one before it is honoured as long again.
-const SECRET_AGE: Duration = Duration::from_secs(60);
+const SECRET_AGE: Duration = Duration::from_mins(1);
 
 /// The half-open IKE SAs of strangers and the secrets of their cookies.
 pub(super) struct Strangers {
@@ -231,7 +231,7 @@ mod tests {
     #[test]
     fn a_cookie_outlives_one_change_of_secret_and_not_two() {
         let mut rig = Rig::new();
-        rig.timing.half_open = Duration::from_secs(3600);
+        rig.timing.half_open = Duration::from_hours(1);
         for spi in 0..5u64 {
             rig.open(&format!("192.0.2.{spi}:500"), spi);
         }

@@ -70,10 +70,10 @@ impl Sa {
         Ok(())
     }
 
-    pub(super) fn process_auth(&mut self, task: Box<Auth>, body: Body, cx: &mut Cx<'_>) -> Result<(), Error> {
+    pub(super) fn process_auth(&mut self, task: Auth, body: Body, cx: &mut Cx<'_>) -> Result<(), Error> {
         let config = self.config(cx).ok_or(Misuse::Config("the peer is no longer configured"))?.clone();
         let Some(auth) = &body.auth else {
-            self.forget_offer(task.offer.as_ref(), cx);
+            create::forget(task.offer.as_ref(), cx);
             // Refused; the peer has forgotten the SA already.
             let why = body.error().map_or(Failure::Misbehaved("no AUTH payload".into()), |it| it.kind.into());
             self.die(why, cx);
@@ -96,10 +96,7 @@ impl Sa {
         self.established(false, cx);
         let Some(offer) = task.offer else { return Ok(()) };
         let opening = self.opening.take().ok_or(Misuse::Config("AUTH without IKE_SA_INIT"))?;
-        let Some(child) = config.children.iter().find(|it| it.id == offer.slot.child) else {
-            return Ok(());
-        };
-        self.accept_child(child, &offer, (&opening.ni, &opening.nr), &body, cx)
+        self.accept_child(&offer, (&opening.ni, &opening.nr), &body, cx)
     }
 
     pub(super) fn respond_auth(&mut self, body: Body, cx: &mut Cx<'_>) -> Result<Vec<Payload>, Error> {
@@ -108,7 +105,7 @@ impl Sa {
             cx.shared.events.push_back(crate::event::Event::Refused { path: sa.path, why });
             error
         };
-        let (peer, config) = self.whose(&body, cx).map_err(|error| refused(self, error, cx))?;
+        let (peer, config) = whose(&body, cx).map_err(|error| refused(self, error, cx))?;
         let id = need(body.id_i.clone(), PayloadType::IdInitiator)?;
         let auth = need(body.auth.clone(), PayloadType::Auth)?;
         self.verify(&config, Side::Initiator, &id, &auth, &body.certs, cx)
@@ -144,20 +141,6 @@ impl Sa {
         self.established = cx.shared.next_ordinal();
         let spi = self.local_spi();
         cx.effect(Effect::Established { spi, initial_contact });
-    }
-
-    /// Which of our peers the initiator claims to be, of those that know us by the name it calls us.
-    fn whose(&self, body: &Body, cx: &Cx<'_>) -> Result<(PeerId, Arc<PeerConfig>), Error> {
-        let id = body.id_i.as_ref().ok_or(crate::Misbehaved::Missing(PayloadType::IdInitiator))?;
-        let claimed = Identity::try_from(id)?;
-        let called = body.id_r.as_ref().map(Identity::try_from).transpose()?;
-        let fits = |config: &PeerConfig| {
-            config.id.matches(&claimed) && called.as_ref().is_none_or(|called| config.our_id.matches(called))
-        };
-        let found = cx.peers.iter().find(|(_, config)| fits(config));
-        found
-            .map(|(peer, config)| (*peer, config.clone()))
-            .ok_or_else(|| AuthFailure::Unknown(claimed.to_string()).into())
     }
 
     fn prove(
@@ -196,6 +179,20 @@ impl Sa {
         };
         then(&SignedOctets { prf: crypt.suite.prf, sk_p, message, nonce, id, int_auth: &[] })
     }
+}
+
+/// Which of our peers the initiator claims to be, of those that know us by the name it calls us.
+fn whose(body: &Body, cx: &Cx<'_>) -> Result<(PeerId, Arc<PeerConfig>), Error> {
+    let id = body.id_i.as_ref().ok_or(crate::Misbehaved::Missing(PayloadType::IdInitiator))?;
+    let claimed = Identity::try_from(id)?;
+    let called = body.id_r.as_ref().map(Identity::try_from).transpose()?;
+    let fits = |config: &PeerConfig| {
+        config.id.matches(&claimed) && called.as_ref().is_none_or(|called| config.our_id.matches(called))
+    };
+    let found = cx.peers.iter().find(|(_, config)| fits(config));
+    found
+        .map(|(peer, config)| (*peer, config.clone()))
+        .ok_or_else(|| AuthFailure::Unknown(claimed.to_string()).into())
 }
 
 /// The CERT payloads; a key without a certificate travels bare (RFC 7670).

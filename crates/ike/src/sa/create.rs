@@ -34,6 +34,8 @@ const GROUPS: u32 = 3;
 #[derive(Debug)]
 pub(crate) struct Offer {
     pub(crate) slot: Slot,
+    /// As it was wanted when we asked.
+    child: ChildConfig,
     inbound: EspSpi,
     request: SaPayload,
     exchange: ChildExchange,
@@ -92,28 +94,36 @@ pub(crate) fn offer(child: &ChildConfig, exchange: ChildExchange, cx: &mut Cx<'_
         payloads.push(Payload::Notify(Notify::with_data(NotifyType::SaResourceInfo, data)));
     }
     let slot = Slot { child: child.id, worker: child.worker };
-    (Offer { slot, inbound, request, exchange }, payloads)
+    (Offer { slot, child: child.clone(), inbound, request, exchange }, payloads)
+}
+
+/// An offer that comes to nothing gives its SPI back.
+pub(super) fn forget(offer: Option<&Offer>, cx: &mut Cx<'_>) {
+    if let Some(offer) = offer {
+        cx.shared.esp_spis.remove(&offer.inbound);
+    }
+}
+
+/// What both want, as the selectors of a message say. `ours`: whether we asked.
+fn narrow(child: &ChildConfig, body: &Body, ours: bool) -> Result<Narrowed, Error> {
+    let ts_i = body.ts_i.as_ref().ok_or(Misbehaved::Missing(PayloadType::TsInitiator))?;
+    let ts_r = body.ts_r.as_ref().ok_or(Misbehaved::Missing(PayloadType::TsResponder))?;
+    let (local, remote) = if ours { (ts_i, ts_r) } else { (ts_r, ts_i) };
+    Narrowed::of(child, local, remote).ok_or_else(|| Incompatible::TrafficSelectors.into())
 }
 
 impl Sa {
-    pub(super) fn forget_offer(&mut self, offer: Option<&Offer>, cx: &mut Cx<'_>) {
-        if let Some(offer) = offer {
-            cx.shared.esp_spis.remove(&offer.inbound);
-        }
-    }
-
     pub(super) fn build_create(&mut self, mut task: Box<CreateChild>, cx: &mut Cx<'_>) -> Result<(), Error> {
         let wanted =
             |config: &PeerConfig| config.children.iter().find(|it| it.id == task.slot.child).cloned();
         let Some(child) = self.config(cx).and_then(|config| wanted(config)) else { return Ok(()) };
         match task.rekeys.map(|old| self.children.get(&old).map(|old| old.stage)) {
-            Some(Some(Stage::Up)) => {}
-            // Replaced by the peer, deleted, or on its way out.
-            Some(Some(Stage::Receiving | Stage::Replaced { .. } | Stage::Closing) | None) => return Ok(()),
             None if self.children.values().any(|it| it.slot == task.slot && it.stage != Stage::Closing) => {
                 return Ok(());
             }
-            None => {}
+            None | Some(Some(Stage::Up)) => {}
+            // Replaced by the peer, deleted, or on its way out.
+            Some(Some(Stage::Receiving | Stage::Replaced { .. } | Stage::Closing) | None) => return Ok(()),
         }
         let pair = match child.esp.pfs {
             Pfs::Off => None,
@@ -145,17 +155,15 @@ impl Sa {
     ) -> Result<(), Error> {
         let made = task.made.take().ok_or(Misuse::Config("an answer before the question"))?;
         if let Some(refusal) = body.error() {
-            self.forget_offer(Some(&made.offer), cx);
+            forget(Some(&made.offer), cx);
             self.create_refused(task, refusal, cx);
             return Ok(());
         }
         let deleted = std::mem::take(&mut task.deleted);
         let nr = need(body.nonce.clone(), PayloadType::Nonce)?;
-        let Some(config) = self.config(cx).cloned() else { return Ok(()) };
-        let wanted = config.children.iter().find(|it| it.id == task.slot.child);
         let answer = need(body.sa.clone(), PayloadType::Sa)?;
-        // Whether it is still wanted or not, the peer has it: take it, and delete it if need be.
-        let child = wanted.ok_or(Misuse::Config("a child that is no longer wanted"))?;
+        // Whether it is still wanted or not, the peer has it: take it; it can be deleted then.
+        let child = &made.offer.child;
         let selected = child.esp.accept(&made.offer.request, &answer, made.offer.exchange)?;
         let shared = match (selected.suite.group, &made.pair, &body.ke) {
             (None, _, _) => None,
@@ -164,11 +172,11 @@ impl Sa {
             }
             (Some(_), _, _) => return Err(Misbehaved::NotOffered.into()),
         };
-        let agreed = self.narrow(child, &body, true)?;
+        let agreed = narrow(child, &body, true)?;
         let outbound = selected.peer_spi;
         if deleted.contains(&outbound) {
             // Made, used up and deleted while the answer was under way.
-            self.forget_offer(Some(&made.offer), cx);
+            forget(Some(&made.offer), cx);
             if let Some(old) = task.rekeys {
                 self.push(Task::Close(vec![old]));
             }
@@ -248,14 +256,14 @@ impl Sa {
     /// The first child, as answered in `IKE_AUTH`.
     pub(super) fn accept_child(
         &mut self,
-        child: &ChildConfig,
         offer: &Offer,
         (ni, nr): (&Nonce, &Nonce),
         body: &Body,
         cx: &mut Cx<'_>,
     ) -> Result<(), Error> {
+        let child = &offer.child;
         let Some(answer) = &body.sa else {
-            self.forget_offer(Some(offer), cx);
+            forget(Some(offer), cx);
             let why = body.error().map_or(Failure::NoSelectors, |it| it.kind.into());
             if let Some(peer) = self.peer {
                 cx.effect(Effect::ChildFailed { peer, child: child.id, why, wait: LATE });
@@ -263,7 +271,7 @@ impl Sa {
             return Ok(());
         };
         let selected = child.esp.accept(&offer.request, answer, offer.exchange)?;
-        let agreed = self.narrow(child, body, true)?;
+        let agreed = narrow(child, body, true)?;
         let (ours, theirs) = self.child_keys(selected.suite, None, ni, nr)?;
         self.install(
             Fresh {
@@ -357,7 +365,7 @@ impl Sa {
             .children
             .iter()
             .filter(|child| old.is_none_or(|old| old.child == child.id))
-            .filter_map(|child| Some((child, self.narrow(child, body, false).ok()?)))
+            .filter_map(|child| Some((child, narrow(child, body, false).ok()?)))
             .collect();
         // Its very worker, then one that is not served yet.
         fitting.sort_by_key(|(child, _)| {
@@ -396,14 +404,6 @@ impl Sa {
             cx,
         );
         Ok((inbound, payloads))
-    }
-
-    /// What both want, as the selectors of a message say. `ours`: whether we asked.
-    fn narrow(&self, child: &ChildConfig, body: &Body, ours: bool) -> Result<Narrowed, Error> {
-        let ts_i = body.ts_i.as_ref().ok_or(Misbehaved::Missing(PayloadType::TsInitiator))?;
-        let ts_r = body.ts_r.as_ref().ok_or(Misbehaved::Missing(PayloadType::TsResponder))?;
-        let (local, remote) = if ours { (ts_i, ts_r) } else { (ts_r, ts_i) };
-        Narrowed::of(child, local, remote).ok_or_else(|| Incompatible::TrafficSelectors.into())
     }
 
     /// The keys of a new child: of the exchange's initiator, and of its responder.

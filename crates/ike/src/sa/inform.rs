@@ -81,10 +81,8 @@ impl Sa {
         let heir = self.children.values().any(|it| {
             it.slot == child.slot && it.inbound != spi && it.stage == Stage::Up && it.ordinal > child.ordinal
         });
-        let (why, linger) = match heir {
-            true => (Failure::Replaced, cx.config.timing.linger),
-            false => (otherwise, Duration::ZERO),
-        };
+        let (why, linger) =
+            if heir { (Failure::Replaced, cx.config.timing.linger) } else { (otherwise, Duration::ZERO) };
         self.drop_child(spi, why, linger, cx);
     }
 
@@ -145,7 +143,7 @@ impl Sa {
                     // Our own request says so already.
                     Stage::Closing if self.is_closing_now(inbound) => {}
                     Stage::Closing | Stage::Up | Stage::Receiving | Stage::Replaced { .. } => {
-                        ours.push(inbound)
+                        ours.push(inbound);
                     }
                 }
                 self.drop_replaced(inbound, Failure::ClosedByPeer, cx);

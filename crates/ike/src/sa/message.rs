@@ -238,9 +238,12 @@ impl Sa {
         }
         match answer {
             Ok(_) => {}
-            // Not understood, and not to be: the exchange failed, the SA goes on (RFC 7296 §2.5).
-            Err(Error::PeerMisbehaved(Misbehaved::CriticalPayload(_))) if self.is_up() => {}
-            Err(Error::PeerIncompatible(_) | Error::PeerRefused(_)) if self.is_up() => {}
+            // Not possible here, or not understood and not to be: the exchange failed, the SA goes on (§2.5).
+            Err(
+                Error::PeerIncompatible(_)
+                | Error::PeerRefused(_)
+                | Error::PeerMisbehaved(Misbehaved::CriticalPayload(_)),
+            ) if self.is_up() => {}
             Err(error) => self.linger(Failure::from(&error), cx),
         }
     }

@@ -35,7 +35,7 @@ pub(crate) use rekey::RekeyIke;
 
 use crate::auth::UnixSeconds;
 use crate::chance;
-use crate::config::{ChildId, Config, PeerConfig, PeerId, PeerKind};
+use crate::config::{ChildId, Config, PeerConfig, PeerId};
 use crate::crypto::{IkeKeys, Opener, Reassembly, Sealer};
 use crate::error::Error;
 use crate::event::{Event, Failure, Path, Transmit};
@@ -339,10 +339,6 @@ impl Sa {
         self.peer.and_then(|peer| cx.peers.get(&peer))
     }
 
-    fn is_native(&self, cx: &Cx<'_>) -> bool {
-        self.config(cx).is_some_and(|config| config.kind == PeerKind::Native)
-    }
-
     /// All the tasks that are under way or wait.
     pub(crate) fn all_tasks(&self) -> impl Iterator<Item = &Task> {
         self.current.iter().chain(&self.tasks).chain(self.later.iter().map(|(_, task)| task))
@@ -391,7 +387,7 @@ impl Sa {
     fn process(&mut self, body: Body, bytes: &[u8], cx: &mut Cx<'_>) -> Result<(), Error> {
         match self.current.take() {
             Some(Task::Open(task)) => self.process_open(task, body, bytes, cx),
-            Some(Task::Auth(task)) => self.process_auth(task, body, cx),
+            Some(Task::Auth(task)) => self.process_auth(*task, body, cx),
             Some(Task::Create(task)) => self.process_create(task, body, cx),
             Some(Task::Rekey(task)) => self.process_rekey(task, body, cx),
             Some(task @ (Task::Close(_) | Task::Bye | Task::Probe | Task::Move)) => {
@@ -406,8 +402,8 @@ impl Sa {
     pub(crate) fn die(&mut self, why: Failure, cx: &mut Cx<'_>) {
         self.drop_children(&why, cx);
         match self.current.take() {
-            Some(Task::Create(task)) => self.forget_offer(task.offer(), cx),
-            Some(Task::Auth(task)) => self.forget_offer(task.offer(), cx),
+            Some(Task::Create(task)) => create::forget(task.offer(), cx),
+            Some(Task::Auth(task)) => create::forget(task.offer(), cx),
             Some(Task::Open(_) | Task::Rekey(_) | Task::Close(_) | Task::Bye | Task::Probe | Task::Move)
             | None => {}
         }

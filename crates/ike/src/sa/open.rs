@@ -131,7 +131,7 @@ impl Sa {
                         self.hint = None;
                         self.window.answered(0);
                         self.phase = Phase::Auth;
-                        self.push(Task::Auth(Box::new(Auth::default())));
+                        self.push(Task::Auth(Box::<Auth>::default()));
                     }
                     Err(error) => {
                         self.hint = Some(Failure::from(&error));

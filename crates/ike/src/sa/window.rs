@@ -122,11 +122,6 @@ impl Window {
         Some(&outgoing.datagrams)
     }
 
-    /// How often our request was sent.
-    pub(crate) fn sends(&self) -> u32 {
-        self.outgoing.as_ref().map_or(0, |outgoing| outgoing.sent)
-    }
-
     /// What the peer's request `id` is to us.
     pub(crate) fn seen(&self, id: u32) -> Seen {
         if id == self.expected {

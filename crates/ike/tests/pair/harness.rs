@@ -83,9 +83,12 @@ pub struct Pair {
     queue: BTreeMap<(Instant, u64), Flying>,
     ordinal: u64,
     /// Drops datagrams on purpose: who sends, and the whole payload.
-    pub filter: Option<Box<dyn FnMut(usize, &[u8]) -> bool>>,
+    pub filter: Option<Filter>,
     steps: u64,
 }
+
+/// Whether a datagram is lost: who sends it, and the whole payload.
+pub type Filter = Box<dyn FnMut(usize, &[u8]) -> bool>;
 
 struct Flying {
     from: SocketAddr,

@@ -1,4 +1,5 @@
 //! Two endpoints in one test, with virtual time.
+#![allow(clippy::unwrap_used)]
 
 mod collisions;
 mod harness;

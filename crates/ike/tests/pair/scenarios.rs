@@ -10,7 +10,7 @@ use ike::proposal::{IkeOffer, Pfs};
 use ike::wire::IpSelector;
 use ike::{ChildConfig, ChildId, Failure, Initiate, Limits, PeerKind, Slot, Status, Timing};
 
-use crate::harness::{FAIR, PEER, Pair, address, child, peer_config};
+use crate::harness::{FAIR, PEER, Pair, address, child};
 
 const SECOND: Duration = Duration::from_secs(1);
 const GAP: Duration = Duration::from_millis(10);
@@ -503,5 +503,4 @@ fn a_child_nobody_configured_is_refused_and_one_without_label_does_not_serve_a_l
     assert!(pair.hosts.iter().all(|it| it.up && it.inbound.is_empty()), "{}", pair.story());
     let slot = Slot { child: ChildId(200), worker: None };
     assert!(!pair.hosts[0].outbound.contains_key(&slot));
-    let _ = peer_config(0, [address(0), address(1)], &[1]);
 }

@@ -31,9 +31,7 @@ fn schedule(seed: u64) {
     let nat = dice.percent(30);
     if nat {
         pair.hosts[0].public = Some("198.51.100.1:1024".parse().unwrap());
-        let path = pair.hosts[0].address;
         pair.act(1, |it, now| it.set_addresses(PEER, vec![], ike::Initiate::Never, now));
-        let _ = path;
     }
     pair.weather = Weather { loss: dice.below(61), repeat: dice.below(30), delay: (1, 1 + dice.below(400)) };
     for _ in 0..dice.below(14) {
@@ -67,7 +65,7 @@ fn schedule(seed: u64) {
             }
             12 => pair.jump(Duration::from_secs(dice.below(120))),
             13 => {
-                children = [vec![1], vec![1, 2], vec![2], vec![1, 2, 3]][dice.below(4) as usize].clone();
+                children.clone_from(&[vec![1], vec![1, 2], vec![2], vec![1, 2, 3]][dice.below(4) as usize]);
                 for host in [host, 1 - host] {
                     let wanted = children.iter().map(|id| child(host, *id, None)).collect();
                     pair.act(host, |it, now| it.set_children(PEER, wanted, now));
@@ -75,14 +73,14 @@ fn schedule(seed: u64) {
                 }
             }
             14 => pair.act(host, |it, now| it.poke(PEER, now)),
+            // The weather changes.
             _ => pair.weather.loss = dice.below(61),
         }
     }
     // Calm: the network is fair, and nothing is due for a while.
     pair.weather = FAIR;
-    let long = Timing { liveness: calm.liveness, ..calm };
     for host in 0..2 {
-        pair.act(host, |it, _| it.set_timing(long.clone()));
+        pair.act(host, |it, _| it.set_timing(calm.clone()));
     }
     for host in 0..2 {
         pair.act(host, |it, now| it.rekey_children(PEER, now));
