@@ -55,6 +55,8 @@ pub(crate) struct Child {
     /// Later ones have higher ones, over all IKE SAs.
     pub(crate) ordinal: u64,
     pub(crate) life: Life,
+    /// Until when it may be [`Stage::Receiving`]: by then the peer has confirmed it, or knows nothing of it.
+    pub(crate) confirm_by: Instant,
 }
 
 /// When a child is to be rekeyed, and when it must end.

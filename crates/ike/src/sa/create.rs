@@ -443,6 +443,7 @@ impl Sa {
             remote: fresh.agreed.remote,
             ordinal: cx.shared.next_ordinal(),
             life: Life::new(&cx.config.timing, &mut cx.shared.random, cx.now),
+            confirm_by: cx.now + super::GIVE_UP + super::REMEMBER,
         };
         if told {
             cx.shared.events.push_back(Event::ChildInbound(child.inbound_sa(peer, self.path)));

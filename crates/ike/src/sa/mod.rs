@@ -487,9 +487,8 @@ impl Sa {
             for child in self.children.values() {
                 match child.stage {
                     Stage::Up => at.extend([child.life.rekey_at, child.life.expire_at]),
-                    Stage::Receiving | Stage::Replaced { .. } | Stage::Closing => {
-                        at.push(child.life.expire_at);
-                    }
+                    Stage::Receiving => at.push(child.confirm_by.min(child.life.expire_at)),
+                    Stage::Replaced { .. } | Stage::Closing => at.push(child.life.expire_at),
                 }
             }
         }
@@ -563,7 +562,8 @@ impl Sa {
         }
         let (mut expired, mut confirmed) = (Vec::new(), Vec::new());
         for child in self.children.values_mut() {
-            if child.life.expire_at <= now {
+            let forgotten = child.stage == Stage::Receiving && child.confirm_by <= now;
+            if child.life.expire_at <= now || forgotten {
                 // Asked again should it still be there: an exchange may have been lost with the SA it was on.
                 expired.push(child.inbound);
                 child.life.expire_at = now + GIVE_UP;
