@@ -169,6 +169,7 @@ fn source(from: SocketAddr) -> IpAddr {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "an Instant can only be had from the clock")]
 mod tests {
     use super::*;
 

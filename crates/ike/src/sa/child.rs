@@ -196,6 +196,7 @@ fn common(ours: &[IpSelector], theirs: &TrafficSelectors) -> Vec<IpSelector> {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "an Instant can only be had from the clock")]
 mod tests {
     use super::*;
     use crate::config::ChildId;

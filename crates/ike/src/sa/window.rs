@@ -147,6 +147,7 @@ impl Window {
 }
 
 #[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "an Instant can only be had from the clock")]
 mod tests {
     use super::*;
 

@@ -1,5 +1,6 @@
 //! Two endpoints in one test, with virtual time.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "these are tests: clippy takes only functions marked so for tests")]
+#![allow(clippy::disallowed_methods, reason = "an Instant can only be had from the clock")]
 
 mod collisions;
 mod harness;
