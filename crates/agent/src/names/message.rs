@@ -91,6 +91,9 @@ pub(super) fn react(bytes: &[u8], asker: IpAddr, transport: Transport, zone: &Zo
             message.metadata.response_code = ResponseCode::NXDomain;
             message.add_authority(soa(apex));
         }
+        Outcome::NotOurs if zone.is_internal() => {
+            return reply(failure(&asked, ResponseCode::Refused), transport, &asked);
+        }
         Outcome::NotOurs => {
             let limit = match transport {
                 Transport::Udp => usize::from(asked.max_payload()),
@@ -315,6 +318,18 @@ mod tests {
         assert_eq!((record.name.to_ascii(), record.ttl), ("HuBot.".to_owned(), 5));
         assert_eq!(record.data.to_string(), "10.42.64.3");
         assert!(reply.edns.is_none(), "none was in the query");
+    }
+
+    #[test]
+    fn an_internal_network_asks_nobody_outside() {
+        let mut view = view("droveway.internal", walk());
+        view.catalog.networks.get_mut(&network()).unwrap().internal = true;
+        let zone = Zone::new(&view, &network());
+        assert_eq!(
+            answer(&zone, &query("secret.example.com.", RecordType::A)).response_code,
+            ResponseCode::Refused
+        );
+        assert_eq!(answer(&zone, &query("hubot.", RecordType::A)).answers.len(), 1);
     }
 
     #[test]

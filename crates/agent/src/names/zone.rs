@@ -35,6 +35,8 @@ pub const TTL: u32 = 5;
 #[derive(Debug)]
 pub struct Zone {
     apex: Name,
+    /// The network is internal: nothing is asked of resolvers outside, since a query carries data out.
+    internal: bool,
     soa: SOA,
     cidrs: Vec<IpNet>,
     /// Addresses by name relative to the domain, lower case; empty where a name is only the parent of others.
@@ -125,6 +127,7 @@ impl Zone {
                 TTL,
             ),
             apex,
+            internal: view.catalog.networks.get(network).is_some_and(|network| network.internal),
             cidrs: view
                 .catalog
                 .networks
@@ -164,6 +167,11 @@ impl Zone {
             Some(addresses) => of_type(addresses, question.query_type(), name.clone()),
             None => Outcome::NotOurs,
         }
+    }
+
+    /// Whether questions for other servers are refused rather than passed on.
+    pub fn is_internal(&self) -> bool {
+        self.internal
     }
 
     /// The SOA for negative answers.
