@@ -3,7 +3,8 @@
 //! Nothing here touches the kernel. A request is checked, written to the ledger, then done in memory; a refused one has
 //! changed nothing.
 //!
-//! Invariant: memory holds what the ledger holds.
+//! Invariant: memory holds what the ledger holds. Of the snapshot, which the server has, memory may hold more while the
+//! disk takes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -14,8 +15,8 @@ use linux::netns::Netns;
 use model::agent_api::{AttachRequest, Attached};
 use model::api::{ApiError, ErrorCode};
 use model::{
-    Candidate, Catalog, Endpoint, EndpointId, EndpointKind, Epoch, HostId, Mac, Name, Network, NetworkId,
-    Object, PublishedPort, Revision, UnixMillis, Watch,
+    Candidate, Catalog, Endpoint, EndpointId, EndpointKind, Epoch, HostId, Key, Mac, Name, Network,
+    NetworkId, Object, PublishedPort, Revision, UnixMillis, Watch,
 };
 use plan::{Attachment, End, Local};
 
@@ -40,6 +41,10 @@ pub(crate) struct Book {
     used: BTreeMap<NetworkId, BTreeSet<IpAddr>>,
     released: BTreeMap<(NetworkId, IpAddr), UnixMillis>,
     slots: BTreeMap<NetworkId, u16>,
+    /// The ledger missed something of the snapshot: it is written whole as soon as that can be done.
+    behind: bool,
+    /// Blocks and claims that the server is being given back, and may have: no address is given from them.
+    leaving: BTreeSet<Key>,
 }
 
 impl Book {
@@ -60,6 +65,8 @@ impl Book {
             used: BTreeMap::new(),
             released: contents.released,
             slots: contents.slots,
+            behind: false,
+            leaving: BTreeSet::new(),
         };
         for record in contents.records {
             book.remember(record);
@@ -130,25 +137,42 @@ impl Book {
 
     // ---- the server's side ----
 
-    /// Takes in a message of the watch stream.
+    /// Takes in a message of the watch stream. A ledger that cannot be written is told, and is behind until it can: the
+    /// stream says each change once, so it is taken in all the same.
     pub(crate) fn watch(&mut self, message: Watch) -> Result<(), LedgerError> {
         match message {
             Watch::Snapshot { epoch, revision, domain, objects, .. } => {
-                let catalog = Catalog::from_objects(objects);
-                self.ledger.set_snapshot(&epoch, revision, &domain, &catalog)?;
-                self.catalog = catalog;
+                self.catalog = Catalog::from_objects(objects);
                 self.epoch = Some(epoch);
                 self.revision = revision;
                 self.domain = domain;
+                self.behind = true;
             }
             Watch::Delta { revision, changes } => {
-                self.ledger.apply(revision, &changes)?;
+                let written = if self.behind { Ok(()) } else { self.ledger.apply(revision, &changes) };
                 self.revision = revision;
                 for change in changes {
                     self.catalog.apply(change);
                 }
+                self.behind |= written.is_err();
+                written?;
             }
             Watch::Heartbeat { .. } => {}
+        }
+        let catalog = &self.catalog;
+        self.leaving.retain(|key| match key {
+            Key::Block(network, cidr) => catalog.blocks.contains_key(&(network.clone(), *cidr)),
+            Key::Claim(network, address) => catalog.claims.contains_key(&(network.clone(), *address)),
+            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) => false,
+        });
+        self.catch_up()
+    }
+
+    /// Writes the snapshot whole, if the ledger missed something of it.
+    fn catch_up(&mut self) -> Result<(), LedgerError> {
+        if let Some(epoch) = self.epoch.as_ref().filter(|_| self.behind) {
+            self.ledger.set_snapshot(epoch, self.revision, &self.domain, &self.catalog)?;
+            self.behind = false;
         }
         Ok(())
     }
@@ -156,8 +180,24 @@ impl Book {
     /// Takes in what the server answered to a lease or claim: addresses may be given from it at once.
     pub(crate) fn granted(&mut self, object: Object) -> Result<(), LedgerError> {
         self.ledger.put_object(&object)?;
+        self.leaving.remove(&object.key());
         self.catalog.put(object);
         Ok(())
+    }
+
+    /// Lets go of a block or claim before the server is told: whether no address of it is used here. From now on none is
+    /// given from it, unless the server grants it again; a ledger that is opened again does not know it.
+    pub(crate) fn let_go(&mut self, key: &Key) -> Result<bool, LedgerError> {
+        let idle = match key {
+            Key::Block(network, _) => !self.uses_addresses(network),
+            Key::Claim(network, address) => !self.is_used(network, *address),
+            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) => false,
+        };
+        if idle {
+            self.ledger.delete_object(key)?;
+            self.leaving.insert(key.clone());
+        }
+        Ok(idle)
     }
 
     /// Forgets what is kept of networks that are gone.
@@ -205,7 +245,8 @@ impl Book {
         let blocks = self.own_blocks(&network.id);
         let need_block = Refusal::NeedBlock { network: network.id.clone(), held: blocks.len() };
         // The router's address comes from a block, so a host with only claimed addresses needs one too.
-        let Some(router) = self.catalog.router_address(&network.id, &self.host) else {
+        let router = self.catalog.router_address(&network.id, &self.host);
+        let Some(router) = router.filter(|router| blocks.iter().any(|block| block.contains(router))) else {
             return Err(need_block);
         };
         let Some(wish) = wish else {
@@ -240,8 +281,9 @@ impl Book {
             );
             return Err(ApiError::new(ErrorCode::Conflict, message).into());
         }
-        let claimed =
-            self.catalog.claims.get(&(network.id.clone(), wish)).is_some_and(|claim| claim.host == self.host);
+        let name = (network.id.clone(), wish);
+        let claimed = self.catalog.claims.get(&name).is_some_and(|claim| claim.host == self.host)
+            && !self.leaving.contains(&Key::Claim(name.0, name.1));
         if claimed || blocks.iter().any(|block| block.contains(&wish)) {
             Ok(wish)
         } else {
@@ -249,9 +291,11 @@ impl Book {
         }
     }
 
-    /// The blocks of a network that this host holds.
+    /// The blocks of a network that this host holds, and keeps.
     fn own_blocks(&self, network: &NetworkId) -> Vec<IpNet> {
-        let blocks = self.catalog.blocks_of(network).filter(|block| block.host == self.host);
+        let kept =
+            |block: &&model::Block| !self.leaving.contains(&Key::Block(block.network.clone(), block.cidr));
+        let blocks = self.catalog.blocks_of(network).filter(|block| block.host == self.host).filter(kept);
         blocks.map(|block| block.cidr).collect()
     }
 
@@ -655,3 +699,7 @@ fn can_bind(protocol: model::Protocol, port: u16) -> bool {
         model::Protocol::Udp => std::net::UdpSocket::bind(address).is_ok(),
     }
 }
+
+#[cfg(test)]
+#[path = "book_tests.rs"]
+mod tests;

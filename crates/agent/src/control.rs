@@ -24,6 +24,8 @@ pub struct Control {
     wake: Arc<dyn Fn() + Send + Sync>,
     view: watch::Receiver<Arc<View>>,
     lessor: Arc<dyn Lessor>,
+    /// Held by whoever gets addresses from the server, until they are used, or gives some back.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Who leases blocks and grants claims: the server. Apart, so that control needs no HTTP.
@@ -113,6 +115,8 @@ pub(crate) enum Command {
     Leased { block: model::Block },
     /// The server granted a claim.
     Claimed { claim: model::Claim },
+    /// Let go of a block or claim that is to be given back; whether it is idle still.
+    LetGo { key: model::Key, reply: Reply<bool> },
     /// A message of the watch stream.
     Watch(Box<model::Watch>),
     /// The host's own addresses or settings changed.
@@ -150,7 +154,7 @@ impl Control {
         view: watch::Receiver<Arc<View>>,
         lessor: Arc<dyn Lessor>,
     ) -> Self {
-        Self { sender, wake, view, lessor }
+        Self { sender, wake, view, lessor, turn: Arc::default() }
     }
 
     /// What the agent knows now.
@@ -249,6 +253,17 @@ impl Control {
         self.ask(|reply| Command::Reservations { reply }).await
     }
 
+    /// Gives a block or claim back with `give`, if it is idle: an attach that began meanwhile keeps it, and one that begins
+    /// now waits for the outcome and then asks for another.
+    pub(crate) async fn give_back(
+        &self,
+        key: model::Key,
+        give: impl Future<Output = Result<(), ApiError>>,
+    ) -> Result<(), ApiError> {
+        let _turn = self.turn.lock().await;
+        if self.ask(|reply| Command::LetGo { key, reply }).await? { give.await } else { Ok(()) }
+    }
+
     pub(crate) fn send(&self, command: Command) {
         // A reconciler that has ended takes nothing more; whoever waits for an answer learns it from its reply.
         drop(self.sender.send(command));
@@ -261,9 +276,14 @@ impl Control {
         id: &EndpointId,
         command: impl Fn(Reply<T>) -> Command,
     ) -> Result<T, ApiError> {
-        for _ in 0..4 {
+        let mut turn = None;
+        for _ in 0..5 {
             match self.once(&command).await? {
                 Ok(value) => return Ok(value),
+                // What is missing may be there by then.
+                Err(Refusal::NeedBlock { .. } | Refusal::NeedClaim { .. }) if turn.is_none() => {
+                    turn = Some(self.turn.lock().await);
+                }
                 Err(Refusal::NeedBlock { network, held }) => {
                     let block = self.lessor.lease(network, held).await?;
                     self.send(Command::Leased { block });

@@ -12,7 +12,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use model::{
-    Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Name, NetworkId, Object, Revision, UnixMillis,
+    Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Name, NetworkId, Object, Revision,
+    UnixMillis,
 };
 use rusqlite::{Connection, OptionalExtension, Transaction, params};
 use serde::{Deserialize, Serialize};
@@ -300,6 +301,11 @@ impl Ledger {
         })
     }
 
+    /// Forgets an object before the server is told that this host does without (a block, a claim).
+    pub fn delete_object(&mut self, key: &Key) -> Result<(), LedgerError> {
+        self.write(true, |tx| tx.execute("DELETE FROM object WHERE key = ?1", [json(key)]).map(drop))
+    }
+
     /// Replaces the snapshot.
     pub fn set_snapshot(
         &mut self,
@@ -355,6 +361,12 @@ impl Ledger {
             tx.commit()
         });
         outcome.map_err(|e| self.failed(e))
+    }
+
+    /// As if the disk took nothing any more.
+    #[cfg(test)]
+    pub(crate) fn refuse_writes(&self, refuse: bool) {
+        self.db.pragma_update(None, "query_only", refuse).unwrap();
     }
 
     fn texts(&self, query: &str) -> Result<Vec<String>, LedgerError> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use model::agent_api::Connection;
 use model::api::{ApiError, ErrorCode, HostReport};
-use model::{Candidate, Endpoint, EndpointId};
+use model::{Candidate, Endpoint, EndpointId, Key};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -175,16 +175,22 @@ struct Teller {
 impl Teller {
     async fn work(&mut self, chores: &Chores) -> Result<(), ApiError> {
         self.told.retain(|_, (at, _)| at.elapsed() < ECHO);
+        // What the server refuses is in nobody else's way.
+        let mut first = Ok(());
         for endpoint in &chores.put {
             if self.told.get(&endpoint.id).is_none_or(|(_, told)| told.as_ref() != Some(endpoint)) {
-                self.server.put_endpoint(endpoint).await?;
-                self.told.insert(endpoint.id.clone(), (Instant::now(), Some(endpoint.clone())));
+                let outcome = self.server.put_endpoint(endpoint).await;
+                if refusal_is_kept(outcome, &mut first)? {
+                    self.told.insert(endpoint.id.clone(), (Instant::now(), Some(endpoint.clone())));
+                }
             }
         }
         for id in &chores.delete {
             if self.told.get(id).is_none_or(|(_, told)| told.is_some()) {
-                missing_is_fine(self.server.delete_endpoint(id).await)?;
-                self.told.insert(id.clone(), (Instant::now(), None));
+                let outcome = missing_is_fine(self.server.delete_endpoint(id).await);
+                if refusal_is_kept(outcome, &mut first)? {
+                    self.told.insert(id.clone(), (Instant::now(), None));
+                }
             }
         }
         for (network, held) in &chores.lease {
@@ -192,30 +198,51 @@ impl Teller {
                 Ok(block) => self.control.send(Command::Leased { block }),
                 // What is free is enough for now; an attach that finds none says so.
                 Err(error) if error.code == ErrorCode::Exhausted => {}
-                Err(error) => return Err(error),
+                Err(error) => drop(refusal_is_kept(Err(error), &mut first)?),
             }
         }
         let mut still_idle = BTreeMap::new();
         for claim in &chores.release {
             let name = format!("{} {}", claim.network, claim.address);
             if self.has_been_idle(name, &mut still_idle) {
-                missing_is_fine(self.server.release(claim).await)?;
+                let key = Key::Claim(claim.network.clone(), claim.address);
+                let outcome = self.control.give_back(key, self.server.release(claim)).await;
+                refusal_is_kept(missing_is_fine(outcome), &mut first)?;
             }
         }
         for block in &chores.give_back {
             let name = format!("{} {}", block.network, block.cidr);
             if self.has_been_idle(name, &mut still_idle) {
-                missing_is_fine(self.server.give_back(block).await)?;
+                let key = Key::Block(block.network.clone(), block.cidr);
+                let outcome = self.control.give_back(key, self.server.give_back(block)).await;
+                refusal_is_kept(missing_is_fine(outcome), &mut first)?;
             }
         }
         self.idle = still_idle;
-        Ok(())
+        first
     }
 
     fn has_been_idle(&self, name: String, still_idle: &mut BTreeMap<String, Instant>) -> bool {
         let since = self.idle.get(&name).copied().unwrap_or_else(Instant::now);
         still_idle.insert(name, since);
         since.elapsed() >= IDLE
+    }
+}
+
+/// Whether it was done. A server that cannot be asked is an error; a refusal is kept, if it is the first, and told later.
+fn refusal_is_kept(
+    outcome: Result<(), ApiError>,
+    first: &mut Result<(), ApiError>,
+) -> Result<bool, ApiError> {
+    match outcome {
+        Err(error) if matches!(error.code, ErrorCode::Unavailable | ErrorCode::Unauthenticated) => Err(error),
+        Err(error) => {
+            if first.is_ok() {
+                *first = Err(error);
+            }
+            Ok(false)
+        }
+        Ok(()) => Ok(true),
     }
 }
 

@@ -20,7 +20,7 @@ use plan::object::{Ifname, Set};
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
 
-use crate::book::{Book, handed};
+use crate::book::{Book, handed, unwritten};
 use crate::chores::Chores;
 use crate::control::{Command, Handed, Refusal};
 use crate::ledger::Sandbox;
@@ -187,6 +187,9 @@ impl Reconciler {
             Command::Reservations { reply } => drop(reply.send(Ok(self.book.reservations()))),
             Command::Leased { block } => self.keep(Object::Block(block)),
             Command::Claimed { claim } => self.keep(Object::Claim(claim)),
+            Command::LetGo { key, reply } => {
+                drop(reply.send(self.book.let_go(&key).map_err(|e| unwritten(e).into())));
+            }
             Command::Watch(message) => {
                 self.stale |= matters_to_the_kernel(&message);
                 self.unpublished = true;
@@ -352,6 +355,7 @@ impl Reconciler {
         self.stale = false;
         self.unpublished = true;
         if let Err(error) = self.kernel.observe(&self.wanted) {
+            self.try_later();
             return self.trouble(error.to_string());
         }
         let observed = self.kernel.state();
@@ -387,7 +391,10 @@ impl Reconciler {
         for _ in 0..ROUNDS {
             let steps = match self.difference(scope) {
                 Ok(steps) => steps,
-                Err(error) => return self.trouble(error),
+                Err(error) => {
+                    self.try_later();
+                    return self.trouble(error);
+                }
             };
             if *scope == Scope::Everything {
                 self.unconverged = steps.iter().map(|step| place_of(step).clone()).collect();
@@ -415,9 +422,13 @@ impl Reconciler {
                 break;
             }
         }
+        self.try_later();
+        self.refused(refused);
+    }
+
+    fn try_later(&mut self) {
         let pause = self.retry.map_or(RETRY.0, |(_, pause)| (pause * 2).min(RETRY.1));
         self.retry = Some((Instant::now() + pause, pause));
-        self.refused(refused);
     }
 
     fn has_routers(&self) -> bool {

@@ -165,6 +165,7 @@ impl World {
             | Command::Watch(_)
             | Command::Underlay(_)
             | Command::EngineStarted
+            | Command::LetGo { .. }
             | Command::Stop => {}
         }
     }

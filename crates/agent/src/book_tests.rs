@@ -1,0 +1,87 @@
+//! The books against a disk that takes nothing, and while addresses go back to the server.
+
+use model::{Block, Change, NetworkSpec};
+
+use super::*;
+
+fn network() -> Network {
+    let spec = NetworkSpec::new("managed".parse().unwrap(), "10.42.0.0/16".parse().unwrap());
+    spec.validate(NetworkId::from_random([1; 8]), 1, 0).unwrap()
+}
+
+fn host() -> HostId {
+    HostId::from_random([2; 8])
+}
+
+fn block(cidr: &str) -> Block {
+    let network = network().id;
+    Block { network, cidr: cidr.parse().unwrap(), host: host(), leased: Revision(1) }
+}
+
+fn open(directory: &Path) -> Book {
+    Book::open(Ledger::open(directory).unwrap(), host(), "h1".parse().unwrap()).unwrap()
+}
+
+fn book(directory: &Path) -> Book {
+    let mut book = open(directory);
+    let objects = vec![Object::Network(network()), Object::Block(block("10.42.64.0/26"))];
+    book.watch(Watch::Snapshot {
+        epoch: "abcdefghij".parse().unwrap(),
+        revision: Revision(1),
+        environment: "default".parse().unwrap(),
+        host: host(),
+        domain: "droveway.internal".to_owned(),
+        objects,
+    })
+    .unwrap();
+    book
+}
+
+fn put(revision: u64, cidr: &str) -> Watch {
+    Watch::Delta { revision: Revision(revision), changes: vec![Change::Put(Object::Block(block(cidr)))] }
+}
+
+#[test]
+fn a_change_that_the_disk_does_not_take_is_not_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    book.ledger.refuse_writes(true);
+    book.watch(put(2, "10.42.64.64/26")).unwrap_err();
+    book.ledger.refuse_writes(false);
+    book.watch(put(3, "10.42.64.128/26")).unwrap();
+
+    assert_eq!(book.catalog.blocks.len(), 3);
+    let known = book.catalog.clone();
+    drop(book);
+    let again = open(directory.path());
+    assert_eq!((again.catalog, again.revision), (known, Revision(3)));
+}
+
+#[test]
+fn no_address_is_given_from_a_block_that_goes_back_until_it_is_granted_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let (network, leased) = (network().id, block("10.42.64.0/26"));
+    let key = Key::Block(network.clone(), leased.cidr);
+
+    let address = book.reserve(&network, None).unwrap();
+    assert!(!book.let_go(&key).unwrap(), "it is in use");
+    book.unreserve(&network, address).unwrap();
+    assert!(book.let_go(&key).unwrap());
+    assert!(matches!(book.reserve(&network, None), Err(Refusal::NeedBlock { held: 0, .. })));
+    let wish = Some("10.42.64.9".parse().unwrap());
+    assert!(matches!(book.reserve(&network, wish), Err(Refusal::NeedBlock { held: 0, .. })));
+    assert!(open_copy(directory.path()).catalog.blocks.is_empty(), "a restart does not bring it back");
+
+    book.granted(Object::Block(leased)).unwrap();
+    book.reserve(&network, None).unwrap();
+}
+
+/// The ledger as an agent would find it after a loss of power.
+fn open_copy(directory: &Path) -> Book {
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    open(copy.path())
+}
