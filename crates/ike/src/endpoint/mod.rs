@@ -118,7 +118,8 @@ impl Endpoint {
         self.config.timing = timing;
     }
 
-    /// Adds a peer, or changes what is known of it. An SA that is up stays up.
+    /// Adds a peer, or changes what is known of it. An SA that is up stays up: where the peer's key has changed,
+    /// [`Self::reset`] it.
     pub fn add_peer(&mut self, peer: PeerId, config: PeerConfig, now: Instant) {
         self.configs.insert(peer, Arc::new(config));
         self.peers.entry(peer).or_insert_with(|| Peer::new(now));
@@ -174,7 +175,8 @@ impl Endpoint {
         self.settle(now);
     }
 
-    /// Traffic waits for this peer: an attempt that waits begins now, one under way is hurried.
+    /// Traffic waits for this peer: an attempt that waits, be it for the peer to begin, begins now; one under way is
+    /// hurried.
     pub fn poke(&mut self, peer: PeerId, now: Instant) {
         if let Some(state) = self.peers.get_mut(&peer) {
             state.poked(&self.config.timing, now);
@@ -238,8 +240,8 @@ impl Endpoint {
 
     /// What went over a child so far, by the SPI that we receive on. What was received shows that the peer lives and
     /// has the child; what was used may make a rekey due.
-    pub fn child_used(&mut self, inbound: EspSpi, used: ChildUse, now: Instant) {
-        if let Some(spi) = self.sa_with(inbound) {
+    pub fn child_used(&mut self, peer: PeerId, inbound: EspSpi, used: ChildUse, now: Instant) {
+        if let Some(spi) = self.sa_with(peer, inbound) {
             self.with_sa(spi, now, |sa, cx| {
                 let received = sa.children.get_mut(&inbound).is_some_and(|it| it.life.used(used, now));
                 if received {
@@ -253,15 +255,16 @@ impl Endpoint {
     }
 
     /// An authenticated packet of this child came by another path than the one we know.
-    pub fn child_moved(&mut self, inbound: EspSpi, path: Path, now: Instant) {
-        if let Some(spi) = self.sa_with(inbound) {
+    pub fn child_moved(&mut self, peer: PeerId, inbound: EspSpi, path: Path, now: Instant) {
+        if let Some(spi) = self.sa_with(peer, inbound) {
             self.with_sa(spi, now, |sa, cx| sa.follow(path, cx));
         }
         self.settle(now);
     }
 
-    fn sa_with(&self, inbound: EspSpi) -> Option<IkeSpi> {
-        self.sas.values().find(|sa| sa.children.contains_key(&inbound)).map(|sa| sa.local_spi())
+    fn sa_with(&self, peer: PeerId, inbound: EspSpi) -> Option<IkeSpi> {
+        let has = |spi: &IkeSpi| self.sas.get(spi).is_some_and(|sa| sa.children.contains_key(&inbound));
+        self.sas_of(peer).into_iter().find(has)
     }
 
     /// A UDP payload came by this path. On a port that ESP shares, IKE is what begins with the non-ESP marker; the

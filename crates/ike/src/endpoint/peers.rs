@@ -68,6 +68,8 @@ impl Peer {
             self.last_try.is_some_and(|at| now.saturating_duration_since(at) < timing.retransmit_first);
         if !lately {
             self.not_before = now;
+            // Nor for the peer to begin.
+            self.idle_since = now.checked_sub(timing.patience).unwrap_or(now);
         }
     }
 

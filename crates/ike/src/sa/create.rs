@@ -138,6 +138,8 @@ impl Sa {
             // Named by the SPI that its sender receives on (RFC 7296 §1.3.3).
             payloads.push(Payload::Notify(Notify::about_esp(NotifyType::RekeySa, old)));
         }
+        let mut rest = rest.into_iter();
+        payloads.extend(rest.next());
         payloads.push(Payload::Nonce(nonce.clone()));
         payloads.extend(pair.as_ref().map(|pair| Payload::Ke(pair.ke())));
         payloads.extend(rest);
@@ -330,7 +332,7 @@ impl Sa {
         let nr = Nonce::random(&mut cx.shared.random);
         let exchange = ChildExchange::Create(body.ke.as_ref().map(|ke| ke.group));
         let (new, mut payloads) = self.respond_child(&config, &body, exchange, (&ni, &nr), old, cx)?;
-        payloads.push(Payload::Nonce(nr.clone()));
+        payloads.insert(1, Payload::Nonce(nr.clone()));
         if let Some(old) = old {
             if let Some(old) = self.children.get_mut(&old) {
                 old.stage = Stage::Replaced { by: new };
@@ -393,7 +395,10 @@ impl Sa {
             Payload::TsResponder(Narrowed::payload(agreed.label.as_ref(), &agreed.local)),
         ];
         let (ke, shared) = pair.map(|(pair, shared)| (Payload::Ke(pair.ke()), shared)).unzip();
-        payloads.extend(ke);
+        // The order of RFC 7296 §1.3.1; the nonce goes between these two.
+        if let Some(ke) = ke {
+            payloads.insert(1, ke);
+        }
         let (theirs, ours) = self.child_keys(selected.suite, shared, ni, nr)?;
         let stage = if old.is_some() { Stage::Receiving } else { Stage::Up };
         let (suite, outbound) = (selected.suite, selected.peer_spi);

@@ -291,7 +291,7 @@ impl Pair {
                     used.packets_in += 1;
                     used.bytes_in += 1000;
                     let used = *used;
-                    it.endpoint.child_used(spi, used, now);
+                    it.endpoint.child_used(PEER, spi, used, now);
                 } else {
                     it.lost += 1;
                 }

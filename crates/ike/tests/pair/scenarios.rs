@@ -504,3 +504,48 @@ fn a_child_nobody_configured_is_refused_and_one_without_label_does_not_serve_a_l
     let slot = Slot { child: ChildId(200), worker: None };
     assert!(!pair.hosts[0].outbound.contains_key(&slot));
 }
+
+#[test]
+fn waiting_traffic_makes_even_the_second_begin_at_once() {
+    let mut pair = Pair::with(32, Timing::default(), |host, config| {
+        config.initiate = if host == 0 { Initiate::Never } else { Initiate::Second };
+    });
+    pair.act(1, |it, now| it.poke(PEER, now));
+    pair.run(Duration::from_millis(100));
+    pair.expect_settled(&[1]);
+}
+
+#[test]
+fn a_forged_word_that_the_sa_is_forgotten_costs_a_new_one_and_no_packet() {
+    let mut pair = Pair::new(33);
+    pair.up();
+    let ike = pair.ike_spis();
+    // The peer's answer to a question of ours does not come, but someone answers INVALID_IKE_SPI.
+    let ask = Arc::new(std::sync::Mutex::new(None));
+    let tap = ask.clone();
+    pair.filter = Some(Box::new(move |host, bytes| {
+        let mut held = tap.lock().unwrap();
+        let first = host == 0 && held.is_none();
+        if first {
+            *held = Some(bytes.to_vec());
+        }
+        first
+    }));
+    pair.act(0, |it, now| it.rekey_children(PEER, now));
+    let asked = ask.lock().unwrap().clone().unwrap();
+    let mut forged = asked[..32].to_vec();
+    forged[20] = 41;
+    forged[23] = 0x20;
+    forged.extend_from_slice(&[0, 0, 0, 8, 0, 0, 0, 4]);
+    forged[28..32].copy_from_slice(&36u32.to_be_bytes());
+    let path = ike::Path { local: address(0), remote: address(1) };
+    pair.hosts[0].endpoint.handle_datagram(&forged, path, pair.now);
+    pair.drain();
+    pair.run_with_traffic(10 * SECOND, GAP);
+    pair.run(60 * SECOND);
+    pair.expect_settled(&[1]);
+    assert_ne!(pair.ike_spis(), ike, "the hint was taken");
+    for it in &pair.hosts {
+        assert_eq!((it.lost, it.downs), (0, 0), "{}", pair.story());
+    }
+}
