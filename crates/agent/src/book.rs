@@ -163,7 +163,7 @@ impl Book {
         self.leaving.retain(|key| match key {
             Key::Block(network, cidr) => catalog.blocks.contains_key(&(network.clone(), *cidr)),
             Key::Claim(network, address) => catalog.claims.contains_key(&(network.clone(), *address)),
-            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) => false,
+            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
         });
         self.catch_up()
     }
@@ -191,7 +191,7 @@ impl Book {
         let idle = match key {
             Key::Block(network, _) => !self.uses_addresses(network),
             Key::Claim(network, address) => !self.is_used(network, *address),
-            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) => false,
+            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
         };
         if idle {
             self.ledger.delete_object(key)?;

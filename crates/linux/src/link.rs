@@ -108,6 +108,9 @@ pub(crate) fn remove_all(requests: &mut Requests<RouteNetlinkMessage>) -> Result
 fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> Result<(), Error> {
     match (&want.kind, &want.peer) {
         (LinkKind::Bridge, _) => make_bridge(site.home, name, want),
+        (LinkKind::Tun, _) => {
+            Err(Error::words(format!("make device {name}"), "TUN devices are not made yet"))
+        }
         (LinkKind::Vxlan { vni, port, local }, _) => make_vxlan(site, name, want, (*vni, *port, *local)),
         (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, gso_max_size, up })) => {
             let end = End { name: peer, mac: *mac, mtu: *mtu, gso_max_size: *gso_max_size };

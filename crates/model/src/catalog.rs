@@ -12,7 +12,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, Host, HostId, Network, NetworkId, Revision,
+    Block, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, Host, HostId, Network, NetworkId, Peer, PeerId,
+    Revision,
 };
 
 /// One line of the watch stream.
@@ -72,6 +73,8 @@ pub enum Object {
     Claim(Claim),
     /// An endpoint.
     Endpoint(Endpoint),
+    /// A foreign peer.
+    Peer(Peer),
 }
 
 /// What names an object of the state.
@@ -88,6 +91,8 @@ pub enum Key {
     Claim(NetworkId, #[schema(value_type = String)] IpAddr),
     /// An endpoint.
     Endpoint(EndpointId),
+    /// A foreign peer.
+    Peer(PeerId),
 }
 
 impl Object {
@@ -99,6 +104,7 @@ impl Object {
             Self::Block(x) => Key::Block(x.network.clone(), x.cidr),
             Self::Claim(x) => Key::Claim(x.network.clone(), x.address),
             Self::Endpoint(x) => Key::Endpoint(x.id.clone()),
+            Self::Peer(x) => Key::Peer(x.id.clone()),
         }
     }
 }
@@ -116,6 +122,9 @@ pub struct Catalog {
     pub claims: BTreeMap<(NetworkId, IpAddr), Claim>,
     /// Endpoints of the networks that this host takes part in.
     pub endpoints: BTreeMap<EndpointId, Endpoint>,
+    /// Foreign peers of the networks that this host takes part in; with their secrets only at the host that speaks
+    /// to them.
+    pub peers: BTreeMap<PeerId, Peer>,
 }
 
 impl Catalog {
@@ -144,6 +153,7 @@ impl Catalog {
             Object::Block(x) => drop(self.blocks.insert((x.network.clone(), x.cidr), x)),
             Object::Claim(x) => drop(self.claims.insert((x.network.clone(), x.address), x)),
             Object::Endpoint(x) => drop(self.endpoints.insert(x.id.clone(), x)),
+            Object::Peer(x) => drop(self.peers.insert(x.id.clone(), x)),
         }
     }
 
@@ -155,6 +165,7 @@ impl Catalog {
             Key::Block(id, cidr) => drop(self.blocks.remove(&(id.clone(), *cidr))),
             Key::Claim(id, address) => drop(self.claims.remove(&(id.clone(), *address))),
             Key::Endpoint(id) => drop(self.endpoints.remove(id)),
+            Key::Peer(id) => drop(self.peers.remove(id)),
         }
     }
 
@@ -165,7 +176,8 @@ impl Catalog {
         let blocks = self.blocks.values().cloned().map(Object::Block);
         let claims = self.claims.values().cloned().map(Object::Claim);
         let endpoints = self.endpoints.values().cloned().map(Object::Endpoint);
-        hosts.chain(networks).chain(blocks).chain(claims).chain(endpoints)
+        let peers = self.peers.values().cloned().map(Object::Peer);
+        hosts.chain(networks).chain(blocks).chain(claims).chain(endpoints).chain(peers)
     }
 
     /// The network of that name.

@@ -103,6 +103,11 @@ id!(
     EndpointId, "e-", "endpoint id"
 );
 
+id!(
+    /// A foreign peer: a box of another make that a network is joined to.
+    PeerId, "p-", "peer id"
+);
+
 /// A name of a host, network, container, stack or service: what people type and DNS answers.
 ///
 /// 1 to 63 characters of `a-z A-Z 0-9 _ . -`, the first a letter or digit (Docker's rule for containers).

@@ -29,7 +29,7 @@ pub struct NetworkSpec {
     /// Prefix length of the blocks leased to hosts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_prefix: Option<u8>,
-    /// How packets travel between hosts: `vxlan` (in clear).
+    /// How packets travel between hosts: `ipsec` (encrypted) or `vxlan` (in clear).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
     /// VXLAN network identifier, 1 to 16777215; chosen by the server if left out.
@@ -81,6 +81,8 @@ pub struct Network {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(tag = "driver", rename_all = "lowercase")]
 pub enum Driver {
+    /// Encrypted: ESP in tunnel mode (RFC 4303) in UDP (RFC 3948), keyed by IKEv2 (RFC 7296).
+    Ipsec,
     /// The kernel's VXLAN (RFC 7348), in clear.
     Vxlan {
         /// VXLAN network identifier, 24 bits.
@@ -94,7 +96,16 @@ impl Driver {
     /// The driver's name, as in `--driver`.
     pub fn name(&self) -> &'static str {
         match self {
+            Self::Ipsec => "ipsec",
             Self::Vxlan { .. } => "vxlan",
+        }
+    }
+
+    /// The name of the overlay device in each router.
+    pub fn device(&self) -> &'static str {
+        match self {
+            Self::Ipsec => "tun0",
+            Self::Vxlan { .. } => "vxlan0",
         }
     }
 }
@@ -162,8 +173,13 @@ pub enum InvalidNetwork {
     #[error("network {0:?}: blocks of /{1} are not possible; choose --block-size from /20 to /29")]
     BlockPrefix(String, u8),
     /// No such driver.
-    #[error("network {0:?}: unknown driver {1:?}; the drivers are: vxlan")]
+    #[error("network {0:?}: unknown driver {1:?}; the drivers are: ipsec (encrypted), vxlan (in clear)")]
     Driver(String, String),
+    /// An option of another driver.
+    #[error(
+        "network {0:?}: {1} belongs to --driver vxlan; leave it out (an agent's UDP port is its --tunnel-port)"
+    )]
+    VxlanOnly(String, &'static str),
     /// VNI out of range.
     #[error("network {0:?}: VNI {1} is out of range; choose 1 to 16777215")]
     Vni(String, u32),
@@ -228,6 +244,13 @@ impl NetworkSpec {
                     return Err(InvalidNetwork::Port(name()));
                 }
                 Driver::Vxlan { vni, port }
+            }
+            Some("ipsec") => {
+                let option = self.vni.map(|_| "--vni").or(self.port.map(|_| "--port"));
+                if let Some(option) = option {
+                    return Err(InvalidNetwork::VxlanOnly(name(), option));
+                }
+                Driver::Ipsec
             }
             Some(other) => return Err(InvalidNetwork::Driver(name(), other.to_owned())),
         };

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use ipnet::{IpNet, Ipv4Net};
 use model::{
     Candidate, Catalog, Driver, EndpointId, HostId, Mac, Network, NetworkId, Protocol, PublishedPort,
-    SERVICE_ADDRESS, vxlan_mtu,
+    SERVICE_ADDRESS, esp_mtu, vxlan_mtu,
 };
 
 use crate::object::{
@@ -111,6 +111,7 @@ pub fn network_mtu(catalog: &Catalog, local: &Local, network: &Network) -> u32 {
     let smallest = candidates.map(|c| (c.mtu, c.address.is_ipv6())).min_by_key(|(mtu, _)| *mtu);
     let (underlay, v6) = smallest.unwrap_or((ETHERNET, false));
     match network.driver {
+        Driver::Ipsec => esp_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
         Driver::Vxlan { .. } => vxlan_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
     }
 }
@@ -166,6 +167,7 @@ impl<'a> Router<'a> {
             self.way_out(&mut draw);
         }
         match self.network.driver {
+            Driver::Ipsec => self.tun(&mut draw),
             Driver::Vxlan { vni, port } => self.vxlan(&mut draw, vni, port),
         }
     }
@@ -262,6 +264,28 @@ impl<'a> Router<'a> {
             for cidr in blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into())) {
                 draw.route(cidr, self.unicast("vxlan0", Some(router)));
             }
+        }
+    }
+
+    /// The overlay device that the agent's data path is behind, and routes to what is at other hosts and behind foreign
+    /// peers. Which tunnel a packet takes is the data path's business ([`crate::tunnels()`]).
+    fn tun(&self, draw: &mut Drawing<'_>) {
+        let device = Link {
+            kind: LinkKind::Tun,
+            mac: None,
+            mtu: Some(self.mtu),
+            gso_max_size: Some(GSO_MAX_SIZE),
+            master: None,
+            up: true,
+            peer: None,
+        };
+        draw.put(Key::Link(Ifname::new("tun0")), Object::Link(device));
+        let blocks = self.catalog.blocks_of(&self.network.id).filter(|block| block.host != self.local.host);
+        let claims = self.claims().filter(|claim| claim.host != self.local.host);
+        let peers = self.catalog.peers.values().filter(|peer| peer.network == self.network.id);
+        let far = blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into()));
+        for cidr in far.chain(peers.flat_map(|peer| peer.remote_cidrs.iter().copied())) {
+            draw.route(cidr, self.unicast("tun0", None));
         }
     }
 
@@ -366,6 +390,7 @@ fn host_objects(catalog: &Catalog, local: &Local, state: &mut State) {
     let mut ports = BTreeSet::new();
     for (network, slot) in networks {
         match network.driver {
+            Driver::Ipsec => {}
             Driver::Vxlan { port, .. } => {
                 ports.insert(port);
             }

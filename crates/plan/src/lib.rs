@@ -11,6 +11,7 @@ mod diff;
 mod firewall;
 pub mod object;
 pub mod transit;
+mod tunnels;
 
 pub use desired::{
     Attachment, End, Local, ROUTER_PREFIX, desired, desired_attachment, gateway_mac, handed_name,
@@ -18,6 +19,7 @@ pub use desired::{
 };
 pub use diff::{Scope, Step, diff};
 pub use object::{Key, Object, Place, State};
+pub use tunnels::{Begins, Far, Inside, Proof, Tunnel, tunnels};
 
 /// FNV-1a, 64 bits: a stable spread for device addresses and digests; nothing that security rests on.
 pub(crate) fn hash(parts: &[&str]) -> u64 {

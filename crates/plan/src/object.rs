@@ -151,6 +151,9 @@ pub enum LinkKind {
         /// The underlay address it sends from.
         local: IpAddr,
     },
+    /// A TUN device for IP packets with offload headers, made to stay when the agent goes. The agent's data path is its
+    /// other end.
+    Tun,
 }
 
 /// The other end of a veth pair.

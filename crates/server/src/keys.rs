@@ -8,6 +8,7 @@
 //! /droveway/{environment}/blocks/{network}/{cidr}  Block            `/` of the CIDR written `-`
 //! /droveway/{environment}/claims/{network}/{address} Claim
 //! /droveway/{environment}/endpoints/{id}           Endpoint
+//! /droveway/{environment}/peers/{id}               Peer, with its secret
 //! /droveway/{environment}/tokens/{id}              Token
 //! /droveway/{environment}/keys/{name}              ApiKey
 //! ```
@@ -19,7 +20,7 @@ use ipnet::IpNet;
 use model::api::HostRoute;
 use model::{
     Block, Claim, Endpoint, EndpointId, EnvironmentId, Fingerprint, Host, HostId, Name, Network, NetworkId,
-    Object, UnixMillis,
+    Object, Peer, PeerId, UnixMillis,
 };
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +68,7 @@ pub(crate) enum Slot {
     Block(NetworkId, IpNet),
     Claim(NetworkId, IpAddr),
     Endpoint(EndpointId),
+    Peer(PeerId),
     Token(String),
     ApiKey(String),
     /// An index key: read by nobody, compared by transactions.
@@ -146,6 +148,9 @@ impl Keys<'_> {
     pub(crate) fn endpoints(self) -> String {
         self.at("endpoints/")
     }
+    pub(crate) fn peer(self, id: &PeerId) -> String {
+        self.at(&format!("peers/{id}"))
+    }
     pub(crate) fn token(self, id: &str) -> String {
         self.at(&format!("tokens/{id}"))
     }
@@ -175,6 +180,7 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
         }
         ("claims", Some(id), Some(address)) => Slot::Claim(id.parse().ok()?, address.parse().ok()?),
         ("endpoints", Some(id), None) => Slot::Endpoint(id.parse().ok()?),
+        ("peers", Some(id), None) => Slot::Peer(id.parse().ok()?),
         ("tokens", Some(id), None) => Slot::Token(id.to_owned()),
         ("keys", Some(name), None) => Slot::ApiKey(name.to_owned()),
         ("names", Some(_), Some(_)) => Slot::Index,
@@ -196,6 +202,7 @@ pub(crate) fn decode(slot: &Slot, kv: &KeyValue) -> Result<Record, serde_json::E
             Record::Object(Object::Block(Block { leased: kv.created, ..block }))
         }
         Slot::Claim(..) => Record::Object(Object::Claim(serde_json::from_slice::<Claim>(value)?)),
+        Slot::Peer(_) => Record::Object(Object::Peer(serde_json::from_slice::<Peer>(value)?)),
         Slot::Endpoint(_) => Record::Object(Object::Endpoint(serde_json::from_slice::<Endpoint>(value)?)),
         Slot::Report(id) => Record::Report(id.clone(), serde_json::from_slice(value)?),
         Slot::Token(id) => Record::Token(id.clone(), serde_json::from_slice(value)?),

@@ -178,6 +178,7 @@ impl Environment {
             Slot::Block(id, cidr) => Key::Block(id.clone(), *cidr),
             Slot::Claim(id, address) => Key::Claim(id.clone(), *address),
             Slot::Endpoint(id) => Key::Endpoint(id.clone()),
+            Slot::Peer(id) => Key::Peer(id.clone()),
         };
         let network = self.forget(&key);
         self.catalog.delete(&key);
@@ -194,6 +195,7 @@ impl Environment {
             }
             Object::Block(block) => (&block.network, &block.host),
             Object::Claim(claim) => (&claim.network, &claim.host),
+            Object::Peer(peer) => return Some(peer.network.clone()),
             Object::Endpoint(endpoint) => {
                 let id = &endpoint.id;
                 self.endpoints.entry(endpoint.network.clone()).or_default().insert(id.clone());
@@ -226,6 +228,7 @@ impl Environment {
                 let claim = self.catalog.claims.get(&(network.clone(), *address))?;
                 (&claim.network, &claim.host)
             }
+            Key::Peer(id) => return self.catalog.peers.get(id).map(|peer| peer.network.clone()),
             Key::Endpoint(id) => {
                 let endpoint = self.catalog.endpoints.get(id)?;
                 remove_from(&mut self.endpoints, &endpoint.network, id);

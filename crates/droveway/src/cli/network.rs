@@ -190,6 +190,7 @@ fn details(network: &Network, use_: &Use) -> Details {
         .add("Driver", network.driver.name())
         .add("Encrypted", encrypted(&network.driver));
     match network.driver {
+        Driver::Ipsec => &mut details,
         Driver::Vxlan { vni, port } => details.add("VNI", vni.to_string()).add("UDP port", port.to_string()),
     };
     details
@@ -211,15 +212,16 @@ fn table(networks: &[Network]) -> Table {
     );
     for network in networks {
         let (vni, port) = match network.driver {
-            Driver::Vxlan { vni, port } => (vni, port),
+            Driver::Ipsec => ("-".to_owned(), "-".to_owned()),
+            Driver::Vxlan { vni, port } => (vni.to_string(), port.to_string()),
         };
         table.row([
             network.name.to_string(),
             text::list(&network.cidrs),
             network.driver.name().to_owned(),
             encrypted(&network.driver).to_owned(),
-            vni.to_string(),
-            port.to_string(),
+            vni,
+            port,
             network.mtu.map_or_else(|| "auto".to_owned(), |mtu| mtu.to_string()),
             if network.internal { "yes" } else { "no" }.to_owned(),
             text::age(network.created, now),
@@ -230,6 +232,7 @@ fn table(networks: &[Network]) -> Table {
 
 fn encrypted(driver: &Driver) -> &'static str {
     match driver {
+        Driver::Ipsec => "yes",
         Driver::Vxlan { .. } => "no (clear)",
     }
 }
@@ -242,6 +245,7 @@ fn created(network: &Network) -> String {
         network.driver.name()
     );
     match network.driver {
+        Driver::Ipsec => {}
         Driver::Vxlan { .. } => text.push_str(
             "Its packets travel between hosts in the clear: they are NOT encrypted, and anyone on the way can read them.\n",
         ),
