@@ -12,6 +12,9 @@ mod peers;
 mod tokens;
 mod watch;
 
+#[cfg(test)]
+mod nat_tests;
+
 use std::any::Any;
 use std::sync::Arc;
 
