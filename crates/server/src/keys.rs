@@ -8,7 +8,7 @@
 //! /droveway/{environment}/blocks/{network}/{cidr}  Block            `/` of the CIDR written `-`
 //! /droveway/{environment}/claims/{network}/{address} Claim
 //! /droveway/{environment}/endpoints/{id}           Endpoint
-//! /droveway/{environment}/peers/{id}               Peer, with its secret
+//! /droveway/{environment}/peers/{id}               Peer, with its secret        names/peer/{name}
 //! /droveway/{environment}/tokens/{id}              Token
 //! /droveway/{environment}/keys/{name}              ApiKey
 //! ```
@@ -151,6 +151,12 @@ impl Keys<'_> {
     pub(crate) fn peer(self, id: &PeerId) -> String {
         self.at(&format!("peers/{id}"))
     }
+    pub(crate) fn peers(self) -> String {
+        self.at("peers/")
+    }
+    pub(crate) fn peer_name(self, name: &Name) -> String {
+        self.at(&format!("names/peer/{name}"))
+    }
     pub(crate) fn token(self, id: &str) -> String {
         self.at(&format!("tokens/{id}"))
     }
@@ -219,7 +225,7 @@ mod tests {
         let environment = EnvironmentId::default();
         let keys = Keys(&environment);
         let (network, host) = (NetworkId::from_random([1; 8]), HostId::from_random([2; 8]));
-        let endpoint = EndpointId::from_random([3; 8]);
+        let (endpoint, peer) = (EndpointId::from_random([3; 8]), PeerId::from_random([4; 8]));
         let cidr: IpNet = "10.42.16.0/26".parse().unwrap();
         let address: IpAddr = "fd00::5".parse().unwrap();
         for (key, slot) in [
@@ -230,10 +236,12 @@ mod tests {
             (keys.block(&network, &cidr), Slot::Block(network.clone(), cidr)),
             (keys.claim(&network, &address), Slot::Claim(network.clone(), address)),
             (keys.endpoint(&endpoint), Slot::Endpoint(endpoint.clone())),
+            (keys.peer(&peer), Slot::Peer(peer.clone())),
             (keys.token("ab"), Slot::Token("ab".into())),
             (keys.api_key("admin"), Slot::ApiKey("admin".into())),
             (keys.vni(4789, 1), Slot::Index),
             (keys.host_name(&"h1".parse().unwrap()), Slot::Index),
+            (keys.peer_name(&"office".parse().unwrap()), Slot::Index),
         ] {
             assert_eq!(parse(&key), Some((environment.clone(), slot)), "{key}");
         }
