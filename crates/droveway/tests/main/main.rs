@@ -20,3 +20,4 @@ mod spoof;
 mod steady;
 mod support;
 mod walk;
+mod watch;
