@@ -6,9 +6,11 @@
 
 mod api;
 mod away;
+mod charon;
 mod docker;
 mod drift;
 mod frame;
+mod interop;
 mod isolation;
 mod lab;
 mod lab_bare;
