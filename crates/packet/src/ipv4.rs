@@ -308,7 +308,9 @@ mod tests {
 
     #[test]
     fn fragments_put_together_are_the_packet() {
-        for (payload, mtu, word) in [(100, 60, 0), (96, 60, 0), (1480, 576, MORE_FRAGMENTS | 5), (8, 36, 0), (0, 36, 0)] {
+        for (payload, mtu, word) in
+            [(100, 60, 0), (96, 60, 0), (1480, 576, MORE_FRAGMENTS | 5), (8, 36, 0), (0, 36, 0)]
+        {
             let packet = with_options(payload, word);
             let mut fragments = Fragments::new(&packet, mtu).unwrap();
             let (mut out, mut joined, mut more) = ([0; 2000], Vec::new(), true);

@@ -22,9 +22,9 @@ mod transmit;
 mod watch;
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
@@ -36,7 +36,7 @@ pub use state::PROBE_MAGIC_LEN;
 use crate::dataplane::capture::Tap;
 use crate::dataplane::count::Drops;
 use crate::dataplane::route::Routes;
-use crate::dataplane::state::{Device, Shared, State};
+use crate::dataplane::state::{Device, Origin, Shared, State};
 use crate::dataplane::watch::Waker;
 
 /// A peer, by a number that control chooses and does not use again.
@@ -157,7 +157,7 @@ pub struct Dataplane {
 }
 
 impl Dataplane {
-    /// Starts both threads. `signals` should hold a few hundred: what does not fit is dropped and counted.
+    /// Starts both threads, in the calling thread's namespace, which must be that of the sockets. `signals` should hold a few hundred: what does not fit is dropped and counted.
     pub fn start(sockets: Sockets, signals: SyncSender<Signal>) -> Result<Self, Error> {
         let mut probe = [0; PROBE_MAGIC_LEN];
         aws_lc_rs::rand::fill(&mut probe).map_err(|_| Error::Kernel {
@@ -167,7 +167,7 @@ impl Dataplane {
         let shared = Arc::new(Shared {
             state: Arc::new(esp::Published::new(State::default())),
             inbound: Arc::new(esp::Published::new(esp::SaTable::default())),
-            sockets,
+            ports: sockets.into(),
             signals,
             drops: Drops::default(),
             probe,

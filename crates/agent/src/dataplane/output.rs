@@ -106,7 +106,7 @@ impl Output {
         let mut patience = Patience::default();
         let mut next = 0;
         while let Some(message) = self.messages.get(next) {
-            let Some(socket) = shared.sockets.of(&message.path) else {
+            let Some(socket) = shared.ports.of(&message.path) else {
                 let count = message.count();
                 state.transmit_counts(shared, message.peer).add(Reason::SocketRefused, count);
                 next += 1;
@@ -115,7 +115,7 @@ impl Output {
             let mut call = [message.send(&self.buffer); CALL_MAX];
             let mut length = 0;
             for (slot, message) in call.iter_mut().zip(&self.messages[next..]) {
-                if !shared.sockets.of(&message.path).is_some_and(|other| std::ptr::eq(other, socket)) {
+                if !shared.ports.of(&message.path).is_some_and(|other| std::ptr::eq(other, socket)) {
                     break;
                 }
                 *slot = message.send(&self.buffer);
@@ -212,7 +212,7 @@ impl Patience {
 
 /// Sends a datagram that is not ours to seal.
 pub(super) fn send_plain(shared: &Shared, path: udp::Path, payload: &[u8]) {
-    let sent = shared.sockets.of(&path).map_or(0, |socket| {
+    let sent = shared.ports.of(&path).map_or(0, |socket| {
         socket.send(&[udp::Send { path, bytes: payload, segment: payload.len().max(1), tos: 0 }]).0
     });
     if sent == 0 {

@@ -24,11 +24,19 @@ const IKE_PORT: u16 = 500;
 pub(super) struct Shared {
     pub state: Arc<Published<State>>,
     pub inbound: Arc<Published<SaTable<Origin>>>,
-    pub sockets: Sockets,
+    pub ports: Ports,
     pub signals: SyncSender<Signal>,
     /// What belongs to no peer.
     pub drops: Drops,
     pub probe: [u8; PROBE_MAGIC_LEN],
+}
+
+/// The sockets, as [`Sockets`] has them.
+pub(super) struct Ports {
+    pub v4: Option<Arc<udp::Socket>>,
+    pub v6: Option<Arc<udp::Socket>>,
+    pub ike_v4: Option<Arc<udp::Socket>>,
+    pub ike_v6: Option<Arc<udp::Socket>>,
 }
 
 /// Devices, routes and peers.
@@ -95,7 +103,10 @@ impl State {
 
     /// A peer with the security association for packets of a device, and the path. `None` while one of them is missing.
     #[inline]
-    pub fn way(&self, (peer, device): (PeerIndex, DeviceIndex)) -> Option<(&Peer, &esp::Outbound, udp::Path)> {
+    pub fn way(
+        &self,
+        (peer, device): (PeerIndex, DeviceIndex),
+    ) -> Option<(&Peer, &esp::Outbound, udp::Path)> {
         let peer = self.peers.get(&peer)?;
         Some((peer, peer.outbound.get(&device)?, peer.path?))
     }
@@ -123,15 +134,23 @@ impl Peer {
     }
 }
 
-impl Sockets {
+impl From<Sockets> for Ports {
+    fn from(sockets: Sockets) -> Self {
+        let Sockets { v4, v6, ike_v4, ike_v6 } = sockets;
+        let [v4, v6, ike_v4, ike_v6] = [v4, v6, ike_v4, ike_v6].map(|socket| socket.map(Arc::new));
+        Self { v4, v6, ike_v4, ike_v6 }
+    }
+}
+
+impl Ports {
     /// The socket for a path. `None` where its family has none.
     #[inline]
-    pub(super) fn of(&self, path: &udp::Path) -> Option<&udp::Socket> {
+    pub fn of(&self, path: &udp::Path) -> Option<&udp::Socket> {
         let (tunnel, ike) = match path.remote {
             SocketAddr::V4(_) => (&self.v4, &self.ike_v4),
             SocketAddr::V6(_) => (&self.v6, &self.ike_v6),
         };
-        if path.local.port() == IKE_PORT && ike.is_some() { ike.as_ref() } else { tunnel.as_ref() }
+        ike.as_deref().filter(|_| path.local.port() == IKE_PORT).or(tunnel.as_deref())
     }
 }
 

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use linux::udp;
 use nix::errno::Errno;
 use packet::ecn::{self, Dscp};
+use packet::esp::HEAD_ROOM;
 use packet::split::Split;
 use packet::{icmp, ipv4, vnet};
-use packet::esp::HEAD_ROOM;
 
 use crate::dataplane::count::Reason;
 use crate::dataplane::early::{self, Early};

@@ -65,9 +65,9 @@ struct Source<T> {
 
 impl<T: AsFd> Watch<T> {
     pub fn new() -> Result<Self, Error> {
-        let failed = |attempted: &'static str| move |error: Errno| Error::Kernel { attempted, error: error.into() };
-        let epoll =
-            Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed("make an event poll"))?;
+        let failed =
+            |attempted: &'static str| move |error: Errno| Error::Kernel { attempted, error: error.into() };
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed("make an event poll"))?;
         let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(failed("make an event counter"))?;
         epoll
