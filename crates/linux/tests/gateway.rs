@@ -17,7 +17,7 @@ use linux::tun::{self, Queue};
 use linux::udp::path_mtu;
 use model::{
     Block, Candidate, Catalog, EndpointId, Host, HostId, Mac, NetworkId, NetworkSpec, Object, Peer, PeerId,
-    PeerProof, Revision, Source,
+    PeerProof, Protocol, PublishedPort, Revision, Source,
 };
 use plan::{Attachment, End, Local, State, desired};
 use sandbox::{
@@ -75,7 +75,7 @@ fn scene(netns: &Path) -> State {
         addresses: vec![ip(CONTAINER)],
         mac: Mac([2, 0, 0, 0, 0, 9]),
         end: End::Inside { netns: netns.to_owned(), ifname: "eth0".to_owned() },
-        ports: Vec::new(),
+        ports: vec![PublishedPort { protocol: Protocol::Udp, host_port: 7007, port: 7 }],
     };
     let local = Local {
         host: HostId::from_random([1; 8]),
@@ -205,15 +205,13 @@ fn nothing_for_a_foreign_peer_leaves_in_clear_nor_comes_in_its_name() {
             }'
             ip addr add 192.168.7.9/32 dev lo");
         let counted = |what: &str| sh(&format!("nft list counter ip seen {what}"));
-        // The host forges, by the way to the router.
-        let device = sh("ip -o link | grep -o 'dw[0-9]*' | head -1");
-        let device = device.trim();
-        let way = in_router(&kernel, "ip -4 -o addr show dev up0 | awk '{print $4}' | cut -d/ -f1");
-        sh(&format!("ip route replace 10.42.64.98 via {} dev {device} onlink", way.trim()));
-        let host = UdpSocket::bind((BEHIND_PEER, 9)).unwrap();
-        host.send_to(b"forged", (CONTAINER, 7)).unwrap();
-        bring(&queue, &datagram(BEHIND_PEER, CONTAINER, "true"));
-        assert_eq!(heard(&socket), (BEHIND_PEER.to_owned(), "true".to_owned()));
+        // The host sends to the router's published port, once in the name of what is behind the peer.
+        let way = in_router(&kernel, "ip -4 -o addr show dev up0 | grep -o '169.254[0-9.]*' | head -1");
+        for (from, said) in [(BEHIND_PEER, "forged"), ("10.9.0.1", "true")] {
+            let host = UdpSocket::bind((from, 9)).unwrap();
+            host.send_to(said.as_bytes(), (way.trim(), 7007)).unwrap();
+        }
+        assert_eq!(heard(&socket).1, "true");
 
         // Without its device everything else would leave by the default route.
         in_router(&kernel, "ip link del tun0");

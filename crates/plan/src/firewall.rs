@@ -25,8 +25,8 @@ pub(crate) struct Router<'a> {
 /// The router's filter and NAT: nothing of the pool, or of what is behind foreign peers, leaves by `up0` or comes by it,
 /// and nothing else comes by the overlay. Foreign peers reach the pool, and not each other.
 ///
-/// What conntrack finds invalid (a reset or a reply without a connection) is not masqueraded: the last chain, which sees
-/// packets after NAT, drops it.
+/// What conntrack finds invalid (a reset or a reply without a connection) or does not track (what is for the overlay, but
+/// was not routed there) is not masqueraded: the last chain, which sees packets after NAT, drops it.
 ///
 /// What most packets do, from container to container, is decided by few and plain expressions: each lookup in a set is
 /// paid in throughput (`make bench`).
@@ -78,7 +78,7 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
     chain inward {{
         ip saddr {inside} drop{inward}
     }}
-    chain outward {{{kept}{outward}
+    chain outward {{{outward}
     }}
     chain output {{
         type filter hook output priority filter; policy accept;
@@ -101,11 +101,6 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
             r#"
         oifname "DEVICE" ip saddr POOL ip daddr { REMOTE } accept
         iifname "DEVICE" ip saddr { REMOTE } ip daddr POOL accept"#
-        ),
-        kept = rules(
-            remote.as_deref(),
-            r"
-        ip daddr { REMOTE } drop"
         ),
     );
     table(Family::Inet, &text.replace("POOL", &router.pool.to_string()).replace("DEVICE", router.device))
