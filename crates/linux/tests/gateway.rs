@@ -193,7 +193,7 @@ fn what_is_neither_of_the_pool_nor_behind_a_peer_gets_nowhere() {
 #[test]
 fn nothing_for_a_foreign_peer_leaves_in_clear_nor_comes_in_its_name() {
     sandbox::run("nothing_for_a_foreign_peer_leaves_in_clear_nor_comes_in_its_name", |dir| {
-        let (kernel, inside, socket, queue) = made(dir);
+        let (kernel, inside, socket, _queue) = made(dir);
         sh("nft 'table ip seen {
               counter peer { }
               counter world { }
