@@ -133,7 +133,7 @@ impl Cursor {
                 .cloned()
                 .map(Object::Claim),
             Key::Endpoint(id) => {
-                catalog.endpoints.get(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
+                catalog.endpoint(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
             }
         }
     }
