@@ -119,7 +119,7 @@ impl Create {
     fn spec(self) -> Result<PeerSpec, Failure> {
         let proof = match (self.proof.psk_file, self.proof.ca) {
             (Some(file), _) => PeerProof::Psk { secret: Some(secret(&file)?) },
-            (None, Some(file)) => PeerProof::Ca { ca: read(&file, |_| Ok(()))? },
+            (None, Some(file)) => PeerProof::Ca { ca: read(&file, open(&file)?)? },
             (None, None) => return Err(Failure::new(Exit::Usage, "give --psk-file or --ca")),
         };
         Ok(PeerSpec {
@@ -191,34 +191,32 @@ async fn explain(client: &Client, error: Error, name: &str) -> Failure {
 
 /// The secret in a file that nobody else can read.
 fn secret(path: &Path) -> Result<String, Failure> {
-    let text = read(path, |file| {
-        let meta = file.metadata()?;
-        let mode = meta.permissions().mode() & 0o777;
-        if meta.is_file() && mode & 0o077 != 0 {
-            let why = format!("others than its owner can read or write it (mode {mode:04o})");
-            return Err(std::io::Error::other(why));
-        }
-        Ok(())
-    });
-    let text = text.map_err(|failure| {
-        let path = path.display();
-        failure.remedy(format!("chmod 600 {path}; make a new secret, if somebody may have read it"))
-    })?;
-    Ok(text.trim().to_owned())
+    let file = open(path)?;
+    let meta = file.metadata().map_err(|error| unusable(path, &error))?;
+    let mode = meta.permissions().mode() & 0o777;
+    if meta.is_file() && mode & 0o077 != 0 {
+        let message =
+            format!("{} can be read or written by others than its owner (mode {mode:04o})", path.display());
+        let remedy =
+            format!("chmod 600 {}; and make a new secret, if somebody may have read it", path.display());
+        return Err(Failure::new(Exit::Usage, message).remedy(remedy));
+    }
+    Ok(read(path, file)?.trim().to_owned())
 }
 
-/// The text of a small file, if it passes the check once it is open.
-fn read(path: &Path, check: impl FnOnce(&File) -> std::io::Result<()>) -> Result<String, Failure> {
-    let attempt = || {
-        let file = File::open(path)?;
-        check(&file)?;
-        let mut text = String::new();
-        file.take(FILE_MAX).read_to_string(&mut text)?;
-        Ok(text)
-    };
-    attempt().map_err(|error: std::io::Error| {
-        Failure::new(Exit::Usage, format!("cannot use {}: {error}", path.display()))
-    })
+fn open(path: &Path) -> Result<File, Failure> {
+    File::open(path).map_err(|error| unusable(path, &error))
+}
+
+/// The text of a small file.
+fn read(path: &Path, file: File) -> Result<String, Failure> {
+    let mut text = String::new();
+    file.take(FILE_MAX).read_to_string(&mut text).map_err(|error| unusable(path, &error))?;
+    Ok(text)
+}
+
+fn unusable(path: &Path, error: &std::io::Error) -> Failure {
+    Failure::new(Exit::Usage, format!("cannot read {}: {error}", path.display()))
 }
 
 fn created(peer: &Peer, names: &Names) -> String {
