@@ -101,7 +101,7 @@ struct Create {
     /// The identity that it proves: a name, or an address [default: its address]
     #[arg(long, value_name = "ID")]
     id: Option<String>,
-    /// The identity that the gateway proves to it [default: the gateway's address]
+    /// The identity that the gateway proves to it [default: its address; with --ca, its certificate's subject]
     #[arg(long, value_name = "ID")]
     local_id: Option<String>,
     /// The network that it is joined to, of driver ipsec: name or id
@@ -254,7 +254,10 @@ fn table(peers: &[Peer], names: &Names) -> Table {
 }
 
 fn details(peer: &Peer, names: &Names) -> Details {
-    let own = || "the gateway's address".to_owned();
+    let own = || match &peer.proof {
+        PeerProof::Psk { .. } => "the gateway's address".to_owned(),
+        PeerProof::Ca { .. } => format!("the subject of the gateway's certificate, CN={}", peer.host),
+    };
     let mut details = Details::default();
     details
         .add("Name", peer.name.to_string())
