@@ -9,6 +9,7 @@
 mod book;
 mod chores;
 pub mod control;
+pub mod dataplane;
 pub mod docker;
 mod ipam;
 mod ledger;
