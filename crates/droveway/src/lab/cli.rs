@@ -328,13 +328,9 @@ fn capture(lab: &Lab, texts: &[String], command: &[String], format: Format) -> R
         Format::Table => {
             print!("{report}");
             for (i, text) in texts.iter().enumerate() {
-                let found: Vec<_> = report.found.iter().filter(|found| found.text == i).collect();
-                match found.first() {
-                    None => {
-                        println!("{text:?} is in none of {} frames ({} bytes)", report.frames, report.bytes)
-                    }
-                    Some(first) => println!("{text:?} IS SEEN, first in {first}"),
-                }
+                let first = report.found.iter().find(|found| found.text == i);
+                let all = format!("is in none of {} frames ({} bytes)", report.frames, report.bytes);
+                println!("{text:?} {}", first.map_or(all, |found| format!("IS SEEN, first in {found}")));
             }
         }
     }

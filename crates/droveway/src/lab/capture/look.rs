@@ -17,7 +17,9 @@ const IPV6: u16 = 0x86dd;
 const IKE_PORT: u16 = 500;
 /// What a tunnel's port is unless someone chose another.
 const TUNNEL_PORT: u16 = model::TUNNEL_PORT;
-/// How many are kept.
+/// RFC 3376 §4: a bridge joins a group of its own.
+const IGMP: u8 = 2;
+/// How many tunnels' ports are kept.
 const PORTS_MAX: usize = 1024;
 const VXLAN_PORT: u16 = 4789;
 /// The smallest SPI that may be used (RFC 4303 §2.1).
@@ -60,7 +62,7 @@ pub enum What {
     Fragment,
     /// ARP.
     Arp,
-    /// ICMP or ICMPv6.
+    /// ICMP, ICMPv6 or IGMP.
     Icmp,
     /// Anything else.
     Other {
@@ -202,7 +204,7 @@ fn look_ip(frame: &[u8], known: &Ports, unknown: &Seen) -> Option<Seen> {
                 other(frame, protocol, ports)
             }
         }
-        protocol::ICMP | protocol::ICMPV6 => What::Icmp,
+        protocol::ICMP | protocol::ICMPV6 | IGMP => What::Icmp,
         _ => other(frame, protocol, (0, 0)),
     };
     Some(seen)

@@ -203,9 +203,16 @@ impl fmt::Display for Report {
                 *width = cell.len().max(*width);
             }
         }
-        for [node, source, destination, what, frames, bytes] in &rows {
-            let [a, b, c, d, e, g] = widths;
-            writeln!(f, "{node:a$}  {source:b$}  {destination:c$}  {what:d$}  {frames:>e$}  {bytes:>g$}")?;
+        for row in &rows {
+            let cells = row.iter().zip(widths).enumerate();
+            let cells: Vec<String> = cells
+                .map(
+                    |(i, (cell, width))| {
+                        if i < 4 { format!("{cell:width$}") } else { format!("{cell:>width$}") }
+                    },
+                )
+                .collect();
+            writeln!(f, "{}", cells.join("  "))?;
         }
         if self.unlisted > 0 {
             writeln!(f, "and {} frames of more flows", self.unlisted)?;
