@@ -57,7 +57,8 @@ STATE is whether the host's agent is connected to the server. What runs on a hos
         changes: Vec<(String, Option<String>)>,
     },
     /// Remove hosts: their certificates, blocks and endpoints are no longer good
-    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host.
+    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host. Refused while it is the
+gateway of foreign peers: `droveway peer ls`.
 
 Examples:
   droveway host rm h3")]

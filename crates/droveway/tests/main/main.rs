@@ -10,6 +10,7 @@ mod charon;
 mod docker;
 mod drift;
 mod frame;
+mod gateway;
 mod interop;
 mod isolation;
 mod lab;
