@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 mod address;
+mod cmsg;
 mod container;
 mod error;
 pub mod forward;
@@ -22,6 +23,8 @@ mod parse;
 mod route;
 pub mod socket;
 mod sysctl;
+pub mod tun;
+pub mod udp;
 mod watch;
 
 pub use error::{Error, StepError};
