@@ -18,6 +18,8 @@ use crate::object::{
 };
 use crate::{firewall, hash, transit};
 
+/// The overlay device of a network of driver `ipsec`.
+pub const TUN: &str = "tun0";
 /// What the name of each router's namespace begins with.
 pub const ROUTER_PREFIX: &str = "droveway-";
 /// The longest packet that a device of a network takes to cut up, bytes: as long as an IPv4 packet can be, rounded up. The
@@ -279,13 +281,13 @@ impl<'a> Router<'a> {
             up: true,
             peer: None,
         };
-        draw.put(Key::Link(Ifname::new("tun0")), Object::Link(device));
+        draw.put(Key::Link(Ifname::new(TUN)), Object::Link(device));
         let blocks = self.catalog.blocks_of(&self.network.id).filter(|block| block.host != self.local.host);
         let claims = self.claims().filter(|claim| claim.host != self.local.host);
         let peers = self.catalog.peers.values().filter(|peer| peer.network == self.network.id);
         let far = blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into()));
         for cidr in far.chain(peers.flat_map(|peer| peer.remote_cidrs.iter().copied())) {
-            draw.route(cidr, self.unicast("tun0", None));
+            draw.route(cidr, self.unicast(TUN, None));
         }
     }
 
