@@ -189,7 +189,9 @@ impl Book {
     /// given from it, unless the server grants it again; a ledger that is opened again does not know it.
     pub(crate) fn let_go(&mut self, key: &Key) -> Result<bool, LedgerError> {
         let idle = match key {
-            Key::Block(network, _) => !self.uses_addresses(network),
+            Key::Block(network, _) => {
+                !self.uses_addresses(network) && !self.catalog.gateway_of(&self.host).any(|id| id == network)
+            }
             Key::Claim(network, address) => !self.is_used(network, *address),
             Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
         };

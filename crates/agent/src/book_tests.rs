@@ -77,6 +77,35 @@ fn no_address_is_given_from_a_block_that_goes_back_until_it_is_granted_again() {
     book.reserve(&network, None).unwrap();
 }
 
+#[test]
+fn a_gateway_to_a_foreign_peer_fetches_its_first_block_and_keeps_it_until_the_peer_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let chores = |book: &Book| crate::chores::Chores::of(&crate::View::from_book(book), book, |_| false);
+    let (network, leased) = (network().id, block("10.42.64.0/26"));
+    let key = Key::Block(network.clone(), leased.cidr);
+    assert_eq!(chores(&book).give_back, std::slice::from_ref(&leased), "nobody needs it");
+
+    let peer: model::Peer = serde_json::from_value(serde_json::json!({
+        "id": model::PeerId::from_random([7; 8]), "name": "office", "network": network, "host": host(),
+        "address": "192.0.2.1", "proof": {"by": "psk"}, "remote_cidrs": ["192.168.7.0/24"], "created": 0,
+    }))
+    .unwrap();
+    let delta = |revision, change| Watch::Delta { revision: Revision(revision), changes: vec![change] };
+    book.watch(delta(2, Change::Put(Object::Peer(peer.clone())))).unwrap();
+    assert_eq!(chores(&book), crate::chores::Chores::default());
+    assert!(!book.let_go(&key).unwrap());
+
+    book.watch(delta(3, Change::Delete(key.clone()))).unwrap();
+    assert_eq!(chores(&book).lease, [(network, 0)]);
+    book.granted(Object::Block(leased.clone())).unwrap();
+    assert_eq!(chores(&book).lease, []);
+
+    book.watch(delta(4, Change::Delete(Key::Peer(peer.id)))).unwrap();
+    assert_eq!(chores(&book).give_back, [leased]);
+    assert!(book.let_go(&key).unwrap());
+}
+
 /// The ledger as an agent would find it after a loss of power.
 fn open_copy(directory: &Path) -> Book {
     let copy = tempfile::tempdir().unwrap();

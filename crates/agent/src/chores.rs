@@ -1,6 +1,8 @@
 //! What this host still has to tell the server. Pure: the difference between the ledger and the snapshot, so nothing
 //! has to be remembered, and nothing is lost by a restart of either side.
 
+use std::collections::BTreeSet;
+
 use model::{Block, Claim, Endpoint, EndpointId, NetworkId};
 
 use crate::View;
@@ -17,7 +19,8 @@ pub(crate) struct Chores {
     pub(crate) release: Vec<Claim>,
     /// Blocks of networks that are not used here any more.
     pub(crate) give_back: Vec<Block>,
-    /// Networks of which another block should be fetched before it is needed, with how many there are.
+    /// Networks of which another block should be fetched before it is needed, or the first for a router that speaks to
+    /// foreign peers, with how many there are.
     pub(crate) lease: Vec<(NetworkId, usize)>,
 }
 
@@ -40,7 +43,10 @@ impl Chores {
             .values()
             .filter(|claim| claim.host == view.host && !book.is_used(&claim.network, claim.address))
             .cloned();
-        let idle = |network: &NetworkId| !book.uses_addresses(network) && !lingers(network);
+        let gateway: BTreeSet<&NetworkId> = catalog.gateway_of(&view.host).collect();
+        let idle = |network: &NetworkId| {
+            !book.uses_addresses(network) && !lingers(network) && !gateway.contains(network)
+        };
         let mut give_back: Vec<Block> = catalog
             .blocks
             .values()
@@ -51,12 +57,14 @@ impl Chores {
             .collect();
         // The oldest block holds the router's address: it goes last.
         give_back.sort_by_key(|block| std::cmp::Reverse(block.leased));
-        let lease = view
+        let low = view
             .routers
             .keys()
             .filter(|network| book.uses_addresses(network))
-            .filter_map(|network| Some((network.clone(), book.low(network)?)))
-            .collect();
+            .filter_map(|network| Some((network.clone(), book.low(network)?)));
+        // A router that speaks to foreign peers needs an address, also where no endpoint is.
+        let bare = gateway.iter().filter(|network| catalog.router_address(network, &view.host).is_none());
+        let lease = low.chain(bare.map(|network| ((*network).clone(), 0))).collect();
         Self { put: put.collect(), delete: delete.collect(), release: release.collect(), give_back, lease }
     }
 

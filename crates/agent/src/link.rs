@@ -197,7 +197,7 @@ impl Teller {
             match self.server.lease(network.clone(), *held).await {
                 Ok(block) => self.control.send(Command::Leased { block }),
                 // What is free is enough for now; an attach that finds none says so.
-                Err(error) if error.code == ErrorCode::Exhausted => {}
+                Err(error) if error.code == ErrorCode::Exhausted && *held > 0 => {}
                 Err(error) => drop(refusal_is_kept(Err(error), &mut first)?),
             }
         }

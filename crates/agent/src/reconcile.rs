@@ -471,6 +471,7 @@ impl Reconciler {
             .records()
             .map(|record| record.endpoint.network.clone())
             .chain(self.lingering.keys().cloned())
+            .chain(self.book.catalog.gateway_of(&self.book.host).cloned())
             .collect();
         for network in &routers {
             if self.book.catalog.networks.contains_key(network)

@@ -190,6 +190,11 @@ impl Catalog {
         self.blocks.values().filter(move |block| block.network == *network)
     }
 
+    /// The networks in which `host` speaks to foreign peers. It needs a router there, with or without endpoints.
+    pub fn gateway_of<'a>(&'a self, host: &'a HostId) -> impl Iterator<Item = &'a NetworkId> + 'a {
+        self.peers.values().filter(move |peer| peer.host == *host).map(|peer| &peer.network)
+    }
+
     /// The address of `host`'s router in `network`: in its oldest block there.
     pub fn router_address(&self, network: &NetworkId, host: &HostId) -> Option<IpAddr> {
         self.blocks_of(network)
