@@ -157,8 +157,12 @@ pub struct Dataplane {
 }
 
 impl Dataplane {
-    /// Starts both threads, in the calling thread's namespace, which must be that of the sockets. `signals` should hold a few hundred: what does not fit is dropped and counted.
-    pub fn start(sockets: Sockets, signals: SyncSender<Signal>) -> Result<Self, Error> {
+    /// Starts both threads, in the calling thread's namespace, which must be that of the sockets. `signals` should hold a
+    /// few hundred: what does not fit is dropped and counted.
+    pub fn start<S: From<Signal> + Send + 'static>(
+        sockets: Sockets,
+        signals: SyncSender<S>,
+    ) -> Result<Self, Error> {
         let mut probe = [0; PROBE_MAGIC_LEN];
         aws_lc_rs::rand::fill(&mut probe).map_err(|_| Error::Kernel {
             attempted: "get random numbers",
@@ -168,7 +172,7 @@ impl Dataplane {
             state: Arc::new(esp::Published::new(State::default())),
             inbound: Arc::new(esp::Published::new(esp::SaTable::default())),
             ports: sockets.into(),
-            signals,
+            signals: Box::new(move |signal| signals.try_send(signal.into()).is_ok()),
             drops: Drops::default(),
             probe,
         });

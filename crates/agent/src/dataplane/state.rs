@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError};
 
 use esp::{Published, SaTable};
 use linux::{tun, udp};
@@ -25,7 +24,8 @@ pub(super) struct Shared {
     pub state: Arc<Published<State>>,
     pub inbound: Arc<Published<SaTable<Origin>>>,
     pub ports: Ports,
-    pub signals: SyncSender<Signal>,
+    /// Hands a signal to control; false if there is no room, or nobody listens.
+    pub signals: Box<dyn Fn(Signal) -> bool + Send + Sync>,
     /// What belongs to no peer.
     pub drops: Drops,
     pub probe: [u8; PROBE_MAGIC_LEN],
@@ -83,9 +83,8 @@ pub(super) struct Origin {
 impl Shared {
     /// Tells control, or counts that it did not listen.
     pub fn signal(&self, signal: Signal, counts: &Counts) {
-        match self.signals.try_send(signal) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => counts.add(Reason::SignalFull, 1),
+        if !(self.signals)(signal) {
+            counts.add(Reason::SignalFull, 1);
         }
     }
 }

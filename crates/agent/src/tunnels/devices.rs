@@ -46,11 +46,6 @@ impl Devices {
         device.index
     }
 
-    /// Which network a device is of.
-    pub(super) fn network(&self, index: DeviceIndex) -> Option<&NetworkId> {
-        self.all.iter().find(|(_, device)| device.index == index).map(|(network, _)| network)
-    }
-
     /// Opens, closes and opens again what the view shows otherwise than before. False: something could not be opened
     /// yet, and is to be tried again.
     pub(super) fn apply(&mut self, view: &View, dataplane: &Dataplane) -> bool {
