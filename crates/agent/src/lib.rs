@@ -254,7 +254,10 @@ async fn follow_underlay(
     loop {
         every.tick().await;
         // No address at all, while a cable is out, is no news worth acting on: the last ones stay.
-        let Ok(found) = underlay::candidates(&config.underlay, config.tunnels.port, Some(&identity.server)) else { continue };
+        let Ok(found) = underlay::candidates(&config.underlay, config.tunnels.port, Some(&identity.server))
+        else {
+            continue;
+        };
         let changed = candidates.send_if_modified(|known| {
             let changed = *known != found;
             known.clone_from(&found);

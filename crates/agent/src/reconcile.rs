@@ -423,7 +423,9 @@ impl Reconciler {
                         Step::Add(Place::Router(network), Key::Netns, _) => {
                             *self.generations.entry(network.clone()).or_default() += 1;
                         }
-                        Step::Add(Place::Router(network), Key::Link(name), _) if name.as_str() == plan::TUN => {
+                        Step::Add(Place::Router(network), Key::Link(name), _)
+                            if name.as_str() == plan::TUN =>
+                        {
                             *self.tuns.entry(network.clone()).or_default() += 1;
                         }
                         Step::Add(..) | Step::Change(..) | Step::Remove(..) => {}
@@ -552,7 +554,8 @@ impl Reconciler {
             .filter_map(|(id, netns)| {
                 let network = book.catalog.networks.get(&id)?;
                 let slot = local.routers.get(&id).copied()?;
-                let tun = observed.contains_key(&(Place::Router(id.clone()), Key::Link(Ifname::new(plan::TUN))));
+                let tun =
+                    observed.contains_key(&(Place::Router(id.clone()), Key::Link(Ifname::new(plan::TUN))));
                 let router = Router {
                     netns,
                     generation: self.generations.get(&id).copied().unwrap_or_default(),

@@ -54,10 +54,6 @@ pub struct Sockets {
     pub v4: Option<udp::Socket>,
     /// The tunnel's port of IPv6.
     pub v6: Option<udp::Socket>,
-    /// Port 500 of IPv4: IKE alone, without marker. For foreign peers.
-    pub ike_v4: Option<udp::Socket>,
-    /// Port 500 of IPv6.
-    pub ike_v6: Option<udp::Socket>,
 }
 
 /// What the path has to say. The sender of signals never waits: what does not fit into the channel is dropped and
@@ -190,6 +186,12 @@ impl Dataplane {
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
         self.threads.push(thread.map_err(|error| Error::Kernel { attempted: "start a thread", error })?);
         Ok(())
+    }
+
+    /// IKE alone, without marker, comes and goes by these sockets of port 500 too; none closes those there were.
+    pub fn set_ike_sockets(&self, sockets: Sockets) {
+        let ports = Arc::new(sockets.into());
+        self.change(|state| State { ike: ports, ..state.clone() });
     }
 
     /// Moves packets of this device from now on.

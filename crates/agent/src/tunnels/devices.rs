@@ -53,11 +53,8 @@ impl Devices {
             .routers
             .iter()
             .filter_map(|(network, router)| {
-                let opened = Opened {
-                    netns: router.netns.clone(),
-                    generation: router.generation,
-                    tun: router.tun?,
-                };
+                let opened =
+                    Opened { netns: router.netns.clone(), generation: router.generation, tun: router.tun? };
                 Some((network, opened))
             })
             .collect();
@@ -71,7 +68,9 @@ impl Devices {
         let mut all = true;
         for (network, opened) in wanted {
             let index = self.index(network);
-            let Some(device) = self.all.get_mut(network).filter(|device| device.opened.is_none()) else { continue };
+            let Some(device) = self.all.get_mut(network).filter(|device| device.opened.is_none()) else {
+                continue;
+            };
             match queue(&opened.netns) {
                 Ok(queue) => {
                     dataplane.add_device(index, queue);
@@ -81,7 +80,10 @@ impl Devices {
                 Err(error) => {
                     all = false;
                     if !device.told {
-                        tracing::warn!(netns = opened.netns, "the tunnel device cannot be opened yet: {error}");
+                        tracing::warn!(
+                            netns = opened.netns,
+                            "the tunnel device cannot be opened yet: {error}"
+                        );
                         device.told = true;
                     }
                 }
@@ -91,7 +93,11 @@ impl Devices {
     }
 
     /// Sets which peer each destination goes to; only for devices that are open.
-    pub(super) fn route(&mut self, mut routes: BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>>, dataplane: &Dataplane) {
+    pub(super) fn route(
+        &mut self,
+        mut routes: BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>>,
+        dataplane: &Dataplane,
+    ) {
         for (network, device) in self.all.iter_mut().filter(|(_, device)| device.opened.is_some()) {
             let routes = routes.remove(network).unwrap_or_default();
             if device.routes != routes {

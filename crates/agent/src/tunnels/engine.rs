@@ -56,12 +56,23 @@ pub(super) struct Engine {
     pub(super) devices: Devices,
     /// All devices of the view are open.
     pub(super) devices_open: bool,
+    pub(super) port_500: Port500,
     pub(super) clock: Clock,
     begun: Instant,
     look_at: Instant,
     paths_at: Instant,
     last_ping: u32,
     pub(super) refused: Damped,
+}
+
+/// IKE's own port, which foreign peers begin at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Port500 {
+    /// There are no foreign peers.
+    Closed,
+    Open,
+    /// It cannot be had, and why.
+    Refused(String),
 }
 
 /// The time of day at a moment of the steady clock.
@@ -107,6 +118,7 @@ impl Engine {
             last_child: 0,
             devices: Devices::default(),
             devices_open: true,
+            port_500: Port500::Closed,
             clock,
             begun: now,
             look_at: now,
@@ -245,7 +257,9 @@ impl Engine {
         let far = self.find(name)?;
         let id = self.peers.get(&far).map(Peer::id).ok_or_else(|| unknown(name, &[]))?;
         if !matches!(self.endpoint.status(id), Some(ike::Status::Up { .. })) {
-            let message = format!("the tunnel to {name} is not up, so it has no keys to change; see `droveway tunnel ls`");
+            let message = format!(
+                "the tunnel to {name} is not up, so it has no keys to change; see `droveway tunnel ls`"
+            );
             return Err(ApiError::new(ErrorCode::Conflict, message));
         }
         tracing::info!(peer = name, who, "new keys were asked for");
@@ -334,7 +348,13 @@ impl Engine {
                     self.endpoint.handle_datagram(&payload, ike_path(path), now);
                     self.drain(now);
                 }
-                Ok(Input::Changed | Input::Signal(_) | Input::Command(_) | Input::CaptureEnded(_) | Input::Stop) => {}
+                Ok(
+                    Input::Changed
+                    | Input::Signal(_)
+                    | Input::Command(_)
+                    | Input::CaptureEnded(_)
+                    | Input::Stop,
+                ) => {}
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
             }
         }
@@ -350,7 +370,8 @@ fn count(peer: &mut Peer, endpoint: &mut Endpoint, bytes: u64, now: Instant) -> 
         let used = child.used();
         if used != child.told {
             let grown = |a: u64, b: u64| a.saturating_sub(b);
-            let most = grown(used.bytes_in, child.told.bytes_in).max(grown(used.bytes_out, child.told.bytes_out));
+            let most =
+                grown(used.bytes_in, child.told.bytes_in).max(grown(used.bytes_out, child.told.bytes_out));
             soon |= most > bytes / 20;
             child.told = used;
             endpoint.child_used(id, *spi, used, now);
@@ -378,7 +399,13 @@ fn take_note(peer: &mut Peer, endpoint: &Endpoint, now: Instant) {
 }
 
 /// Pings what is due, and acts on what is not answered. True: something is not well, look closely.
-fn ping(peer: &mut Peer, endpoint: &mut Endpoint, dataplane: &Dataplane, last: &mut u32, now: Instant) -> bool {
+fn ping(
+    peer: &mut Peer,
+    endpoint: &mut Endpoint,
+    dataplane: &Dataplane,
+    last: &mut u32,
+    now: Instant,
+) -> bool {
     let (id, index) = (peer.id(), peer.index());
     let magic = dataplane.probe_magic();
     let mut closely = false;
@@ -454,7 +481,6 @@ fn measure(
     }
     search.busy()
 }
-
 
 impl Clock {
     pub(super) fn new(at: Instant) -> Self {

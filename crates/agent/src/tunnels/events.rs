@@ -125,7 +125,9 @@ impl Engine {
             Some(known) => known.clone(),
             None => match keys::outbound(sa) {
                 Ok(made) => child.outbound.insert(Arc::new(made)).clone(),
-                Err(error) => return tracing::error!(peer = %peer.tunnel.name, "keys cannot be used: {error}"),
+                Err(error) => {
+                    return tracing::error!(peer = %peer.tunnel.name, "keys cannot be used: {error}");
+                }
             },
         };
         tracing::debug!(peer = %peer.tunnel.name, %network, spi = %outbound.spi(), "send");

@@ -94,7 +94,7 @@ impl Tunnels {
         let inputs = self.inputs.clone();
         tokio::task::spawn_blocking(move || {
             let mut writer = Writer::default();
-            let mut chunk = writer.begin();
+            let mut chunk = Writer::begin();
             loop {
                 if chunks.blocking_send(Bytes::from(chunk)).is_err() {
                     break;
@@ -130,4 +130,3 @@ impl Tunnels {
         Ok(stream)
     }
 }
-

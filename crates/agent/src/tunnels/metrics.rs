@@ -1,7 +1,8 @@
 //! Tunnels as metrics, in Prometheus' text format 0.0.4.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
+use std::time::Duration;
 
 use ike::ChildUse;
 use model::agent_api::{TunnelState, TunnelStatus};
@@ -15,52 +16,103 @@ pub(super) type Tunnel = (TunnelStatus, ChildUse);
 /// All metrics. `drops` are those of the packet path as a whole.
 pub(super) fn text(tunnels: &[Tunnel], drops: &BTreeMap<&'static str, u64>) -> String {
     let mut out = Text { tunnels, text: String::new() };
-    out.each("droveway_tunnel_state", "gauge", "1 for the state that the tunnel is in, 0 for all others.", |(it, _)| {
-        let now = state(&it.state);
-        STATES.iter().map(|state| (Some(("state", *state)), f64::from(u8::from(*state == now)))).collect()
-    });
+    out.each(
+        "droveway_tunnel_state",
+        "gauge",
+        "1 for the state that the tunnel is in, 0 for all others.",
+        |(it, _)| {
+            let now = state(&it.state);
+            STATES
+                .iter()
+                .map(|state| (Some(("state", *state)), Value::Count(u64::from(*state == now))))
+                .collect()
+        },
+    );
     out.each("droveway_tunnel_bytes_total", "counter", "Bytes of inner packets.", |(_, used)| {
         both_ways(used.bytes_in, used.bytes_out)
     });
     out.each("droveway_tunnel_packets_total", "counter", "Inner packets.", |(_, used)| {
         both_ways(used.packets_in, used.packets_out)
     });
-    out.each("droveway_tunnel_drops_total", "counter", "Packets of the tunnel that got no further.", |(it, _)| {
-        it.drops.iter().map(|(reason, count)| (Some(("reason", reason.as_str())), *count as f64)).collect()
-    });
+    out.each(
+        "droveway_tunnel_drops_total",
+        "counter",
+        "Packets of the tunnel that got no further.",
+        |(it, _)| {
+            it.drops
+                .iter()
+                .map(|(reason, count)| (Some(("reason", reason.as_str())), Value::Count(*count)))
+                .collect()
+        },
+    );
     out.each("droveway_tunnel_handshakes_total", "counter", "IKE SAs made with the peer.", |(it, _)| {
-        only(it.handshakes as f64)
+        only(Value::Count(it.handshakes))
     });
-    out.each("droveway_tunnel_rekeys_total", "counter", "CHILD_SAs made in the place of others.", |(it, _)| {
-        only(it.rekeys as f64)
-    });
-    out.each("droveway_tunnel_rtt_seconds", "gauge", "Median round-trip time of the last probes.", |(it, _)| {
-        it.rtt_us.map(|us| only(us as f64 / 1e6)).unwrap_or_default()
-    });
-    out.each("droveway_tunnel_loss_ratio", "gauge", "Of the last probes, how many were not answered.", |(it, _)| {
-        it.loss_permille.map(|loss| only(f64::from(loss) / 1e3)).unwrap_or_default()
-    });
-    out.each("droveway_tunnel_mtu_bytes", "gauge", "The largest inner packet that is known to pass.", |(it, _)| {
-        it.mtu.map(|mtu| only(f64::from(mtu))).unwrap_or_default()
-    });
-    out.each("droveway_tunnel_black_hole", "gauge", "1 where large packets vanish without a word.", |(it, _)| {
-        only(f64::from(u8::from(it.black_hole)))
-    });
+    out.each(
+        "droveway_tunnel_rekeys_total",
+        "counter",
+        "CHILD_SAs made in the place of others.",
+        |(it, _)| only(Value::Count(it.rekeys)),
+    );
+    out.each(
+        "droveway_tunnel_rtt_seconds",
+        "gauge",
+        "Median round-trip time of the last probes.",
+        |(it, _)| {
+            it.rtt_us.map(|us| only(Value::Real(Duration::from_micros(us).as_secs_f64()))).unwrap_or_default()
+        },
+    );
+    out.each(
+        "droveway_tunnel_loss_ratio",
+        "gauge",
+        "Of the last probes, how many were not answered.",
+        |(it, _)| it.loss_permille.map(|loss| only(Value::Real(f64::from(loss) / 1e3))).unwrap_or_default(),
+    );
+    out.each(
+        "droveway_tunnel_mtu_bytes",
+        "gauge",
+        "The largest inner packet that is known to pass.",
+        |(it, _)| it.mtu.map(|mtu| only(Value::Count(mtu.into()))).unwrap_or_default(),
+    );
+    out.each(
+        "droveway_tunnel_black_hole",
+        "gauge",
+        "1 where large packets vanish without a word.",
+        |(it, _)| only(Value::Count(it.black_hole.into())),
+    );
     out.family("droveway_drops_total", "counter", "Packets that got no further, of all tunnels and of none.");
     for (reason, count) in drops {
-        out.sample("droveway_drops_total", &[("reason", reason)], *count as f64);
+        out.sample("droveway_drops_total", &[("reason", reason)], Value::Count(*count));
     }
     out.text
 }
 
-type Samples<'a> = Vec<(Option<(&'static str, &'a str)>, f64)>;
+/// A sample's value: counts are whole, whatever their size.
+#[derive(Clone, Copy)]
+enum Value {
+    Count(u64),
+    Real(f64),
+}
 
-fn only(value: f64) -> Samples<'static> {
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Count(count) => write!(f, "{count}"),
+            Self::Real(real) => write!(f, "{real}"),
+        }
+    }
+}
+
+type Samples<'a> = Vec<(Option<(&'static str, &'a str)>, Value)>;
+
+fn only(value: Value) -> Samples<'static> {
     vec![(None, value)]
 }
 
 fn both_ways(inward: u64, outward: u64) -> Samples<'static> {
-    [("in", inward), ("out", outward)].map(|(way, count)| (Some(("direction", way)), count as f64)).to_vec()
+    [("in", inward), ("out", outward)]
+        .map(|(way, count)| (Some(("direction", way)), Value::Count(count)))
+        .to_vec()
 }
 
 struct Text<'a> {
@@ -85,8 +137,9 @@ impl<'a> Text<'a> {
         let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: f64) {
-        let labels: Vec<String> = labels.iter().map(|(key, text)| format!("{key}=\"{}\"", escaped(text))).collect();
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: Value) {
+        let labels: Vec<String> =
+            labels.iter().map(|(key, text)| format!("{key}=\"{}\"", escaped(text))).collect();
         let _ = writeln!(self.text, "{name}{{{}}} {value}", labels.join(","));
     }
 }

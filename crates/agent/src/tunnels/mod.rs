@@ -28,6 +28,7 @@ use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use linux::udp::{Family, Socket};
 use model::NetworkId;
 use model::agent_api::TunnelStatus;
 use model::api::{ApiError, ErrorCode};
@@ -43,6 +44,8 @@ use crate::view::View;
 const INPUTS: usize = 4096;
 /// Packets of a capture that wait to be written.
 const CAPTURED: usize = 4096;
+/// However often keys are changed, an exchange may take this long before the old ones end.
+const GRACE: Duration = Duration::from_secs(30);
 
 /// How tunnels are to be.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -62,8 +65,6 @@ impl Settings {
         let default = ike::Timing::default();
         let child_rekey = self.rekey_every.unwrap_or(default.child_rekey);
         let ike_rekey = self.rekey_ike_every.unwrap_or(default.ike_rekey);
-        // However often keys are changed, an exchange may take this long before the old ones end.
-        const GRACE: Duration = Duration::from_secs(30);
         let shortest = child_rekey.min(ike_rekey);
         let tenths = (GRACE.as_millis() * 10).div_ceil(shortest.as_millis().max(1));
         ike::Timing {
@@ -139,7 +140,10 @@ pub(crate) fn start(
     let own = Own::of(identity).map_err(|why| {
         crate::internal(format!("this host's own key or certificate cannot be used for tunnels: {why}"))
     })?;
-    let sockets = sockets(settings.port)?;
+    let sockets = sockets(settings.port).map_err(|error| {
+        let message = format!("no tunnels to other hosts: {error} (--tunnel-port)");
+        ApiError::new(ErrorCode::Unavailable, message)
+    })?;
     let (inputs, inbox) = sync_channel(INPUTS);
     let dataplane = Dataplane::start(sockets, inputs.clone()).map_err(crate::internal)?;
     let engine = Engine::new(own, settings, dataplane, inbox, views);
@@ -148,20 +152,13 @@ pub(crate) fn start(
     Ok((Tunnels { inputs: inputs.clone() }, Running { inputs, thread }))
 }
 
-fn sockets(port: u16) -> Result<Sockets, ApiError> {
-    use linux::udp::{Family, Socket};
-    let v4 = Socket::bind(Family::V4, port).map_err(|error| {
-        let message = format!(
-            "UDP port {port}, which tunnels to other hosts need, cannot be had: {error}; stop what else has it \
-             (`ss -ulnp`), or choose another with --tunnel-port"
-        );
-        ApiError::new(ErrorCode::Unavailable, message)
-    })?;
-    // A machine without IPv6 has tunnels over IPv4.
+/// A port of both families. A machine without IPv6 has tunnels over IPv4.
+fn sockets(port: u16) -> Result<Sockets, linux::Error> {
+    let v4 = Socket::bind(Family::V4, port)?;
     let v6 = Socket::bind(Family::V6, port)
         .inspect_err(|error| tracing::info!("no tunnels over IPv6: {error}"))
         .ok();
-    Ok(Sockets { v4: Some(v4), v6, ..Sockets::default() })
+    Ok(Sockets { v4: Some(v4), v6 })
 }
 
 impl Running {
@@ -178,7 +175,11 @@ impl Running {
 impl Tunnels {
     /// Tells the engine of each change of the view, and of `addresses`: whatever changes when an address or route of
     /// this host may have.
-    pub(crate) async fn follow<T>(&self, mut views: watch::Receiver<Arc<View>>, mut addresses: watch::Receiver<T>) {
+    pub(crate) async fn follow<T>(
+        &self,
+        mut views: watch::Receiver<Arc<View>>,
+        mut addresses: watch::Receiver<T>,
+    ) {
         loop {
             let more = tokio::select! {
                 changed = views.changed() => changed.is_ok(),

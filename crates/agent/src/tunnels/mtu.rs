@@ -47,15 +47,7 @@ struct Try {
 impl Search {
     /// A search from scratch for a network whose MTU is `wanted` bytes.
     pub(super) fn new(wanted: u32, now: Instant) -> Self {
-        Self {
-            wanted,
-            good: 0,
-            bad: None,
-            said: None,
-            trying: None,
-            settled: None,
-            raise_at: now + RAISE,
-        }
+        Self { wanted, good: 0, bad: None, said: None, trying: None, settled: None, raise_at: now + RAISE }
     }
 
     /// The MTU that it was begun for.

@@ -35,7 +35,7 @@ pub(super) struct Writer {
 
 impl Writer {
     /// What every stream begins with.
-    pub(super) fn begin(&mut self) -> Vec<u8> {
+    pub(super) fn begin() -> Vec<u8> {
         let mut body = Vec::new();
         body.extend(0x1a2b_3c4d_u32.to_le_bytes());
         body.extend(1u16.to_le_bytes());
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_section_header_is_these_bytes() {
-        let begin = Writer::default().begin();
+        let begin = Writer::begin();
         assert_eq!(begin[..4], [0x0a, 0x0d, 0x0d, 0x0a]);
         assert_eq!(begin[8..16], [0x4d, 0x3c, 0x2b, 0x1a, 1, 0, 0, 0]);
         assert_eq!(begin[16..24], [0xff; 8]);

@@ -116,7 +116,10 @@ impl Probes {
         };
         let Some(ping) = self.sent.iter_mut().find(fits) else { return false };
         ping.state = State::Answered(now.saturating_duration_since(ping.at));
-        self.answered = Some(now);
+        if self.answered.replace(now).is_none() {
+            // Before its first answer the other side was not there yet.
+            self.sent.retain(|ping| ping.state != State::Lost);
+        }
         self.lost = 0;
         self.armed = true;
         true
@@ -156,7 +159,13 @@ impl Probes {
 
 /// An ICMP echo request (RFC 792) of `size` bytes in all that may not be cut. Its data begins with `magic` and the
 /// number; it is as long as these need at least.
-pub(super) fn ping(source: Ipv4Addr, destination: Ipv4Addr, magic: &[u8], number: u32, size: usize) -> Vec<u8> {
+pub(super) fn ping(
+    source: Ipv4Addr,
+    destination: Ipv4Addr,
+    magic: &[u8],
+    number: u32,
+    size: usize,
+) -> Vec<u8> {
     let size = size.clamp(smallest(magic), usize::from(u16::MAX));
     let mut out = vec![0; size];
     let header = ipv4::Repr {
@@ -273,12 +282,13 @@ mod tests {
 
     #[test]
     fn a_late_answer_is_an_answer_and_a_second_one_or_a_strangers_is_not() {
-        let mut probes = Probes::new(Instant::now());
         let now = Instant::now();
+        let mut probes = Probes::new(now);
+        probes.sent(6, now);
         probes.sent(7, now);
         probes.due(now + 2 * SECOND);
         assert_eq!(probes.loss_permille(), Some(1000));
-        assert!(probes.answered(7, now + 3 * SECOND));
+        assert!(probes.answered(7, now + 3 * SECOND), "and what came before the first answer is no loss");
         assert_eq!((probes.loss_permille(), probes.rtt()), (Some(0), Some(3 * SECOND)));
         assert!(!probes.answered(7, now + 3 * SECOND));
         assert!(!probes.answered(8, now));

@@ -1,5 +1,6 @@
 //! How tunnels stand, in the words of the agent's socket.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use model::Name;
 use model::agent_api::{ChildStatus, IkeStatus, TunnelState, TunnelStatus};
 use plan::{Begins, Far};
 
-use super::engine::{Clock, Engine};
+use super::engine::{Clock, Engine, Port500};
 use super::metrics;
 use super::peer::{Child, Peer};
 use super::probe::Probes;
@@ -17,7 +18,13 @@ use crate::view::View;
 impl Engine {
     /// All tunnels with what went over them, by the names of the peers.
     pub(super) fn statuses(&self, now: Instant) -> Vec<metrics::Tunnel> {
-        let looking = Looking { endpoint: &self.endpoint, view: &self.view, clock: &self.clock, timing: &self.timing };
+        let looking = Looking {
+            endpoint: &self.endpoint,
+            view: &self.view,
+            clock: &self.clock,
+            timing: &self.timing,
+            port_500: &self.port_500,
+        };
         let one = |(far, peer)| {
             let drops = self.dataplane.drops(Peer::index(peer));
             (looking.status(far, peer, drops, now), peer.used())
@@ -34,10 +41,17 @@ struct Looking<'a> {
     view: &'a View,
     clock: &'a Clock,
     timing: &'a Timing,
+    port_500: &'a Port500,
 }
 
 impl Looking<'_> {
-    fn status(&self, far: &Far, peer: &Peer, drops: BTreeMap<&'static str, u64>, now: Instant) -> TunnelStatus {
+    fn status(
+        &self,
+        far: &Far,
+        peer: &Peer,
+        drops: BTreeMap<&'static str, u64>,
+        now: Instant,
+    ) -> TunnelStatus {
         let sas = self.endpoint.sas(peer.id());
         // Of several the one that is up, and of those the youngest.
         let current = sas.iter().max_by_key(|sa| (sa.up, peer.ikes.get(&sa.spis).copied()));
@@ -46,7 +60,7 @@ impl Looking<'_> {
             peer: peer.tunnel.name.clone(),
             id: far.as_str().to_owned(),
             foreign: matches!(far, Far::Peer(_)),
-            state: self.state(peer, now),
+            state: self.state(far, peer, now),
             path: current.map(|sa| (sa.path.local, sa.path.remote)),
             nat: current.map(|sa| sa.nat).unwrap_or_default(),
             identity: peer.identity.clone(),
@@ -64,11 +78,21 @@ impl Looking<'_> {
         }
     }
 
-    fn state(&self, peer: &Peer, now: Instant) -> TunnelState {
+    fn state(&self, far: &Far, peer: &Peer, now: Instant) -> TunnelState {
         if let Some(why) = &peer.impossible {
             return TunnelState::Waiting { why: why.clone() };
         }
-        match self.endpoint.status(peer.id()) {
+        match (self.endpoint.status(peer.id()), self.port_500, far) {
+            // What cannot be tried has not failed.
+            (status, Port500::Refused(why), Far::Peer(_)) if !matches!(status, Some(Status::Up { .. })) => {
+                TunnelState::Waiting { why: why.clone() }
+            }
+            (status, _, _) => self.state_of(status, peer, now),
+        }
+    }
+
+    fn state_of(&self, status: Option<Status>, peer: &Peer, now: Instant) -> TunnelState {
+        match status {
             None | Some(Status::Waiting) => TunnelState::Waiting { why: why_waiting(peer) },
             Some(Status::Connecting) => TunnelState::Connecting,
             Some(Status::Up { since, .. }) => match peer.silent() {
@@ -97,7 +121,7 @@ impl Looking<'_> {
     fn children(&self, peer: &Peer, sas: &[SaView]) -> Vec<ChildStatus> {
         let views: BTreeMap<_, _> =
             sas.iter().flat_map(|sa| &sa.children).map(|child| (child.inbound, child)).collect();
-        let mut all: Vec<((Name, bool, std::cmp::Reverse<Instant>), ChildStatus)> = peer
+        let mut all: Vec<_> = peer
             .children
             .iter()
             .filter_map(|(spi, child)| {
@@ -106,7 +130,7 @@ impl Looking<'_> {
                 let live = sending == Some(*spi) && views.get(spi).is_some_and(|view| view.up);
                 let outbound = views.get(spi).map(|view| view.outbound.0);
                 let outbound = outbound.or(child.outbound.as_ref().map(|sa| sa.spi().get()));
-                let order = (network.clone(), !live, std::cmp::Reverse(child.installed));
+                let order = (network.clone(), !live, Reverse(child.installed));
                 Some((order, self.child(network, live, spi.0, outbound, child)))
             })
             .collect();
@@ -114,7 +138,14 @@ impl Looking<'_> {
         all.into_iter().map(|(_, child)| child).collect()
     }
 
-    fn child(&self, network: Name, live: bool, inbound: u32, outbound: Option<u32>, child: &Child) -> ChildStatus {
+    fn child(
+        &self,
+        network: Name,
+        live: bool,
+        inbound: u32,
+        outbound: Option<u32>,
+        child: &Child,
+    ) -> ChildStatus {
         let used = child.used();
         ChildStatus {
             network,

@@ -9,10 +9,10 @@ use ipnet::IpNet;
 use model::{HostId, NetworkId};
 use plan::{Far, Inside, Tunnel};
 
-use super::engine::Engine;
+use super::engine::{Engine, Port500};
 use super::peer::{Peer, Slot};
 use super::wanted;
-use crate::dataplane::PeerIndex;
+use crate::dataplane::{PeerIndex, Sockets};
 
 impl Engine {
     /// Takes in the latest view.
@@ -36,6 +36,35 @@ impl Engine {
         for (far, tunnel) in wanted.iter() {
             if self.peers.get(far).is_none_or(|peer| peer.tunnel != *tunnel) {
                 self.configure(far, tunnel, now);
+            }
+        }
+        self.open_port_500();
+    }
+
+    /// Port 500 is open while there are foreign peers.
+    fn open_port_500(&mut self) {
+        let wanted = self.peers.keys().any(|far| matches!(far, Far::Peer(_)));
+        match (&self.port_500, wanted) {
+            (Port500::Closed, false) | (Port500::Open, true) => {}
+            (Port500::Open | Port500::Refused(_), false) => {
+                self.dataplane.set_ike_sockets(Sockets::default());
+                self.port_500 = Port500::Closed;
+            }
+            (Port500::Closed | Port500::Refused(_), true) => {
+                let opened = super::sockets(wanted::IKE_PORT);
+                let now = match opened {
+                    Ok(sockets) => {
+                        self.dataplane.set_ike_sockets(sockets);
+                        Port500::Open
+                    }
+                    Err(error) => Port500::Refused(error.to_string()),
+                };
+                if let Port500::Refused(why) = &now
+                    && now != self.port_500
+                {
+                    tracing::warn!("foreign peers cannot be reached: {why}");
+                }
+                self.port_500 = now;
             }
         }
     }
@@ -142,6 +171,7 @@ impl Engine {
 
     /// Looks again which of our addresses lead to the peers: paths to try, and paths in use.
     pub(super) fn follow_addresses(&mut self, now: Instant) {
+        self.open_port_500();
         let port = self.settings.port;
         for peer in self.peers.values_mut().filter(|peer| peer.impossible.is_none()) {
             let paths = wanted::paths(&peer.tunnel.addresses, port, linux::host::source_for);

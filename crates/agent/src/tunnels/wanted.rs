@@ -32,7 +32,8 @@ pub(super) struct Own {
 impl Own {
     /// By the key and certificate that this host has for TLS.
     pub(super) fn of(identity: &ledger::Identity) -> Result<Self, String> {
-        let key = PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).map_err(|error| error.to_string())?;
+        let key =
+            PrivateKeyDer::from_pem_slice(identity.key.as_bytes()).map_err(|error| error.to_string())?;
         let PrivateKeyDer::Pkcs8(key) = key else { return Err("this host's key is not PKCS #8".to_owned()) };
         let key = SigningKey::from_pkcs8(key.secret_pkcs8_der()).map_err(|error| error.to_string())?;
         let chain = certificates(&identity.certificate)?;
@@ -65,7 +66,10 @@ pub(super) fn who(own: &Own, far: &Far, tunnel: &Tunnel, ours: Option<IpAddr>) -
             id: name_of(host),
             our_id: name_of(&own.host),
             trust: Trust::Key(spki_hash(key).ok_or_else(|| {
-                format!("the server's record of host {} has no usable key; let that host join anew", tunnel.name)
+                format!(
+                    "the server's record of host {} has no usable key; let that host join anew",
+                    tunnel.name
+                )
             })?),
             credential: own.credential(),
             kind: PeerKind::Native,
@@ -78,7 +82,8 @@ pub(super) fn who(own: &Own, far: &Far, tunnel: &Tunnel, ours: Option<IpAddr>) -
 }
 
 fn foreign(own: &Own, peer: &Peer, ours: Option<IpAddr>) -> Result<Who, String> {
-    let identity = |text: &str| text.parse::<Identity>().map_err(|error| format!("peer {}: {error}", peer.name));
+    let identity =
+        |text: &str| text.parse::<Identity>().map_err(|error| format!("peer {}: {error}", peer.name));
     let id = identity(&peer.expected_identity())?;
     let (trust, credential, default) = match &peer.proof {
         PeerProof::Psk { secret: Some(secret) } => {
@@ -92,7 +97,8 @@ fn foreign(own: &Own, peer: &Peer, ours: Option<IpAddr>) -> Result<Who, String> 
             ));
         }
         PeerProof::Ca { ca } => {
-            let unusable = |why: String| format!("peer {}: its CA certificate cannot be used: {why}", peer.name);
+            let unusable =
+                |why: String| format!("peer {}: its CA certificate cannot be used: {why}", peer.name);
             let anchors = Anchors::new(&certificates(ca).map_err(unusable)?)
                 .map_err(|error| unusable(error.to_string()))?;
             let trust = Trust::Authority { anchors: Arc::new(anchors), expiry: Expiry::Enforced };
@@ -102,7 +108,8 @@ fn foreign(own: &Own, peer: &Peer, ours: Option<IpAddr>) -> Result<Who, String> 
     };
     let our_id = match &peer.local_identity {
         Some(text) => identity(text)?,
-        None => default.ok_or_else(|| format!("this host has no route to peer {} at {}", peer.name, peer.address))?,
+        None => default
+            .ok_or_else(|| format!("this host has no route to peer {} at {}", peer.name, peer.address))?,
     };
     Ok(Who { id, our_id, trust, credential, kind: PeerKind::Foreign })
 }
@@ -271,7 +278,8 @@ mod tests {
 
     #[test]
     fn a_foreign_peer_is_held_to_what_was_agreed_with_it() {
-        let (far, wanted) = foreign_tunnel(office(PeerProof::Psk { secret: Some("a long secret \n".into()) }));
+        let (far, wanted) =
+            foreign_tunnel(office(PeerProof::Psk { secret: Some("a long secret \n".into()) }));
         let found = who(&own(), &far, &wanted, Some("192.0.2.1".parse().unwrap())).unwrap();
         assert_eq!(found.id, "192.0.2.9".parse().unwrap());
         assert_eq!(found.our_id, "192.0.2.1".parse().unwrap());
