@@ -9,6 +9,7 @@ mod away;
 mod docker;
 mod drift;
 mod frame;
+mod gateway;
 mod ipsec;
 mod isolation;
 mod lab;
