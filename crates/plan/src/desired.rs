@@ -18,6 +18,8 @@ use crate::object::{
 };
 use crate::{firewall, hash, transit};
 
+/// The overlay device of a network of driver `ipsec`.
+pub const TUN: &str = "tun0";
 /// What the name of each router's namespace begins with.
 pub const ROUTER_PREFIX: &str = "droveway-";
 /// The longest packet that a device of a network takes to cut up, bytes: as long as an IPv4 packet can be, rounded up. The
@@ -290,7 +292,7 @@ impl<'a> Router<'a> {
             up: true,
             peer: None,
         };
-        draw.put(Key::Link(Ifname::new("tun0")), Object::Link(device));
+        draw.put(Key::Link(Ifname::new(TUN)), Object::Link(device));
         for (path, value) in [
             // The data path says in the router's name what is too large for a tunnel.
             ("ipv4/conf/tun0/accept_local", "1"),
@@ -304,7 +306,7 @@ impl<'a> Router<'a> {
         let claims = self.claims().filter(|claim| claim.host != self.local.host);
         let far = blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into()));
         for cidr in far.chain(self.remote()) {
-            draw.route(cidr, self.unicast("tun0", None));
+            draw.route(cidr, self.unicast(TUN, None));
         }
     }
 

@@ -12,6 +12,7 @@ mod drift;
 mod frame;
 mod gateway;
 mod interop;
+mod ipsec;
 mod isolation;
 mod lab;
 mod lab_bare;
