@@ -28,7 +28,10 @@ impl Sa {
                 }
                 (Task::Close(spis.clone()), vec![Payload::Delete(Delete::Esp(spis))])
             }
-            Task::Bye => (Task::Bye, vec![Payload::Delete(Delete::Ike)]),
+            Task::Bye => {
+                let parting = self.parting.take().map(Payload::Notify);
+                (Task::Bye, parting.into_iter().chain([Payload::Delete(Delete::Ike)]).collect())
+            }
             Task::Move => (Task::Move, self.move_payloads(cx)),
             Task::Probe => (Task::Probe, Vec::new()),
             Task::Open(_) | Task::Auth(_) | Task::Create(_) | Task::Rekey(_) => return Ok(()),
@@ -87,6 +90,11 @@ impl Sa {
     }
 
     pub(super) fn respond_inform(&mut self, body: &Body, cx: &mut Cx<'_>) -> Vec<Payload> {
+        if body.says(NotifyType::AuthenticationFailed) {
+            // Said of our answer to its first messages, and the SA is no more, deleted or not (RFC 7296 §2.21.2).
+            self.linger(Failure::RefusedUs, cx);
+            return Vec::new();
+        }
         if body.deletes.contains(&Delete::Ike) {
             self.deleted_by_peer(cx);
             return Vec::new();

@@ -170,6 +170,11 @@ fn without_a_common_suite_the_reason_is_said_and_it_is_tried_again() {
     });
     pair.run(5 * SECOND);
     assert!(pair.hosts[0].failures.contains(&Failure::NoProposal), "{}", pair.story());
+    assert!(
+        pair.hosts[1].failures.contains(&Failure::NoProposal),
+        "the one asked says it too: {}",
+        pair.story()
+    );
     assert!(!pair.hosts[1].up);
 }
 
@@ -215,9 +220,12 @@ fn a_peer_with_another_key_is_refused_and_both_sides_say_so() {
             config.trust = Trust::Psk(Secret::new(b"secret".to_vec()));
         }
     });
-    pair.run(5 * SECOND);
+    pair.run(SECOND);
+    assert_eq!(pair.hosts[0].failures.len(), 2, "it waits between attempts: {}", pair.story());
+    pair.run(4 * SECOND);
     assert!(matches!(pair.hosts[0].failures[0], Failure::RefusedPeer(_)), "{}", pair.story());
     assert!(!pair.hosts[0].up && !pair.hosts[1].up, "told by a DELETE");
+    assert!(pair.hosts[1].failures.contains(&Failure::RefusedUs), "and why: {}", pair.story());
 }
 
 #[test]

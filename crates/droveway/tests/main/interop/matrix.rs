@@ -10,8 +10,11 @@ const CIPHERS: [(&str, &str); 2] = [("aes128gcm16", "AES_GCM_16-128"), ("aes256g
 const GROUPS: [(&str, &str); 3] = [("x25519", "CURVE_25519"), ("ecp256", "ECP_256"), ("ecp384", "ECP_384")];
 
 /// From now on charon does not hear when it is begun with: IKE_SA_INIT requests to it are dropped (UDP, then RFC 7296 §3.1).
-const DEAF: &str = "table inet deaf { chain in { type filter hook input priority 0; \
+pub(super) const DEAF: &str = "table inet deaf { chain in { type filter hook input priority 0; \
                     udp dport 500 @th,208,8 34 @th,216,8 & 0x20 == 0 counter drop; }; }";
+
+/// It hears again.
+pub(super) const HEARS: &str = "delete table inet deaf";
 
 /// All cells of one way of proving.
 fn cells(key: Option<Key>) {

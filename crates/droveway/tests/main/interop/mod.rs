@@ -1,5 +1,6 @@
 //! Interoperation with strongSwan's charon: it is a foreign peer, `box`, of a network whose gateway is `h1`.
 
+mod failures;
 mod harness;
 mod matrix;
 
