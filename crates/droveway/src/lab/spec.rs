@@ -42,6 +42,9 @@ pub struct LabSpec {
     /// More arguments for each agent.
     #[serde(default)]
     pub agent_args: Vec<String>,
+    /// More arguments for each Docker Engine.
+    #[serde(default)]
+    pub docker_args: Vec<String>,
     /// More arguments for the server.
     #[serde(default)]
     pub server_args: Vec<String>,
@@ -61,6 +64,7 @@ impl LabSpec {
             underlay: Ipv4Net::new(Ipv4Addr::new(10, 0, 0, 0), 24)?,
             resolv_conf: None,
             agent_args: Vec::new(),
+            docker_args: Vec::new(),
             server_args: Vec::new(),
             name,
         })
