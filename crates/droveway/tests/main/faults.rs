@@ -1,5 +1,6 @@
 //! What a machine does to its daemons: a disk that is full. What people do to networks that are still in use somewhere.
 
+use droveway::client::ask_agent;
 use droveway::lab::{Daemon, Lab, SERVER};
 
 use crate::steady::Steady;
@@ -26,7 +27,8 @@ impl<'a> SmallDisk<'a> {
 
     /// To the last byte.
     fn fill(&self) {
-        let script = "head -c 2m /dev/zero >\"$1/filling\"; [ \"$(df --output=avail \"$1\" | tail -n1)\" -eq 0 ]";
+        let script =
+            "head -c 2m /dev/zero >\"$1/filling\"; [ \"$(df --output=avail \"$1\" | tail -n1)\" -eq 0 ]";
         let output = self.lab.exec(self.node, &["sh", "-c", script, "sh", &self.dir]).unwrap();
         assert!(output.status.success(), "the disk is not full: {}", String::from_utf8_lossy(&output.stderr));
     }
@@ -69,9 +71,10 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     expected.extend(["goes".to_owned(), "near".to_owned()]);
     expected.sort();
     assert_eq!(names(), expected);
-    let id = goes.attached.endpoint.id.as_str();
-    let text = says(&lab, "h1", &["droveway", "detach", id]);
-    assert!(text.contains("ledger") && text.contains("full"), "{text}");
+    let id = &goes.attached.endpoint.id;
+    let detach = || ask_agent(&lab.agent_socket("h1").unwrap(), async |agent| agent.detach(id).await);
+    let error = detach().unwrap_err().to_string();
+    assert!(error.contains("ledger") && error.contains("full"), "{error}");
     assert!(ttl(&lab, &far.path(), &goes.ip().to_string()).is_some(), "it is attached still");
 
     // Neither a restart nor what the server says needs the disk.
@@ -88,7 +91,7 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     disk.empty();
     let after = lab.run("h1", &idle("after")).unwrap();
     meet(&lab, &far, &after);
-    lab.check("h1", &["droveway", "detach", id]).unwrap();
+    detach().unwrap();
     let (sent, received) = steady.end(&lab, &far);
     assert_eq!(sent, received, "pings all the while");
 }
@@ -99,7 +102,9 @@ fn a_server_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     let (near, far) = (lab.run("h1", &idle("near")).unwrap(), lab.run("h2", &idle("far")).unwrap());
     meet(&lab, &near, &far);
     let disk = SmallDisk::below(&lab, SERVER, Daemon::Server, "data");
-    ["h1", "h2"].map(|host| lab.wait_connected(host).unwrap());
+    for host in ["h1", "h2"] {
+        lab.wait_connected(host).unwrap();
+    }
     disk.fill();
 
     let mut made = Vec::new();
@@ -126,7 +131,9 @@ fn a_server_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     meet(&lab, &new, &far);
     lab.kill_server().unwrap();
     lab.start_server().unwrap();
-    ["h1", "h2"].map(|host| lab.wait_connected(host).unwrap());
+    for host in ["h1", "h2"] {
+        lab.wait_connected(host).unwrap();
+    }
     assert_eq!(serde_json::from_str::<Vec<model::Network>>(&shown()).unwrap(), networks);
 
     disk.empty();
@@ -161,7 +168,9 @@ fn a_network_that_is_removed_and_made_again_while_its_router_lingers_is_a_new_on
             lab.kill_container(host, name).unwrap();
         }
         assert!(lab.check("h1", &["ls", "/run/netns"]).unwrap().contains("droveway-red"), "it lingers");
-        until(LIMIT, "the server lets it go", || succeeds(&lab, SERVER, &["droveway", "network", "rm", "red"]));
+        until(LIMIT, "the server lets it go", || {
+            succeeds(&lab, SERVER, &["droveway", "network", "rm", "red"])
+        });
     }
     until(LIMIT, "its routers are gone", || {
         ["h1", "h2"].iter().all(|host| !says(&lab, host, &["ls", "/run/netns"]).contains("red"))
