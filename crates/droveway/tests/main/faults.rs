@@ -2,6 +2,7 @@
 
 use droveway::client::ask_agent;
 use droveway::lab::{Daemon, Lab, SERVER};
+use model::agent_api::AttachRequest;
 
 use crate::steady::Steady;
 use crate::support::{LIMIT, Look, idle, idle_in, lab, meet, says, succeeds, ttl, until};
@@ -141,6 +142,41 @@ fn a_server_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     until(LIMIT, "it hears of what happened meanwhile", || {
         says(&lab, SERVER, &["droveway", "endpoint", "ls"]).contains("new")
     });
+}
+
+#[test]
+fn what_the_server_refuses_of_one_endpoint_is_in_no_others_way() {
+    let lab = lab(1);
+    let goes = lab.run("h1", &idle("goes")).unwrap();
+    until(LIMIT, "the server knows it", || {
+        says(&lab, SERVER, &["droveway", "endpoint", "ls"]).contains("goes")
+    });
+    // More names than the server takes.
+    lab.check("h1", &["ip", "netns", "add", "odd"]).unwrap();
+    let request = AttachRequest {
+        network: "managed".to_owned(),
+        netns: "/run/netns/odd".into(),
+        ifname: "eth0".to_owned(),
+        name: Some("odd".parse().unwrap()),
+        stack: None,
+        service: None,
+        aliases: (0..65).map(|i| format!("odd-{i}").parse().unwrap()).collect(),
+        address: None,
+        labels: [].into(),
+        ports: Vec::new(),
+    };
+    let socket = lab.agent_socket("h1").unwrap();
+    ask_agent(&socket, async |agent| agent.attach(&request).await).unwrap();
+    lab.run("h1", &idle("after")).unwrap();
+    lab.kill_container("h1", &goes.name).unwrap();
+    until(LIMIT, "the server knows the others as they are", || {
+        let text = says(&lab, SERVER, &["droveway", "endpoint", "ls"]);
+        text.contains("after") && !text.contains("goes")
+    });
+    let text = says(&lab, SERVER, &["droveway", "endpoint", "ls"]);
+    assert!(!text.contains("odd"), "it was to be refused: {text}");
+    let log = std::fs::read_to_string(lab.daemon_log("h1", Daemon::Agent)).unwrap();
+    assert!(log.contains("at most 64 aliases"), "{log}");
 }
 
 #[test]
