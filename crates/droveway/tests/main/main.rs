@@ -8,6 +8,7 @@ mod api;
 mod away;
 mod docker;
 mod drift;
+mod faults;
 mod frame;
 mod gateway;
 mod isolation;
