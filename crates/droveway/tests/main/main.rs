@@ -6,11 +6,13 @@
 
 mod api;
 mod away;
+mod charon;
 mod docker;
 mod drift;
 mod faults;
 mod frame;
 mod gateway;
+mod interop;
 mod isolation;
 mod lab;
 mod lab_bare;
@@ -22,3 +24,4 @@ mod spoof;
 mod steady;
 mod support;
 mod walk;
+mod watch;
