@@ -6,10 +6,13 @@
 
 mod api;
 mod away;
+mod charon;
 mod docker;
 mod drift;
+mod faults;
 mod frame;
 mod gateway;
+mod interop;
 mod ipsec;
 mod isolation;
 mod lab;
@@ -22,3 +25,4 @@ mod spoof;
 mod steady;
 mod support;
 mod walk;
+mod watch;
