@@ -298,7 +298,9 @@ impl Dataplane {
         self.shared.inbound.update(|table| {
             let (gone, kept): (Vec<_>, Vec<_>) =
                 table.entries().cloned().partition(|entry| entry.context.peer == peer);
-            gone.iter().for_each(|entry| entry.sa.stop());
+            for entry in gone {
+                entry.sa.stop();
+            }
             esp::SaTable::new(kept)
         });
         self.change(|state| {
