@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use model::{
     Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Name, NetworkId, Object, Revision,
@@ -53,7 +54,7 @@ pub struct Identity {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// The endpoint, as all may know it.
-    pub endpoint: Endpoint,
+    pub endpoint: Arc<Endpoint>,
     /// What its engine calls it.
     #[serde(default)]
     pub foreign: Option<String>,
@@ -427,7 +428,7 @@ mod tests {
 
     fn record(seed: u8, address: &str) -> Record {
         Record {
-            endpoint: Endpoint {
+            endpoint: Arc::new(Endpoint {
                 id: EndpointId::from_random([seed; 8]),
                 network: NetworkId::from_random([1; 8]),
                 host: HostId::from_random([2; 8]),
@@ -443,7 +444,7 @@ mod tests {
                 ports: vec![],
                 healthy: true,
                 created: 7,
-            },
+            }),
             foreign: None,
             sandbox: None,
         }

@@ -1,9 +1,11 @@
 //! What the agent knows, as one immutable value: read by names, metadata, Docker and the socket.
 //!
-//! The reconciler publishes a new view after it has changed anything; readers hold the one they began with.
+//! The reconciler publishes a new view after it has changed anything; readers hold the one they began with. Views share
+//! their endpoints, so that one that differs in one endpoint costs little.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use model::{Catalog, Endpoint, EndpointId, Epoch, HostId, Name, Network, NetworkId, Revision, agent_api};
 
@@ -25,7 +27,7 @@ pub struct View {
     /// The server's state, as last heard.
     pub catalog: Catalog,
     /// The endpoints of this host, from the ledger. They are right where the catalog is behind.
-    pub local: BTreeMap<EndpointId, Endpoint>,
+    pub local: BTreeMap<EndpointId, Arc<Endpoint>>,
     /// The routers on this host.
     pub routers: BTreeMap<NetworkId, Router>,
     /// What the kernel refused lately, newest last.
@@ -59,7 +61,7 @@ impl View {
             epoch: book.epoch.clone(),
             revision: book.revision,
             catalog: book.catalog.clone(),
-            local: book.records().map(|r| (r.endpoint.id.clone(), r.endpoint.clone())).collect(),
+            local: book.records().map(|r| (r.endpoint.id.clone(), Arc::clone(&r.endpoint))).collect(),
             routers: BTreeMap::new(),
             troubles: Vec::new(),
         }
@@ -77,7 +79,7 @@ impl View {
     pub fn endpoints_of<'a>(&'a self, network: &'a NetworkId) -> impl Iterator<Item = &'a Endpoint> + 'a {
         let local = self.local.values();
         let remote = self.catalog.endpoints.values().filter(|endpoint| endpoint.host != self.host);
-        local.chain(remote).filter(move |endpoint| endpoint.network == *network)
+        local.chain(remote).map(Arc::as_ref).filter(move |endpoint| endpoint.network == *network)
     }
 
     /// The name of a host.

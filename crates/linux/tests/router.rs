@@ -311,28 +311,6 @@ fn a_container_is_set_up_and_answers_at_once() {
 }
 
 #[test]
-fn a_container_is_announced_by_gratuitous_arp() {
-    sandbox::run("a_container_is_announced_by_gratuitous_arp", |dir| {
-        underlay();
-        let mut kernel = Kernel::open(dir).unwrap();
-        converge(&mut kernel, &desired());
-        // The router believes another MAC until it is told better.
-        in_router(
-            &kernel,
-            "sysctl -qw net.ipv4.conf.br0.arp_accept=1; ip neigh add 10.42.64.70 lladdr 02:00:00:00:00:01 dev br0 nud stale",
-        );
-        let (_ns, path) = container(dir, "c70");
-        let ((place, key), object) = endpoint(path, "e70", 70);
-        kernel.apply(&Step::Add(place, key, object)).unwrap();
-        let heard = in_router(
-            &kernel,
-            "timeout 5 sh -c 'until ip neigh show 10.42.64.70 | grep 02:1f:00:00:00:46; do :; done'",
-        );
-        assert!(heard.contains("02:1f:00:00:00:46"), "{heard}");
-    });
-}
-
-#[test]
 fn a_container_that_cannot_be_set_up_leaves_no_device_behind() {
     sandbox::run("a_container_that_cannot_be_set_up_leaves_no_device_behind", |dir| {
         underlay();

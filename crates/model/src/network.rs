@@ -271,7 +271,8 @@ impl NetworkSpec {
     }
 }
 
-fn unusable(cidr: ipnet::Ipv4Net) -> Option<&'static str> {
+/// Why no host can have addresses of `cidr`, if so.
+pub(crate) fn unusable(cidr: ipnet::Ipv4Net) -> Option<&'static str> {
     let reserved: [(&str, &str); 5] = [
         ("0.0.0.0/8", "\"this network\", RFC 791"),
         ("127.0.0.0/8", "loopback, RFC 1122"),

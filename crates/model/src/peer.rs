@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::network::unusable;
 use crate::{HostId, Name, NetworkId, PeerId, UnixMillis};
 
 /// What a person asks for when joining a foreign peer to a network.
@@ -146,6 +147,17 @@ pub enum InvalidPeer {
         "peer {0:?}: {1} is IPv6, which is not supported inside networks yet; give an IPv4 --remote-cidr"
     )]
     Ipv6(String, IpNet),
+    /// Multicast, loopback and the like.
+    #[error("peer {0:?}: {1} is not usable ({2}); choose another --remote-cidr")]
+    Unusable(String, IpNet, &'static str),
+    /// No packet reaches it there.
+    #[error("peer {0:?}: no box has the address {1} on the underlay; give its own --address")]
+    Address(String, IpAddr),
+    /// An identity that none can prove.
+    #[error(
+        "peer {0:?}: an identity is 1 to 255 characters of plain text, such as office.example or 192.0.2.1"
+    )]
+    Identity(String),
     /// No usable secret.
     #[error("peer {0:?}: the secret is shorter than 16 characters; make one with `openssl rand -base64 33`")]
     WeakSecret(String),
@@ -168,17 +180,41 @@ impl PeerSpec {
         if self.remote_cidrs.is_empty() {
             return Err(InvalidPeer::NoCidr(name()));
         }
-        for cidr in &self.remote_cidrs {
+        for (index, cidr) in self.remote_cidrs.iter().enumerate() {
             if cidr.trunc() != *cidr {
                 return Err(InvalidPeer::HostBits { name: name(), given: *cidr, meant: cidr.trunc() });
             }
             if matches!(cidr, IpNet::V6(_)) {
                 return Err(InvalidPeer::Ipv6(name(), *cidr));
             }
-            if pool.contains(cidr) || cidr.contains(&pool) {
+            if overlap(&pool, cidr) {
                 let other = format!("the network's own {pool}");
                 return Err(InvalidPeer::Overlap { name: name(), cidr: *cidr, other });
             }
+            if let IpNet::V4(v4) = cidr
+                && let Some(why) = unusable(*v4)
+            {
+                return Err(InvalidPeer::Unusable(name(), *cidr, why));
+            }
+            if let Some(other) = self.remote_cidrs[..index].iter().find(|other| overlap(other, cidr)) {
+                let other = format!("{other}, which is given too");
+                return Err(InvalidPeer::Overlap { name: name(), cidr: *cidr, other });
+            }
+        }
+        let address = self.address;
+        if address.is_unspecified()
+            || address.is_multicast()
+            || address.is_loopback()
+            || pool.contains(&address)
+        {
+            return Err(InvalidPeer::Address(name(), address));
+        }
+        let identities = self.identity.iter().chain(&self.local_identity);
+        if identities
+            .into_iter()
+            .any(|id| id.trim() != id || !(1..=255).contains(&id.len()) || id.chars().any(char::is_control))
+        {
+            return Err(InvalidPeer::Identity(name()));
         }
         if let PeerProof::Psk { secret } = &self.proof
             && secret.as_ref().is_none_or(|secret| secret.trim().len() < 16)
@@ -202,6 +238,10 @@ impl PeerSpec {
             created,
         })
     }
+}
+
+fn overlap(one: &IpNet, other: &IpNet) -> bool {
+    one.contains(other) || other.contains(one)
 }
 
 impl std::fmt::Debug for PeerSpec {
@@ -250,6 +290,16 @@ mod tests {
         );
         assert!(error(&|it| it.remote_cidrs = vec!["10.42.8.0/24".parse().unwrap()]).contains("overlaps"));
         assert!(error(&|it| it.remote_cidrs = vec!["0.0.0.0/0".parse().unwrap()]).contains("overlaps"));
+        let cidrs = |cidrs: &[&str]| cidrs.iter().map(|it| it.parse().unwrap()).collect::<Vec<IpNet>>();
+        assert!(error(&|it| it.remote_cidrs = cidrs(&["169.254.0.0/24"])).contains("link-local"));
+        let twice = cidrs(&["192.168.7.0/24", "192.168.0.0/16"]);
+        assert!(error(&|it| it.remote_cidrs.clone_from(&twice)).contains("overlaps 192.168.7.0/24"));
+        for address in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "10.42.0.9"] {
+            assert!(error(&|it| it.address = address.parse().unwrap()).contains("its own --address"));
+        }
+        for identity in ["", " office", "a\nb"] {
+            assert!(error(&|it| it.identity = Some(identity.to_owned())).contains("plain text"));
+        }
         assert!(error(&|it| it.remote_cidrs = vec!["fd00::/64".parse().unwrap()]).contains("IPv6"));
         assert!(error(&|it| it.proof = PeerProof::Psk { secret: Some("short".into()) }).contains("openssl"));
         assert!(error(&|it| it.port = Some(0)).contains("port 0"));

@@ -131,6 +131,12 @@ pub fn gateway_mac(network: &NetworkId) -> Mac {
     derived_mac(&["gateway", network.as_str()])
 }
 
+/// The MAC of an endpoint with that address: the same whoever has the address, so that no neighbour's ARP table is wrong
+/// when another container gets it.
+pub fn endpoint_mac(network: &NetworkId, address: IpAddr) -> Mac {
+    derived_mac(&["endpoint", network.as_str(), &address.to_string()])
+}
+
 /// The MAC of a host's overlay device in a network.
 pub fn overlay_mac(network: &NetworkId, host: &HostId) -> Mac {
     derived_mac(&["overlay", network.as_str(), host.as_str()])

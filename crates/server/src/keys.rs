@@ -8,7 +8,7 @@
 //! /droveway/{environment}/blocks/{network}/{cidr}  Block            `/` of the CIDR written `-`
 //! /droveway/{environment}/claims/{network}/{address} Claim
 //! /droveway/{environment}/endpoints/{id}           Endpoint
-//! /droveway/{environment}/peers/{id}               Peer, with its secret
+//! /droveway/{environment}/peers/{id}               Peer, with its secret        names/peer/{name}
 //! /droveway/{environment}/tokens/{id}              Token
 //! /droveway/{environment}/keys/{name}              ApiKey
 //! ```
@@ -148,9 +148,14 @@ impl Keys<'_> {
     pub(crate) fn endpoints(self) -> String {
         self.at("endpoints/")
     }
-    #[cfg_attr(not(test), expect(dead_code, reason = "peers are made by a verb that is about to come"))]
     pub(crate) fn peer(self, id: &PeerId) -> String {
         self.at(&format!("peers/{id}"))
+    }
+    pub(crate) fn peers(self) -> String {
+        self.at("peers/")
+    }
+    pub(crate) fn peer_name(self, name: &Name) -> String {
+        self.at(&format!("names/peer/{name}"))
     }
     pub(crate) fn token(self, id: &str) -> String {
         self.at(&format!("tokens/{id}"))
@@ -236,6 +241,7 @@ mod tests {
             (keys.api_key("admin"), Slot::ApiKey("admin".into())),
             (keys.vni(4789, 1), Slot::Index),
             (keys.host_name(&"h1".parse().unwrap()), Slot::Index),
+            (keys.peer_name(&"office".parse().unwrap()), Slot::Index),
         ] {
             assert_eq!(parse(&key), Some((environment.clone(), slot)), "{key}");
         }

@@ -1,7 +1,7 @@
 //! What one host sees of its environment, and how that changes.
 //!
 //! A host sees itself and all networks; and of each network that it takes part in, which is one where it holds a block
-//! or a claim, all blocks, claims, endpoints, foreign peers and the hosts that hold blocks or claims there.
+//! or a claim or speaks to a foreign peer, all blocks, claims, endpoints, foreign peers and the hosts that take part.
 //!
 //! Invariant: snapshot plus deltas, applied in order, is always the view at the delta's revision. A reader that is slow
 //! gets fewer and larger deltas; nothing queues for it.
@@ -71,8 +71,8 @@ impl Cursor {
         }
         let Some(changes) = state.changes_after(self.at, &self.environment) else { return Step::Lost };
         let changes: Vec<_> = changes.collect();
-        let shares_changed =
-            changes.iter().any(|changed| matches!(changed.key, Key::Block(..) | Key::Claim(..)));
+        let shares = |key: &Key| matches!(key, Key::Block(..) | Key::Claim(..) | Key::Peer(_));
+        let shares_changed = changes.iter().any(|changed| shares(&changed.key));
         let mut touched = BTreeSet::new();
         let before = self.networks.clone();
         if shares_changed {
@@ -136,7 +136,7 @@ impl Cursor {
                 catalog.peers.get(id).filter(|peer| sees(&peer.network)).map(|peer| seen_by(&self.host, peer))
             }
             Key::Endpoint(id) => {
-                catalog.endpoints.get(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
+                catalog.endpoint(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
             }
         }
     }

@@ -23,6 +23,7 @@ mod daemons;
 mod enter;
 pub mod hidden;
 mod mounts;
+mod nat;
 mod node;
 mod process;
 mod shim;
@@ -33,6 +34,7 @@ mod underlay;
 
 pub use control::{Container, Lab};
 pub use daemons::Daemon;
+pub use nat::{Nat, Together, boxes};
 pub use shim::RunSpec;
-pub use spec::{HOSTS_MAX, LabSpec, SERVER, default_dir};
+pub use spec::{HOSTS_MAX, Kind, LabSpec, Node, SERVER, UNDERLAY, default_dir};
 pub use state::{Fault, NodeState, Pin, State};

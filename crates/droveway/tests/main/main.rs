@@ -12,6 +12,7 @@ mod frame;
 mod isolation;
 mod lab;
 mod lab_bare;
+mod nat;
 mod outside;
 mod probe;
 mod refused;

@@ -11,7 +11,7 @@ use model::{Driver, Network, NetworkId, NetworkSpec, VXLAN_PORT};
 
 use super::extract::{self, Caller, Item, Person};
 use super::hosts::check_labels;
-use super::{Reply, Shared, refuse};
+use super::{Reply, Shared, peers, refuse};
 use crate::app::{Plan, now, put};
 use crate::keys::Keys;
 use crate::state::Environment;
@@ -157,9 +157,12 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 );
                 return Err(refuse(ErrorCode::InUse, message));
             }
+            let peers = env.catalog.peers.values().filter(|peer| peer.network == network.id);
+            peers::refuse_if_any(peers, &format!("network \"{}\" is joined to", network.name))?;
             let compares = vec![
                 Compare::Present(keys.network(&network.id)),
                 Compare::NonePutSince(keys.endpoints(), revision),
+                Compare::NonePutSince(keys.peers(), revision),
             ];
             let mut deletes = vec![
                 Op::DeletePrefix(keys.blocks(&network.id)),

@@ -84,6 +84,16 @@ async fn what_cannot_be_is_refused_with_the_remedy_and_nothing_changes() {
         ),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "vni": 0 }), ErrorCode::Invalid, "VNI"),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "gre" }), ErrorCode::Invalid, "vxlan"),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "ipsec", "vni": 7 }),
+            ErrorCode::Invalid,
+            "--vni belongs to --driver vxlan",
+        ),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "ipsec", "port": 4500 }),
+            ErrorCode::Invalid,
+            "--tunnel-port",
+        ),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "mtu": 100 }), ErrorCode::Invalid, "576"),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "colour": "red" }), ErrorCode::Invalid, "colour"),
         (
