@@ -27,6 +27,8 @@ pub struct Host {
     pub side: u8,
     pub host: Netns,
     pub router: Netns,
+    /// Where the router's namespace is bound.
+    pub router_file: String,
     pub path: Dataplane,
     signals: Mutex<Receiver<Signal>>,
     inbound: Mutex<BTreeMap<u8, Arc<Inbound>>>,
@@ -67,7 +69,8 @@ pub fn strangers(dir: &Path) -> Pair {
         );
         host.run(|| sh(&commands)).unwrap();
     }
-    Pair { a: start(1, a), b: start(2, b) }
+    let file = |side| dir.join(name(side, "router")).display().to_string();
+    Pair { a: start(1, a, file(1)), b: start(2, b, file(2)) }
 }
 
 /// Two hosts with a security association each way, over IPv4.
@@ -77,7 +80,7 @@ pub fn pair(dir: &Path) -> Pair {
     pair
 }
 
-fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
+fn start(side: u8, (host, router): (Netns, Netns), router_file: String) -> Host {
     let (signal, signals) = sync_channel(4096);
     let path = host
         .run(|| {
@@ -90,7 +93,15 @@ fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
             Dataplane::start(sockets, signal).unwrap()
         })
         .unwrap();
-    let host = Host { side, host, router, path, signals: Mutex::new(signals), inbound: Mutex::default() };
+    let host = Host {
+        side,
+        host,
+        router,
+        router_file,
+        path,
+        signals: Mutex::new(signals),
+        inbound: Mutex::default(),
+    };
     host.make_device();
     host.add_device();
     host
