@@ -8,6 +8,7 @@ mod api;
 mod away;
 mod docker;
 mod drift;
+mod foreign_charon;
 mod foreign_kernel;
 mod frame;
 mod guest;
