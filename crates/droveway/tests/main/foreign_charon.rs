@@ -1,13 +1,14 @@
 //! `ike` and `esp` against charon with the ESP of a Debian kernel: what its userspace ESP cannot show.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Instant;
 
 use droveway::lab::{Lab, LabSpec};
 use ike::proposal::EspOffer;
 use ike::wire::{IpSelector, SecurityLabel};
 use ike::{ChildConfig, ChildId, Initiate};
 
-use crate::guest::peer::{PORT, Peer, Terms};
+use crate::guest::peer::{PEER, PORT, Peer, Terms};
 use crate::guest::{self, Guest, Parts};
 use crate::support::{LIMIT, skipped, spec, until};
 
@@ -18,8 +19,11 @@ const PSK: &[u8] = b"of a test, and of no other";
 
 const PLAIN: Inner = Inner { id: ChildId(1), name: "plain", third: 0, label: None };
 const RED: Inner = Inner { id: ChildId(2), name: "red", third: 10, label: Some("red") };
+const BLUE: Inner = Inner { id: ChildId(3), name: "blue", third: 20, label: Some("blue") };
+/// What we say instead of [`BLUE`].
+const AZURE: Inner = Inner { name: "azure", label: Some("azure"), ..BLUE };
 
-/// A child and its addresses: `10.9.1.1` here and `10.9.2.1` there, or the same ten further on.
+/// A child and its addresses: `10.9.1.1` here and `10.9.2.1` there, or further on.
 #[derive(Clone, Copy)]
 struct Inner {
     id: ChildId,
@@ -153,7 +157,7 @@ fn a_charon_with_its_kernel_agrees_on_extended_numbers_rekeys_under_traffic_and_
     for round in 0..2 {
         assert_eq!(peer.ping(PLAIN.id, ours, theirs, 100..120), 0);
         peer.with(|state| {
-            state.endpoint.as_mut().unwrap().rekey_children(guest::peer::PEER, std::time::Instant::now());
+            state.endpoint.as_mut().unwrap().rekey_children(PEER, Instant::now());
         });
         peer.until("we have rekeyed", |state| state.agreed.len() == 2 + 2 * round);
         assert_eq!(peer.ping(PLAIN.id, ours, theirs, 120..140), 0);
@@ -208,19 +212,43 @@ fn a_charon_with_its_kernel_agrees_on_extended_numbers_rekeys_under_traffic_and_
 
 #[test]
 fn a_child_with_a_label_is_agreed_on_with_charon_by_either_side_and_refused_with_another_label() {
-    let children = [(PLAIN, "aes128gcm16-x25519-esn"), (RED, "aes256gcm16-x25519-esn-noesn")];
+    let esp = "aes256gcm16-x25519-esn";
+    let children = [(PLAIN, "aes128gcm16-x25519-esn"), (RED, esp), (BLUE, esp)];
     let Some((lab, mut guest, peer)) = set_up(&children) else { return };
-    begin(&peer, Initiate::First, &[PLAIN, RED]);
-    peer.until("both children are up", |state| state.agreed.len() == 2);
-    let labels = peer.with(|state| state.agreed.iter().map(|sa| sa.label.clone()).collect::<Vec<_>>());
-    assert_eq!(labels, [None, RED.wanted().label]);
+    let labels = |peer: &Peer| {
+        peer.with(|state| state.agreed.iter().map(|sa| (sa.slot.child, sa.label.clone())).collect::<Vec<_>>())
+    };
+    // For the addresses of `blue` we ask with another label.
+    begin(&peer, Initiate::First, &[PLAIN, RED, AZURE]);
+    peer.until("azure was refused", |state| {
+        state.told.iter().any(|line| line.starts_with("child 3 failed") && line.contains("TS_UNACCEPTABLE"))
+    });
+    let both = [(PLAIN.id, None), (RED.id, RED.wanted().label)];
+    assert_eq!(labels(&peer), both);
     for inner in [PLAIN, RED] {
         peer.settle(inner.id, inner.ours(), inner.theirs());
         traffic(&mut guest, &peer, inner);
     }
-    let listed = guest.check("swanctl --list-sas");
-    assert!(listed.contains("red"), "{listed}");
-    println!("{listed}\n{}", guest.charon_log());
+    let listed = guest.check("swanctl --list-sas --child red");
+    assert!(
+        listed.contains("label  red") && listed.contains("ESP:AES_GCM_16-256/CURVE_25519/ESN"),
+        "{listed}"
+    );
+    peer.with(|state| state.endpoint.as_mut().unwrap().rekey_children(PEER, Instant::now()));
+    peer.until("both are rekeyed", |state| state.agreed.len() == 4);
+    traffic(&mut guest, &peer, RED);
+
+    // And the other way round.
+    begin(&peer, Initiate::Never, &[PLAIN, RED, AZURE]);
+    peer.with(|state| state.agreed.clear());
+    guest.run("swanctl --terminate --ike us --force --timeout 1");
+    guest.check("swanctl --initiate --child plain && swanctl --initiate --child red");
+    let (done, said) = guest.run("swanctl --initiate --child blue");
+    assert!(!done && said.contains("TS_UNACCEPTABLE"), "{said}");
+    assert_eq!(labels(&peer), both);
+    peer.settle(RED.id, RED.ours(), RED.theirs());
+    traffic(&mut guest, &peer, RED);
+    assert!(guest.check("swanctl --list-sas --child red").contains("label  red"));
     drop((guest, peer));
     lab.down().unwrap();
 }
