@@ -87,10 +87,13 @@ fn start(side: u8, (host, router): (Netns, Netns), router_file: String) -> Host 
             let sockets = Sockets {
                 v4: Some(udp::Socket::bind(udp::Family::V4, PORT).unwrap()),
                 v6: Some(udp::Socket::bind(udp::Family::V6, PORT).unwrap()),
-                ike_v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
-                ike_v6: None,
             };
-            Dataplane::start(sockets, signal).unwrap()
+            let path = Dataplane::start(sockets, signal).unwrap();
+            path.set_ike_sockets(Sockets {
+                v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
+                v6: None,
+            });
+            path
         })
         .unwrap();
     let host = Host {
