@@ -89,8 +89,10 @@ fn start(side: u8, (host, router): (Netns, Netns), router_file: String) -> Host 
                 v6: Some(udp::Socket::bind(udp::Family::V6, PORT).unwrap()),
             };
             let path = Dataplane::start(sockets, signal).unwrap();
-            let ike = Some(udp::Socket::bind(udp::Family::V4, 500).unwrap());
-            path.set_ike_sockets(Sockets { v4: ike, v6: None });
+            path.set_ike_sockets(Sockets {
+                v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
+                v6: None,
+            });
             path
         })
         .unwrap();
