@@ -101,11 +101,11 @@ impl Receiver {
         let mut states = self.shared.state.reader();
         let mut tables = self.shared.inbound.reader();
         while !self.stop.load(Ordering::Relaxed) {
-            let (state, table) = (states.get(), tables.get());
             let Self { watch, shared, buffers, received, inner, ike, .. } = &mut self;
-            if !Arc::ptr_eq(ike, &state.ike) {
-                watch_ike(watch, &state.ike, &shared.drops.receive);
-                *ike = Arc::clone(&state.ike);
+            let sockets = &states.get().ike;
+            if !Arc::ptr_eq(ike, sockets) {
+                watch_ike(watch, sockets, &shared.drops.receive);
+                *ike = Arc::clone(sockets);
             }
             let worked = watch.round(|source| {
                 match source.socket.receive(buffers, received) {
@@ -117,12 +117,17 @@ impl Receiver {
                         return Work::Dry;
                     }
                 }
+                // After the packets came: what was published before they were sent is known now.
+                let (state, table) = (states.get(), tables.get());
                 for (message, buffer) in received.iter().zip(buffers.iter_mut()) {
                     let length = message.len.min(buffer.len());
                     inner.take_in(shared, state, table, source.ike, message, &mut buffer[..length]);
                 }
                 Work::Done
             });
+            // Who sleeps keeps no key that was removed.
+            states.get();
+            tables.get();
             self.watch.rest(worked, None);
         }
     }

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
+use nix::sys::signal::SigSet;
 
 use super::{capture, enter, node, shim, supervisor};
 
@@ -109,6 +110,9 @@ pub enum Hidden {
 
 /// Does what a verb says.
 pub fn main(verb: Hidden) -> Result<ExitCode> {
+    // Whoever started us may hold signals for itself, and what we become or start would hold them for ever: a daemon could
+    // not be asked to end.
+    SigSet::empty().thread_set_mask()?;
     let done = |()| ExitCode::SUCCESS;
     match verb {
         Hidden::LabInit { inner: true, dir, .. } => supervisor::inner(&dir).map(done),
