@@ -1,5 +1,6 @@
 //! Interoperation with strongSwan's charon: it is a foreign peer, `box`, of a network whose gateway is `h1`.
 
+mod events;
 mod failures;
 mod harness;
 mod matrix;
@@ -96,8 +97,8 @@ impl Field {
         path
     }
 
-    /// Joins the peer at that address to the network.
-    fn join_at(&self, address: &str, trust: &Trust) {
+    /// Joins the peer at that address to the network; `options` are more of `peer create`.
+    fn join_at(&self, address: &str, trust: &Trust, options: &[&str]) {
         let (option, file) = match trust {
             Trust::Psk => ("--psk-file", self.file("psk", SECRET)),
             Trust::Certificates(both) => ("--ca", self.file("ca.pem", &both.0.pem())),
@@ -106,11 +107,20 @@ impl Field {
         let words =
             ["droveway", "peer", "create", BOX, "--address", address, "--network", "safe", "--host", "h1"];
         let more = ["--remote-cidr", BEHIND, "--id", BOX_ID, option, &file];
-        self.lab.check("server", &[&words[..], &more[..]].concat()).unwrap();
+        self.lab.check("server", &[&words[..], &more[..], options].concat()).unwrap();
+    }
+
+    fn join_with(&self, trust: &Trust, options: &[&str]) {
+        self.join_at(BOX_ADDRESS, trust, options);
     }
 
     fn join(&self, trust: &Trust) {
-        self.join_at(BOX_ADDRESS, trust);
+        self.join_with(trust, &[]);
+    }
+
+    /// The container's address.
+    fn address(&self) -> String {
+        self.web.ip().to_string()
     }
 
     /// Takes the peer away, and waits until both have forgotten it.
@@ -139,17 +149,6 @@ impl Field {
         last.unwrap()
     }
 
-    /// Why it is not up, once it has failed.
-    #[track_caller]
-    fn failure(&self, what: &str) -> String {
-        let mut last = None;
-        until(LIMIT, &format!("the gateway says {what:?}"), || {
-            last = self.tunnel().and_then(|tunnel| tunnel.last_failure).map(|(_, why)| why);
-            last.as_ref().is_some_and(|why| why.contains(what))
-        });
-        last.unwrap()
-    }
-
     /// What the gateway's agent wrote.
     fn log(&self) -> String {
         let file = self.lab.daemon_log("h1", droveway::lab::Daemon::Agent);
@@ -159,7 +158,7 @@ impl Field {
     /// A ping from each side, with the canary in it.
     fn both_ways(&self, watch: &Watch) -> bool {
         watch.pings(&self.lab, &self.web.path(), INNER)
-            && watch.pings_from(&self.lab, BOX, INNER, &self.web.ip().to_string())
+            && watch.pings_from(&self.lab, BOX, INNER, &self.address())
     }
 }
 
