@@ -33,6 +33,9 @@ impl Sa {
                 (Task::Bye, parting.into_iter().chain([Payload::Delete(Delete::Ike)]).collect())
             }
             Task::Move => (Task::Move, self.move_payloads(cx)),
+            Task::Probe if self.watches_mapping() => {
+                (Task::Probe, nat_notifies(&self.spis, self.path, true).into())
+            }
             Task::Probe => (Task::Probe, Vec::new()),
             Task::Open(_) | Task::Auth(_) | Task::Create(_) | Task::Rekey(_) => return Ok(()),
         };
@@ -63,8 +66,28 @@ impl Sa {
                 self.die(why, cx);
             }
             Task::Move if body.says(NotifyType::UnexpectedNatDetected) => {}
+            Task::Probe | Task::Move if self.watches_mapping() => {
+                let seen = body.notify(NotifyType::NatDetectionDestinationIp);
+                let seen = seen.map(|it| it.data.clone()).unwrap_or_default();
+                let changed = self.mapping.as_ref().is_some_and(|before| *before != seen);
+                self.mapping = Some(seen);
+                if changed && matches!(task, Task::Probe) {
+                    self.push(Task::Move);
+                }
+            }
             Task::Open(_) | Task::Auth(_) | Task::Create(_) | Task::Rekey(_) | Task::Probe | Task::Move => {}
         }
+    }
+
+    /// Whether we have to find out by ourselves that a NAT has given us another mapping: a peer that speaks MOBIKE
+    /// follows nothing but what the initiator tells it (RFC 4555 §3.8).
+    pub(super) fn watches_mapping(&self) -> bool {
+        self.facts.mobike && self.facts.nat_here && self.authenticated_by_us
+    }
+
+    /// Whether it is to be asked how it sees us: to know a change one has to know what was before.
+    pub(super) fn asks_mapping(&self) -> bool {
+        self.watches_mapping() && self.mapping.is_none() && !self.is_busy()
     }
 
     fn move_payloads(&self, cx: &Cx<'_>) -> Vec<Payload> {
@@ -172,10 +195,10 @@ impl Sa {
             if let Some(path) = self.seen_from {
                 self.set_path(path, cx);
             }
-            let nat = |kind| body.notify(kind).is_some();
-            if nat(NotifyType::NatDetectionSourceIp) {
-                payloads.extend(nat_notifies(&self.spis, self.path, true));
-            }
+        }
+        // The peer may want to know whether a NAT has changed its mapping (RFC 4555 §3.8).
+        if body.says(NotifyType::NatDetectionSourceIp) && self.facts.mobike {
+            payloads.extend(nat_notifies(&self.spis, self.seen_from.unwrap_or(self.path), true));
         }
         // A return routability check (RFC 4555 §3.7).
         payloads.extend(body.notify(NotifyType::Cookie2).cloned().map(Payload::Notify));

@@ -242,6 +242,8 @@ pub(crate) struct Sa {
     pub(crate) reauth_at: Option<Instant>,
     /// Why it is over, if it is.
     pub(crate) over: Option<Failure>,
+    /// Our address and port as the peer last said it sees them, hashed (RFC 7296 §2.23); empty if it does not say.
+    mapping: Option<Vec<u8>>,
     /// What the peer did wrong in its answer to our first messages: it is told when the SA is deleted.
     parting: Option<Notify>,
     /// Where the message that is being handled came from.
@@ -283,6 +285,7 @@ impl Sa {
             replaces: None,
             reauth_at: None,
             over: None,
+            mapping: None,
             parting: None,
             seen_from: None,
             crypt: None,

@@ -316,6 +316,20 @@ fn when_a_nat_changes_its_mapping_the_peer_follows_the_next_authenticated_packet
 }
 
 #[test]
+fn a_foreign_peer_is_told_when_a_nat_changes_its_mapping() {
+    let mut pair = behind_nat(23, PeerKind::Foreign);
+    let new: SocketAddr = "198.51.100.9:2048".parse().unwrap();
+    pair.hosts[0].public = Some(new);
+    let before = pair.hosts[0].datagrams;
+    pair.run(11 * SECOND);
+    assert_eq!(pair.hosts[1].endpoint.sas(PEER)[0].path.remote, new);
+    assert_eq!(pair.hosts[0].datagrams - before, 2, "whether it lives, and the move: {}", pair.story());
+    pair.run(40 * SECOND);
+    pair.expect_settled(&[1]);
+    assert_eq!(pair.hosts[1].downs + pair.hosts[0].downs, 0);
+}
+
+#[test]
 fn a_host_that_moves_tells_its_peer_at_once() {
     let mut pair = Pair::new(21);
     pair.up();
