@@ -15,6 +15,9 @@ use crate::steady::Steady;
 use crate::support::{LIMIT, spec, until};
 use crate::watch::Watch;
 
+/// Something that asks for new keys, whether of the IKE SA, whether of the child, and what it is.
+type Ask<'a> = (&'static str, bool, bool, &'a dyn Fn(&Charon<'_>));
+
 /// `IKE_SA_INIT` that a charon once sent.
 const FIRST_REQUEST: &str = include_str!("../../../../ike/tests/charon/init-request.txt");
 
@@ -153,8 +156,12 @@ fn a_charon_under_load_gets_its_cookie_back_and_so_does_a_gateway() {
             packet(to, from, &ipv4(source, GATEWAY.parse().unwrap(), 17, &udp(500, 500, &request)))
         })
         .collect();
+    let addresses = "for i in 0 1 2 3 4 5 6 7; do ip addr add 10.0.0.15$i/32 dev eth0; done";
+    field.lab.check("server", &["sh", "-c", addresses]).unwrap();
     let begin = watch.report();
-    probe::send_by(&field.lab, "server", "eth0", &frames);
+    for some in frames.chunks(16) {
+        probe::send_by(&field.lab, "server", "eth0", some);
+    }
     until(LIMIT, "the gateway asks strangers for cookies", || {
         cookies(&watch.report().since(&begin), "h1", true) > 0
     });
@@ -185,7 +192,6 @@ fn new_keys_by_either_side_lose_no_packet_and_leave_no_old_ones() {
     let by_gateway = |_: &Charon<'_>| {
         field.lab.check("h1", &["droveway", "tunnel", "rekey", BOX]).unwrap();
     };
-    type Ask<'a> = (&'static str, bool, bool, &'a dyn Fn(&Charon<'_>));
     let asks: [Ask<'_>; 5] = [
         ("child, by charon", false, true, &|charon| charon.rekey_child(BOX).unwrap()),
         ("IKE SA, by charon", true, false, &|charon| charon.rekey_ike(BOX).unwrap()),
@@ -219,7 +225,7 @@ fn new_keys_by_either_side_lose_no_packet_and_leave_no_old_ones() {
     });
     assert!(tunnel.drops.is_empty(), "{tunnel:#?}");
     assert_eq!(tunnel.children[0].outbound_spi, format!("{:08x}", sa.children[0].spi_in));
-    assert_eq!((tunnel.handshakes, charon.sas(BOX).len()), (1, 1), "never authenticated anew: {tunnel:#?}");
+    assert_eq!(charon.log().matches("parsed IKE_AUTH request").count(), 1, "never authenticated anew");
     let begin = watch.sealed();
     assert!(field.both_ways(&watch));
     proved(&sa, &charon.up(BOX), &watch.sealed().since(&begin), 2);
@@ -262,19 +268,25 @@ fn what_either_side_deletes_is_made_anew() {
     watch.sealed();
 }
 
-#[test]
-fn a_side_that_is_killed_is_missed_by_the_other_and_found_again() {
-    let field = Field::new();
-    let mut watch = Watch::begin(&field.lab);
+/// A pair that works, with a charon that soon misses its peer.
+fn watchful<'a>(field: &'a Field, watch: &Watch) -> Charon<'a> {
     let settings = Settings { retransmit_timeout: 0.5, retransmit_tries: 2, ..Settings::default() };
     let mut charon = field.charon(settings);
-    let connection = Connection { liveness: Duration::from_secs(2), ..field.connection(&Trust::Psk) };
-    charon.load(&connection);
+    // With MOBIKE it would have something else to ask first.
+    let good = field.connection(&Trust::Psk);
+    charon.load(&Connection { liveness: Duration::from_secs(2), mobike: false, ..good });
     field.join(&Trust::Psk);
     charon.up(BOX);
     field.up();
+    assert!(field.both_ways(watch));
+    charon
+}
 
-    // The gateway dies: charon asks, hears nothing, and lets go.
+#[test]
+fn a_gateway_that_is_killed_is_missed_by_charon_and_is_back_as_soon_as_it_is_started() {
+    let field = Field::new();
+    let mut watch = Watch::begin(&field.lab);
+    let charon = watchful(&field, &watch);
     let since = charon.log().len();
     field.lab.kill_agent("h1").unwrap();
     let missed = until(LIMIT, "charon misses the gateway", || charon.sas(BOX).is_empty());
@@ -284,24 +296,41 @@ fn a_side_that_is_killed_is_missed_by_the_other_and_found_again() {
     let back = until(LIMIT, "traffic is back", || field.both_ways(&watch));
     println!("traffic is back {back:?} after the agent's start");
 
-    // charon dies: the gateway misses it, and tries until it is there again.
+    // So soon that charon has missed nothing: the new keys are in the place of the old.
+    let old = charon.up(BOX);
+    field.lab.kill_agent("h1").unwrap();
+    field.lab.start_agent("h1").unwrap();
+    until(LIMIT, "charon has the new SA alone", || charon.up(BOX).unique != old.unique);
+    until(LIMIT, "traffic is back", || field.both_ways(&watch));
+    watch.sealed();
+}
+
+#[test]
+fn a_charon_that_is_killed_is_missed_and_tried_until_it_is_back() {
+    let field = Field::new();
+    let mut watch = Watch::begin(&field.lab);
+    let mut charon = watchful(&field, &watch);
     charon.kill();
     let told = field.log().len();
-    let missed = until(LIMIT * 4, "the gateway misses charon", || {
-        field.log().get(told..).unwrap_or_default().contains("tunnel down")
-    });
+    let down = || field.log().get(told..).unwrap_or_default().contains("tunnel down");
+    let missed = until(LIMIT * 4, "the gateway misses charon", down);
     println!("the gateway misses charon {missed:?} after its death");
     assert!(!field.both_ways(&watch));
     charon.restart();
     let back = until(LIMIT * 3, "traffic is back", || field.both_ways(&watch));
     println!("traffic is back {back:?} after charon's start");
+    watch.sealed();
+}
 
-    // It dies and is back before anybody has missed it.
+#[test]
+fn a_charon_that_has_forgotten_all_is_found_out_and_begun_with_anew() {
+    let field = Field::new();
+    let mut watch = Watch::begin(&field.lab);
+    let mut charon = watchful(&field, &watch);
     charon.kill();
     charon.restart();
     let back = until(LIMIT * 4, "traffic is back", || field.both_ways(&watch));
     println!("traffic is back {back:?} after charon was gone for a moment");
-    let sas = charon.sas(BOX);
-    assert_eq!((sas.len(), sas[0].children.len()), (1, 1), "{sas:#?}");
+    charon.up(BOX);
     watch.sealed();
 }
