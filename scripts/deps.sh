@@ -5,7 +5,7 @@ set -euo pipefail
 declare -A packages=(
   [run]="nftables iproute2"
   [build]="build-essential cmake pkg-config"
-  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq arping"
+  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq arping strongswan-swanctl charon-systemd libstrongswan-standard-plugins libcharon-extra-plugins"
   [demo]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq"
   [bench]="nftables iproute2 iptables iputils-ping iperf3 busybox-static util-linux procps jq"
 )

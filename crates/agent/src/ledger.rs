@@ -158,18 +158,22 @@ impl Ledger {
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "cache_size", -1024)?;
+        // A ledger that is there is opened without writing: also where the disk is full.
+        if application == APPLICATION_ID {
+            return Ok(());
+        }
         db.execute_batch(&format!(
             "BEGIN IMMEDIATE;
              PRAGMA application_id = {APPLICATION_ID};
              PRAGMA user_version = {FORMAT};
-             CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS object (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS reservation (network TEXT, address TEXT, PRIMARY KEY (network, address))
+             CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE object (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE record (id TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE reservation (network TEXT, address TEXT, PRIMARY KEY (network, address))
                  WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS released (network TEXT, address TEXT, at INTEGER NOT NULL,
+             CREATE TABLE released (network TEXT, address TEXT, at INTEGER NOT NULL,
                  PRIMARY KEY (network, address)) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS slot (network TEXT PRIMARY KEY, slot INTEGER NOT NULL) WITHOUT ROWID;
+             CREATE TABLE slot (network TEXT PRIMARY KEY, slot INTEGER NOT NULL) WITHOUT ROWID;
              COMMIT;"
         ))
     }

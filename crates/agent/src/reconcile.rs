@@ -48,6 +48,9 @@ pub(crate) struct Reconciler {
     /// Networks without endpoints whose routers stay until then.
     lingering: BTreeMap<NetworkId, Instant>,
     generations: BTreeMap<NetworkId, u64>,
+    /// The same for their TUN devices.
+    tuns: BTreeMap<NetworkId, u64>,
+    tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
     /// What the kernel refuses now.
     refused: Vec<String>,
@@ -80,6 +83,8 @@ impl Reconciler {
             chores,
             lingering: BTreeMap::new(),
             generations: BTreeMap::new(),
+            tuns: BTreeMap::new(),
+            tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
             refused: Vec::new(),
             troubles: VecDeque::new(),
@@ -380,6 +385,10 @@ impl Reconciler {
                 self.troubles.push_back(error.message);
             }
         }
+        let tunnels = plan::tunnels(&self.book.catalog, &self.book.local_of(None));
+        if *self.tunnels != tunnels {
+            self.tunnels = Arc::new(tunnels);
+        }
         let had_routers = self.has_routers();
         self.wanted = self.work_out(except);
         if !had_routers && self.has_routers() {
@@ -425,11 +434,17 @@ impl Reconciler {
             for step in &steps {
                 tracing::debug!(?step, "apply");
                 match self.kernel.apply(step) {
-                    Ok(()) => {
-                        if let Step::Add(Place::Router(network), Key::Netns, _) = step {
+                    Ok(()) => match step {
+                        Step::Add(Place::Router(network), Key::Netns, _) => {
                             *self.generations.entry(network.clone()).or_default() += 1;
                         }
-                    }
+                        Step::Add(Place::Router(network), Key::Link(name), _)
+                            if name.as_str() == plan::TUN =>
+                        {
+                            *self.tuns.entry(network.clone()).or_default() += 1;
+                        }
+                        Step::Add(..) | Step::Change(..) | Step::Remove(..) => {}
+                    },
                     Err(error) => refused.push(error.to_string()),
                 }
             }
@@ -548,19 +563,22 @@ impl Reconciler {
             .filter_map(|(id, netns)| {
                 let network = book.catalog.networks.get(id)?;
                 let slot = local.routers.get(id).copied()?;
+                let tun = (Place::Router(id.clone()), Key::Link(Ifname::new(plan::TUN)));
+                let tun = self.kernel.state().contains_key(&tun);
                 let router = Router {
                     netns: netns.to_owned(),
                     generation: self.generations.get(id).copied().unwrap_or_default(),
                     address: book.catalog.router_address(id, &book.host),
                     transit: plan::transit::pair(slot).1,
                     mtu: plan::network_mtu(&book.catalog, &local, network),
+                    tun: tun.then(|| self.tuns.get(id).copied().unwrap_or_default()),
                     converged: !self.unconverged.contains(&Place::Router(id.clone())),
                 };
                 Some((id.clone(), router))
             })
             .collect();
         let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
-        View { routers, troubles, ..View::from_book(book) }
+        View { routers, troubles, tunnels: self.tunnels.clone(), ..View::from_book(book) }
     }
 }
 

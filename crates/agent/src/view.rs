@@ -30,6 +30,8 @@ pub struct View {
     pub local: BTreeMap<EndpointId, Arc<Endpoint>>,
     /// The routers on this host.
     pub routers: BTreeMap<NetworkId, Router>,
+    /// The tunnels that this host should have; the same value as before where none changed.
+    pub tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     /// What the kernel refused lately, newest last.
     pub troubles: Vec<String>,
 }
@@ -47,6 +49,8 @@ pub struct Router {
     pub transit: Ipv4Addr,
     /// Inner MTU, bytes.
     pub mtu: u32,
+    /// Grows when the overlay's TUN device is made anew; `None` while there is none.
+    pub tun: Option<u64>,
     /// Whether the kernel shows all that should be there.
     pub converged: bool,
 }
@@ -63,6 +67,7 @@ impl View {
             catalog: book.catalog.clone(),
             local: book.records().map(|r| (r.endpoint.id.clone(), Arc::clone(&r.endpoint))).collect(),
             routers: BTreeMap::new(),
+            tunnels: Arc::default(),
             troubles: Vec::new(),
         }
     }

@@ -5,7 +5,7 @@
 mod sandbox;
 
 use std::io::IoSlice;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path as FilePath;
 use std::process::{Command, Stdio};
@@ -17,10 +17,11 @@ use linux::tun::{self, Queue};
 use linux::udp::{Family, Path, Received, Send, Socket, path_mtu};
 use nix::errno::Errno;
 use nix::libc;
-use nix::poll::{PollFd, PollFlags, poll};
 use plan::object::{Link, LinkKind, Route, RouteKind, TABLE_MAIN};
 use plan::{Key, Object, Scope, State, Step, diff};
-use sandbox::{await_drift, converge, in_router, ip, name, network, router, sh};
+use sandbox::{
+    await_drift, await_readable, converge, in_router, ip, name, network, next_packet, router, sh, udp_packet,
+};
 
 /// A router with a TUN device, and a route into it.
 fn with_tun() -> State {
@@ -50,21 +51,6 @@ fn with_tun() -> State {
 
 fn queue(kernel: &Kernel) -> Queue {
     Queue::open(kernel.router_netns(&network()).unwrap(), "tun0").unwrap()
-}
-
-/// Waits for something to read.
-fn await_readable(fd: impl AsFd) {
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut fds, 5_000_u16), Ok(1), "nothing came");
-}
-
-/// The next packet from a queue: its header and itself.
-fn next_packet(queue: &Queue) -> ([u8; tun::HEADER], Vec<u8>) {
-    let mut buffer = vec![0; 70_000];
-    await_readable(queue);
-    let length = queue.read(&mut buffer).unwrap().unwrap();
-    let (header, packet) = buffer[..length].split_at(tun::HEADER);
-    (header.try_into().unwrap(), packet.to_vec())
 }
 
 #[test]
@@ -237,25 +223,20 @@ fn next_message(socket: &Socket) -> (Received, Vec<u8>) {
     (out[0], bytes[..out[0].len].to_vec())
 }
 
-/// An IPv4 packet with a UDP datagram, without the latter's checksum (RFC 768).
-fn udp_packet(from: &str, to: &str, bytes: &[u8]) -> Vec<u8> {
-    let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
-    let (IpAddr::V4(source), IpAddr::V4(destination)) = (from.ip(), to.ip()) else { panic!("IPv4") };
-    let length = |more: usize| ((bytes.len() + more) as u16).to_be_bytes();
-    let mut packet = [&[0x45, 0][..], &length(28), &[0, 0, 0, 0, 64, 17, 0, 0]].concat();
-    packet.extend([source.octets(), destination.octets()].concat());
-    let sum: u32 = packet.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
-    let sum = (sum & 0xffff) + (sum >> 16);
-    packet[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
-    packet.extend([from.port().to_be_bytes(), to.port().to_be_bytes(), length(8), [0, 0]].concat());
-    packet.extend(bytes);
-    packet
-}
-
-/// A pair of sockets on loopback: one with addresses `.1` and `.2` of each family.
+/// Two addresses of each family on loopback.
 fn addresses() {
     sh("ip addr add 10.9.9.1/32 dev lo; ip addr add 10.9.9.2/32 dev lo; \
         ip addr add fd09::1/128 dev lo nodad; ip addr add fd09::2/128 dev lo nodad");
+    await_local("fd09::1");
+    await_local("fd09::2");
+}
+
+/// The kernel takes a new IPv6 address as its own by and by.
+fn await_local(address: &str) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !sh("ip -6 route show table local").contains(&format!("local {address} ")) {
+        assert!(Instant::now() < deadline, "{address} is not there");
+    }
 }
 
 const FAMILIES: [(Family, &str, &str); 2] =
@@ -373,6 +354,7 @@ fn a_link_local_path_leads_back() {
     sandbox::run("a_link_local_path_leads_back", |_| {
         sh("ip link add va type veth peer name vb; ip link set va up; ip link set vb up; \
             ip addr add fe80::a/64 dev va nodad");
+        await_local("fe80::a");
         let index = |device: &str| nix::net::if_::if_nametoindex(device).unwrap();
         let (a, b) = (Socket::bind(Family::V6, 0).unwrap(), Socket::bind(Family::V6, 0).unwrap());
         // Both are this machine's: what is sent to its own address comes by the same device.

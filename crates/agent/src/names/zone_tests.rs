@@ -78,6 +78,7 @@ pub(crate) fn view(domain: &str, endpoints: Vec<Endpoint>) -> View {
         catalog,
         local: local.into_iter().map(|endpoint| (endpoint.id.clone(), Arc::new(endpoint))).collect(),
         routers: BTreeMap::new(),
+        tunnels: std::sync::Arc::default(),
         troubles: Vec::new(),
     }
 }

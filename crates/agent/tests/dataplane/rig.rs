@@ -27,8 +27,6 @@ pub struct Host {
     pub side: u8,
     pub host: Netns,
     pub router: Netns,
-    /// Where the router's namespace is bound.
-    pub router_file: String,
     pub path: Dataplane,
     signals: Mutex<Receiver<Signal>>,
     inbound: Mutex<BTreeMap<u8, Arc<Inbound>>>,
@@ -69,8 +67,7 @@ pub fn strangers(dir: &Path) -> Pair {
         );
         host.run(|| sh(&commands)).unwrap();
     }
-    let file = |side| dir.join(name(side, "router")).display().to_string();
-    Pair { a: start(1, a, file(1)), b: start(2, b, file(2)) }
+    Pair { a: start(1, a), b: start(2, b) }
 }
 
 /// Two hosts with a security association each way, over IPv4.
@@ -80,28 +77,18 @@ pub fn pair(dir: &Path) -> Pair {
     pair
 }
 
-fn start(side: u8, (host, router): (Netns, Netns), router_file: String) -> Host {
+fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
     let (signal, signals) = sync_channel(4096);
     let path = host
         .run(|| {
             let sockets = Sockets {
                 v4: Some(udp::Socket::bind(udp::Family::V4, PORT).unwrap()),
                 v6: Some(udp::Socket::bind(udp::Family::V6, PORT).unwrap()),
-                ike_v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
-                ike_v6: None,
             };
             Dataplane::start(sockets, signal).unwrap()
         })
         .unwrap();
-    let host = Host {
-        side,
-        host,
-        router,
-        router_file,
-        path,
-        signals: Mutex::new(signals),
-        inbound: Mutex::default(),
-    };
+    let host = Host { side, host, router, path, signals: Mutex::new(signals), inbound: Mutex::default() };
     host.make_device();
     host.add_device();
     host

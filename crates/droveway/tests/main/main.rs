@@ -6,9 +6,14 @@
 
 mod api;
 mod away;
+mod charon;
 mod docker;
 mod drift;
+mod faults;
 mod frame;
+mod gateway;
+mod interop;
+mod ipsec;
 mod isolation;
 mod lab;
 mod lab_bare;
@@ -20,3 +25,4 @@ mod spoof;
 mod steady;
 mod support;
 mod walk;
+mod watch;
