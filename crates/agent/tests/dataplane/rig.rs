@@ -147,9 +147,6 @@ impl Host {
     /// Gives the device to the path.
     pub fn add_device(&self) {
         self.path.add_device(DEVICE, tun::Queue::open(&self.router, "tun0").unwrap());
-        // The kernel drops what is sent until it has noticed that somebody reads; the last command waits for it to be done.
-        eventually("the device is ready", || !self.sh("ip link show tun0").contains("state DOWN"));
-        self.sh("ip link set tun0 up");
         let routes = nets(3 - self.side).into_iter().map(|net| (net, PEER));
         self.path.set_routes(DEVICE, routes.collect());
     }
