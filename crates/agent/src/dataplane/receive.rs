@@ -103,10 +103,10 @@ impl Receiver {
         let mut tables = self.shared.inbound.reader();
         while !self.stop.load(Ordering::Relaxed) {
             let Self { watch, shared, arena, received, inner, ike, .. } = &mut self;
-            let state = states.get();
-            if !Arc::ptr_eq(ike, &state.ike) {
-                watch_ike(watch, &state.ike, &shared.drops.receive);
-                *ike = Arc::clone(&state.ike);
+            let sockets = &states.get().ike;
+            if !Arc::ptr_eq(ike, sockets) {
+                watch_ike(watch, sockets, &shared.drops.receive);
+                *ike = Arc::clone(sockets);
             }
             let worked = watch.round(|source| {
                 let mut buffers = arena.chunks_exact_mut(MESSAGE);

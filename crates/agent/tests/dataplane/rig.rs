@@ -85,7 +85,12 @@ fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
                 v4: Some(udp::Socket::bind(udp::Family::V4, PORT).unwrap()),
                 v6: Some(udp::Socket::bind(udp::Family::V6, PORT).unwrap()),
             };
-            Dataplane::start(sockets, signal).unwrap()
+            let path = Dataplane::start(sockets, signal).unwrap();
+            path.set_ike_sockets(Sockets {
+                v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
+                v6: None,
+            });
+            path
         })
         .unwrap();
     let host = Host { side, host, router, path, signals: Mutex::new(signals), inbound: Mutex::default() };

@@ -4,7 +4,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
-use agent::dataplane::{Signal, Sockets};
+use agent::dataplane::Signal;
 use linux::udp;
 
 use crate::rig::{DEVICE, Host, PEER, PORT, Pair, eventually, outbound, pair, spi, strangers, way};
@@ -246,10 +246,6 @@ fn ike_reaches_control_whole_by_its_port_and_no_more_of_it_than_one_source_may_s
                 local: SocketAddr::new(from.parse().unwrap(), 500),
                 remote: SocketAddr::new(to.parse().unwrap(), 500),
             };
-            for host in [&a, &b] {
-                let v4 = host.host.run(|| udp::Socket::bind(udp::Family::V4, 500).unwrap()).unwrap();
-                host.path.set_ike_sockets(Sockets { v4: Some(v4), v6: None });
-            }
             a.path.send(port_500("192.0.2.1", "192.0.2.2"), &message[4..]);
             assert_eq!(b.await_signal(ike), (port_500("192.0.2.2", "192.0.2.1"), message[4..].to_vec()));
             a.path.send(way("192.0.2.1", "192.0.2.2"), &[0xff]);
