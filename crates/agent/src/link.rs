@@ -167,7 +167,7 @@ struct Teller {
     server: Server,
     control: Control,
     /// What was told and is not in the snapshot yet.
-    told: BTreeMap<EndpointId, (Instant, Option<Endpoint>)>,
+    told: BTreeMap<EndpointId, (Instant, Option<Arc<Endpoint>>)>,
     /// Since when something has been idle, by its name.
     idle: BTreeMap<String, Instant>,
 }

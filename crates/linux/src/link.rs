@@ -142,21 +142,15 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
                     error
                 }
             })?;
-            let configured = container::configure(&ns, container).and_then(|index| match want.master {
-                Some(_) => container::wait_for_port(site.home, shown, name).map(|()| index),
-                None => Ok(index),
+            let configured = container::configure(&ns, container).and_then(|()| match want.master {
+                Some(_) => container::wait_for_port(site.home, shown, name),
+                None => Ok(()),
             });
-            match configured {
-                Ok(index) => {
-                    container::announce(ns, container.as_ref().clone(), index);
-                    Ok(())
-                }
-                Err(error) => {
-                    // Nothing is left behind: the other end goes with this one.
-                    drop(remove(&mut site.home.route, name));
-                    Err(error)
-                }
+            if configured.is_err() {
+                // Nothing is left behind: the other end goes with this one.
+                drop(remove(&mut site.home.route, name));
             }
+            configured
         }
         (LinkKind::Veth | LinkKind::VethEnd, _) => Err(Error::words(
             format!("make device {name}"),

@@ -15,7 +15,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use nix::errno::Errno;
 use nix::libc;
 
+use plan::object::Ifname;
+
 use crate::error::Error;
+use crate::namespace::get_link;
+use crate::netlink::Requests;
 use crate::netns::Netns;
 
 /// The length of the header before each packet (`struct virtio_net_hdr`), in bytes.
@@ -53,7 +57,14 @@ impl Queue {
     /// Fails if there is no such device, or it is not one that stays.
     pub fn open(netns: &Netns, name: &str) -> Result<Self, Error> {
         let attempted = || format!("open a queue of device {name}");
-        let file = netns.run(|| attach(name))??;
+        let file = netns.run(|| {
+            let file = attach(name)?;
+            // With its first queue the device has a carrier, but sends only once the kernel has taken note of that, which
+            // it does by and by, or before it answers.
+            let told = get_link(&mut Requests::open()?, &Ifname::new(name));
+            told.map_err(|refusal| refusal.to_error(attempted()))?;
+            Ok::<_, Error>(file)
+        })??;
         if flags(&file).map_err(|errno| Error::errno(attempted(), errno))? & libc::IFF_PERSIST == 0 {
             // Attaching has just made it. It goes with the file.
             return Err(Error::kernel(attempted(), Errno::ENODEV, None));

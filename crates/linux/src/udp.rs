@@ -169,8 +169,8 @@ impl Socket {
     /// gone, if it has more than 64, or more than 65,507 bytes, or there is no [`gso`](Self::gso).
     ///
     /// `WouldBlock` if the kernel's buffer is full, `EMSGSIZE` if `segment` is too large for the path ([`path_mtu`]),
-    /// `EINVAL` if `path.local` is not this machine's, `ENETUNREACH` and its like if there is no route, `EPERM` if a
-    /// firewall forbids it.
+    /// `EINVAL` or `ENETUNREACH` if `path.local` is not, or no longer, this machine's; `ENETUNREACH` and its like if
+    /// there is no route; `EPERM` if a firewall forbids it.
     pub fn send(&self, messages: &[Send<'_>]) -> (usize, io::Result<()>) {
         let mut at = Cursor { message: 0, offset: 0 };
         // One datagram alone, to see whether segmentation is what was refused.

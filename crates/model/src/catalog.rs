@@ -7,8 +7,9 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -95,6 +96,16 @@ pub enum Key {
     Peer(PeerId),
 }
 
+impl Change {
+    /// What names the object that it is about.
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Put(object) => object.key(),
+            Self::Delete(key) => key.clone(),
+        }
+    }
+}
+
 impl Object {
     /// What names it.
     pub fn key(&self) -> Key {
@@ -109,7 +120,7 @@ impl Object {
     }
 }
 
-/// The objects, indexed.
+/// The objects, indexed. Those that there may be many of are shared between copies.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Catalog {
     /// All hosts this host has to do with.
@@ -121,7 +132,7 @@ pub struct Catalog {
     /// Claims of the networks that this host takes part in.
     pub claims: BTreeMap<(NetworkId, IpAddr), Claim>,
     /// Endpoints of the networks that this host takes part in.
-    pub endpoints: BTreeMap<EndpointId, Endpoint>,
+    pub endpoints: BTreeMap<EndpointId, Arc<Endpoint>>,
     /// Foreign peers of the networks that this host takes part in; with their secrets only at the host that speaks
     /// to them.
     pub peers: BTreeMap<PeerId, Peer>,
@@ -152,7 +163,7 @@ impl Catalog {
             Object::Network(x) => drop(self.networks.insert(x.id.clone(), x)),
             Object::Block(x) => drop(self.blocks.insert((x.network.clone(), x.cidr), x)),
             Object::Claim(x) => drop(self.claims.insert((x.network.clone(), x.address), x)),
-            Object::Endpoint(x) => drop(self.endpoints.insert(x.id.clone(), x)),
+            Object::Endpoint(x) => drop(self.endpoints.insert(x.id.clone(), Arc::new(x))),
             Object::Peer(x) => drop(self.peers.insert(x.id.clone(), x)),
         }
     }
@@ -175,7 +186,7 @@ impl Catalog {
         let networks = self.networks.values().cloned().map(Object::Network);
         let blocks = self.blocks.values().cloned().map(Object::Block);
         let claims = self.claims.values().cloned().map(Object::Claim);
-        let endpoints = self.endpoints.values().cloned().map(Object::Endpoint);
+        let endpoints = self.endpoints().cloned().map(Object::Endpoint);
         let peers = self.peers.values().cloned().map(Object::Peer);
         hosts.chain(networks).chain(blocks).chain(claims).chain(endpoints).chain(peers)
     }
@@ -185,9 +196,20 @@ impl Catalog {
         self.networks.values().find(|network| network.name.as_str() == name)
     }
 
+    /// The endpoint of that id.
+    pub fn endpoint(&self, id: &EndpointId) -> Option<&Endpoint> {
+        self.endpoints.get(id).map(Arc::as_ref)
+    }
+
+    /// All endpoints.
+    pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints.values().map(Arc::as_ref)
+    }
+
     /// The blocks of a network, in the order of their addresses.
     pub fn blocks_of<'a>(&'a self, network: &'a NetworkId) -> impl Iterator<Item = &'a Block> + 'a {
-        self.blocks.values().filter(move |block| block.network == *network)
+        let first = (network.clone(), IpNet::V4(Ipv4Net::default()));
+        self.blocks.range(first..).map(|(_, block)| block).take_while(move |block| block.network == *network)
     }
 
     /// The networks in which `host` speaks to foreign peers. It needs a router there, with or without endpoints.

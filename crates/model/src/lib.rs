@@ -25,8 +25,8 @@ pub use id::{
 pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET};
 pub use mtu::{MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
 pub use network::{
-    BLOCK_PREFIX_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network, NetworkSpec,
-    VXLAN_PORT,
+    BLOCK_PREFIX_DEFAULT, DRIVER_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network,
+    NetworkSpec, VXLAN_PORT,
 };
 pub use peer::{InvalidPeer, Peer, PeerProof, PeerSpec};
 pub use token::{Fingerprint, InvalidToken, JoinToken};

@@ -12,6 +12,8 @@ use crate::{Geometry, MTU_MIN, Name, NetworkId, UnixMillis};
 pub const MANAGED_NETWORK: &str = "managed";
 /// Its address space.
 pub const MANAGED_CIDR: &str = "10.42.0.0/16";
+/// The driver of a network that does not say otherwise.
+pub const DRIVER_DEFAULT: &str = "vxlan";
 /// Prefix length of a block where a network does not say otherwise.
 pub const BLOCK_PREFIX_DEFAULT: u8 = 26;
 /// IANA's UDP port for VXLAN (RFC 7348 §5).
@@ -233,8 +235,8 @@ impl NetworkSpec {
         if blocks < 4 {
             return Err(InvalidNetwork::TooSmall { name: name(), cidr, blocks, block });
         }
-        let driver = match self.driver.as_deref() {
-            None | Some("vxlan") => {
+        let driver = match self.driver.as_deref().unwrap_or(DRIVER_DEFAULT) {
+            "vxlan" => {
                 let vni = self.vni.unwrap_or(vni);
                 if !(1..1 << 24).contains(&vni) {
                     return Err(InvalidNetwork::Vni(name(), vni));
@@ -245,14 +247,14 @@ impl NetworkSpec {
                 }
                 Driver::Vxlan { vni, port }
             }
-            Some("ipsec") => {
+            "ipsec" => {
                 let option = self.vni.map(|_| "--vni").or(self.port.map(|_| "--port"));
                 if let Some(option) = option {
                     return Err(InvalidNetwork::VxlanOnly(name(), option));
                 }
                 Driver::Ipsec
             }
-            Some(other) => return Err(InvalidNetwork::Driver(name(), other.to_owned())),
+            other => return Err(InvalidNetwork::Driver(name(), other.to_owned())),
         };
         if let Some(mtu) = self.mtu.filter(|mtu| !(MTU_MIN..=65_000).contains(mtu)) {
             return Err(InvalidNetwork::Mtu(name(), mtu));

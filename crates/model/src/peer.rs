@@ -32,7 +32,8 @@ pub struct PeerSpec {
     /// The identity that it proves; its address if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<String>,
-    /// The identity that the gateway proves to it; the gateway's underlay address if left out.
+    /// The identity that the gateway proves to it; if left out, its underlay address, or with a CA the subject of its
+    /// certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_identity: Option<String>,
     /// How each proves itself.
@@ -62,7 +63,8 @@ pub struct Peer {
     /// The identity that it proves; its address if left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<String>,
-    /// The identity that the gateway proves to it; the gateway's underlay address if left out.
+    /// The identity that the gateway proves to it; if left out, its underlay address, or with a CA the subject of its
+    /// certificate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_identity: Option<String>,
     /// How each proves itself.

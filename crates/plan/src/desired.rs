@@ -18,6 +18,8 @@ use crate::object::{
 };
 use crate::{firewall, hash, transit};
 
+/// The overlay device of a network of driver `ipsec`.
+pub const TUN: &str = "tun0";
 /// What the name of each router's namespace begins with.
 pub const ROUTER_PREFIX: &str = "droveway-";
 /// The longest packet that a device of a network takes to cut up, bytes: as long as an IPv4 packet can be, rounded up. The
@@ -131,6 +133,12 @@ pub fn gateway_mac(network: &NetworkId) -> Mac {
     derived_mac(&["gateway", network.as_str()])
 }
 
+/// The MAC of an endpoint with that address: the same whoever has the address, so that no neighbour's ARP table is wrong
+/// when another container gets it.
+pub fn endpoint_mac(network: &NetworkId, address: IpAddr) -> Mac {
+    derived_mac(&["endpoint", network.as_str(), &address.to_string()])
+}
+
 /// The MAC of a host's overlay device in a network.
 pub fn overlay_mac(network: &NetworkId, host: &HostId) -> Mac {
     derived_mac(&["overlay", network.as_str(), host.as_str()])
@@ -177,7 +185,12 @@ impl<'a> Router<'a> {
         let br0 = Ifname::new("br0");
         draw.link("br0", LinkKind::Bridge, gateway_mac(&self.network.id), self.mtu);
         draw.put(Key::Table(Family::Bridge), Object::Table(firewall::bridge()));
-        let table = firewall::router(self.network.pool(), self.network.internal);
+        let table = firewall::router(&firewall::Router {
+            pool: self.network.pool(),
+            remote: self.remote().collect(),
+            device: self.network.driver.device(),
+            internal: self.network.internal,
+        });
         draw.put(Key::Table(Family::Inet), Object::Table(table));
 
         for (path, value) in [
@@ -279,18 +292,32 @@ impl<'a> Router<'a> {
             up: true,
             peer: None,
         };
-        draw.put(Key::Link(Ifname::new("tun0")), Object::Link(device));
+        draw.put(Key::Link(Ifname::new(TUN)), Object::Link(device));
+        for (path, value) in [
+            // The data path says in the router's name what is too large for a tunnel.
+            ("ipv4/conf/tun0/accept_local", "1"),
+            ("ipv4/conf/tun0/rp_filter", "0"),
+            // A gateway hands on to other hosts what comes from foreign peers, by the same device.
+            ("ipv4/conf/tun0/send_redirects", "0"),
+        ] {
+            draw.put(Key::Sysctl(path.to_owned()), Object::Sysctl(value.to_owned()));
+        }
         let blocks = self.catalog.blocks_of(&self.network.id).filter(|block| block.host != self.local.host);
         let claims = self.claims().filter(|claim| claim.host != self.local.host);
-        let peers = self.catalog.peers.values().filter(|peer| peer.network == self.network.id);
         let far = blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into()));
-        for cidr in far.chain(peers.flat_map(|peer| peer.remote_cidrs.iter().copied())) {
-            draw.route(cidr, self.unicast("tun0", None));
+        for cidr in far.chain(self.remote()) {
+            draw.route(cidr, self.unicast(TUN, None));
         }
     }
 
     fn claims(&self) -> impl Iterator<Item = &model::Claim> {
         self.catalog.claims.values().filter(|claim| claim.network == self.network.id)
+    }
+
+    /// What is behind foreign peers.
+    fn remote(&self) -> impl Iterator<Item = IpNet> {
+        let peers = self.catalog.peers.values().filter(|peer| peer.network == self.network.id);
+        peers.flat_map(|peer| peer.remote_cidrs.iter().copied())
     }
 
     fn unicast(&self, dev: &str, via: Option<IpAddr>) -> Route {

@@ -10,15 +10,28 @@ use ipnet::IpNet;
 use crate::object::{Family, HOST_DEVICE_PREFIX, TABLE, Table};
 use crate::transit;
 
-/// The router's filter and NAT: nothing of the pool leaves by `up0`, nothing but the pool comes by the overlay.
+/// What a router's rules are made of.
+pub(crate) struct Router<'a> {
+    /// The network's addresses.
+    pub(crate) pool: IpNet,
+    /// What is behind foreign peers, wherever those are.
+    pub(crate) remote: Vec<IpNet>,
+    /// The overlay device.
+    pub(crate) device: &'a str,
+    /// Whether there is no way out.
+    pub(crate) internal: bool,
+}
+
+/// The router's filter and NAT: nothing of the pool, or of what is behind foreign peers, leaves by `up0` or comes by it,
+/// and nothing else comes by the overlay. Foreign peers reach the pool, and not each other.
 ///
-/// What conntrack finds invalid (a reset or a reply without a connection) is not masqueraded: the last chain, which sees
-/// packets after NAT, drops it.
+/// What conntrack finds invalid (a reset or a reply without a connection) or does not track (what is for the overlay, but
+/// was not routed there) is not masqueraded: the last chain, which sees packets after NAT, drops it.
 ///
 /// What most packets do, from container to container, is decided by few and plain expressions: each lookup in a set is
 /// paid in throughput (`make bench`).
-pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
-    let (inward, outward) = if internal {
+pub(crate) fn router(router: &Router<'_>) -> Table {
+    let (inward, outward) = if router.internal {
         ("", "")
     } else {
         (
@@ -29,6 +42,7 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
         iifname "br0" ip saddr POOL ip daddr != POOL accept"#,
         )
     };
+    let remote = remote(&router.remote);
     let text = format!(
         r#"
     map publish {{
@@ -36,7 +50,7 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     }}
     chain untracked {{
         type filter hook prerouting priority raw; policy accept;
-        iifname != "up0" ip saddr POOL ip daddr POOL notrack
+        iifname != "up0" ip saddr POOL ip daddr POOL notrack{untracked}
     }}
     chain publish_in {{
         type nat hook prerouting priority dstnat; policy accept;
@@ -48,7 +62,7 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     }}
     chain input {{
         type filter hook input priority filter; policy accept;
-        iifname "vxlan0" ip saddr != POOL drop
+        iifname "DEVICE" ip saddr != {inside} drop
         iifname "up0" ct state established,related accept
         iifname "up0" ip protocol icmp accept
         iifname "up0" drop
@@ -59,24 +73,49 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
         iifname "up0" goto inward
         oifname "up0" goto outward
         ip saddr POOL ip daddr POOL accept
-        iifname "br0" oifname "vxlan0" ct state established,related ip daddr POOL accept
+        iifname "br0" oifname "DEVICE" ct state established,related ip daddr POOL accept{forward}
     }}
     chain inward {{
-        ip saddr POOL drop{inward}
+        ip saddr {inside} drop{inward}
     }}
     chain outward {{{outward}
     }}
     chain output {{
         type filter hook output priority filter; policy accept;
-        oifname "up0" ip daddr POOL drop
+        oifname "up0" ip daddr {inside} drop
     }}
     chain last {{
         type filter hook postrouting priority 300; policy accept;
-        oifname "up0" ip saddr POOL drop
+        oifname "up0" ip saddr {inside} drop
     }}
-"#
+"#,
+        inside = remote.as_ref().map_or("POOL".to_owned(), |remote| format!("{{ POOL, {remote} }}")),
+        untracked = rules(
+            remote.as_deref(),
+            r#"
+        iifname != "up0" ip saddr POOL ip daddr { REMOTE } notrack
+        iifname "DEVICE" ip saddr { REMOTE } ip daddr POOL notrack"#
+        ),
+        forward = rules(
+            remote.as_deref(),
+            r#"
+        oifname "DEVICE" ip saddr POOL ip daddr { REMOTE } accept
+        iifname "DEVICE" ip saddr { REMOTE } ip daddr POOL accept"#
+        ),
     );
-    table(Family::Inet, &text.replace("POOL", &pool.to_string()))
+    table(Family::Inet, &text.replace("POOL", &router.pool.to_string()).replace("DEVICE", router.device))
+}
+
+/// What is behind foreign peers, as the elements of a set, which must not overlap. `None` if there is nothing.
+fn remote(cidrs: &[IpNet]) -> Option<String> {
+    let cidrs = IpNet::aggregate(&cidrs.to_vec());
+    let cidrs: Vec<_> = cidrs.iter().filter(|cidr| cidr.addr().is_ipv4()).map(IpNet::to_string).collect();
+    (!cidrs.is_empty()).then(|| cidrs.join(", "))
+}
+
+/// Rules about what is behind foreign peers, where there is any.
+fn rules(remote: Option<&str>, text: &str) -> String {
+    remote.map(|remote| text.replace("REMOTE", remote)).unwrap_or_default()
 }
 
 /// The bridge's guard: a port sends only from its endpoint's MAC and addresses, ARP included. The first rule is all that
@@ -178,20 +217,34 @@ fn table(family: Family, body: &str) -> Table {
 mod tests {
     use super::*;
 
+    fn of(remote: &[&str], device: &str, internal: bool) -> String {
+        let pool = "10.42.0.0/16".parse().unwrap();
+        let remote = remote.iter().map(|cidr| cidr.parse().unwrap()).collect();
+        router(&Router { pool, remote, device, internal }).text
+    }
+
     #[test]
     fn another_text_is_another_digest_and_the_text_says_it() {
         let (a, b) = (host(&[4789]), host(&[4789, 8472]));
         assert_ne!(a.digest, b.digest);
         assert!(a.text.contains(&a.digest));
-        assert!(!router("10.42.0.0/16".parse().unwrap(), true).text.contains("POOL"));
+        let text = of(&["192.168.7.0/24"], "tun0", true);
+        assert!(!["POOL", "DEVICE", "REMOTE"].iter().any(|word| text.contains(word)), "{text}");
     }
 
     #[test]
     fn an_internal_network_lets_nothing_through_up0() {
-        let open = router("10.42.0.0/16".parse().unwrap(), false).text;
-        let internal = router("10.42.0.0/16".parse().unwrap(), true).text;
+        let (open, internal) = (of(&[], "tun0", false), of(&[], "tun0", true));
         assert!(open.contains(r#"iifname "br0" ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 accept"#));
         assert!(!internal.contains("ip daddr != 10.42.0.0/16 accept"));
         assert!(!internal.contains("ct status dnat accept"));
+    }
+
+    #[test]
+    fn what_is_behind_foreign_peers_is_told_once_and_costs_nothing_where_there_is_none() {
+        assert!(!of(&[], "vxlan0", false).contains("{ 10.42.0.0/16"), "no lookup in a set");
+        let text =
+            of(&["192.168.7.0/25", "192.168.7.128/25", "172.16.0.0/12", "172.16.1.0/24"], "tun0", false);
+        assert!(text.contains("ip saddr != { 10.42.0.0/16, 172.16.0.0/12, 192.168.7.0/24 } drop"), "{text}");
     }
 }

@@ -189,7 +189,7 @@ pub struct ContainerEnd {
     pub mtu: u32,
     /// As of [`Link`].
     pub gso_max_size: Option<u32>,
-    /// Its addresses, with the network's prefix. A gratuitous ARP follows for each.
+    /// Its addresses, with the network's prefix.
     pub addresses: Vec<IpNet>,
     /// Destinations that are on link besides.
     pub on_link: Vec<IpNet>,

@@ -233,7 +233,7 @@ impl Environment {
                 (&peer.network, &peer.host)
             }
             Key::Endpoint(id) => {
-                let endpoint = self.catalog.endpoints.get(id)?;
+                let endpoint = self.catalog.endpoint(id)?;
                 remove_from(&mut self.endpoints, &endpoint.network, id);
                 remove_from(&mut self.endpoints_of_host, &endpoint.host, id);
                 for address in &endpoint.addresses {
@@ -308,12 +308,12 @@ impl Environment {
 
     /// The endpoints of a network.
     pub(crate) fn endpoints_of(&self, network: &NetworkId) -> impl Iterator<Item = &Endpoint> {
-        self.endpoints.get(network).into_iter().flatten().filter_map(|id| self.catalog.endpoints.get(id))
+        self.endpoints.get(network).into_iter().flatten().filter_map(|id| self.catalog.endpoint(id))
     }
 
     /// The endpoints of a host.
     pub(crate) fn endpoints_of_host(&self, host: &HostId) -> impl Iterator<Item = &Endpoint> {
-        self.endpoints_of_host.get(host).into_iter().flatten().filter_map(|id| self.catalog.endpoints.get(id))
+        self.endpoints_of_host.get(host).into_iter().flatten().filter_map(|id| self.catalog.endpoint(id))
     }
 
     /// How many endpoints a host has.
@@ -323,7 +323,7 @@ impl Environment {
 
     /// The endpoint that has the address in the network.
     pub(crate) fn holder(&self, network: &NetworkId, address: IpAddr) -> Option<&Endpoint> {
-        self.by_address.get(&(network.clone(), address)).and_then(|id| self.catalog.endpoints.get(id))
+        self.by_address.get(&(network.clone(), address)).and_then(|id| self.catalog.endpoint(id))
     }
 
     /// The networks that a host takes part in: those where it holds a block or a claim, or speaks to a foreign peer.

@@ -136,7 +136,7 @@ impl Cursor {
                 catalog.peers.get(id).filter(|peer| sees(&peer.network)).map(|peer| seen_by(&self.host, peer))
             }
             Key::Endpoint(id) => {
-                catalog.endpoints.get(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
+                catalog.endpoint(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
             }
         }
     }

@@ -54,10 +54,6 @@ pub struct Sockets {
     pub v4: Option<udp::Socket>,
     /// The tunnel's port of IPv6.
     pub v6: Option<udp::Socket>,
-    /// Port 500 of IPv4: IKE alone, without marker. For foreign peers.
-    pub ike_v4: Option<udp::Socket>,
-    /// Port 500 of IPv6.
-    pub ike_v6: Option<udp::Socket>,
 }
 
 /// What the path has to say. The sender of signals never waits: what does not fit into the channel is dropped and
@@ -157,8 +153,12 @@ pub struct Dataplane {
 }
 
 impl Dataplane {
-    /// Starts both threads, in the calling thread's namespace, which must be that of the sockets. `signals` should hold a few hundred: what does not fit is dropped and counted.
-    pub fn start(sockets: Sockets, signals: SyncSender<Signal>) -> Result<Self, Error> {
+    /// Starts both threads, in the calling thread's namespace, which must be that of the sockets. `signals` should hold a
+    /// few hundred: what does not fit is dropped and counted.
+    pub fn start<S: From<Signal> + Send + 'static>(
+        sockets: Sockets,
+        signals: SyncSender<S>,
+    ) -> Result<Self, Error> {
         let mut probe = [0; PROBE_MAGIC_LEN];
         aws_lc_rs::rand::fill(&mut probe).map_err(|_| Error::Kernel {
             attempted: "get random numbers",
@@ -168,7 +168,7 @@ impl Dataplane {
             state: Arc::new(esp::Published::new(State::default())),
             inbound: Arc::new(esp::Published::new(esp::SaTable::default())),
             ports: sockets.into(),
-            signals,
+            signals: Box::new(move |signal| signals.try_send(signal.into()).is_ok()),
             drops: Drops::default(),
             probe,
         });
@@ -186,6 +186,12 @@ impl Dataplane {
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
         self.threads.push(thread.map_err(|error| Error::Kernel { attempted: "start a thread", error })?);
         Ok(())
+    }
+
+    /// IKE alone, without marker, comes and goes by these sockets of port 500 too; none closes those there were.
+    pub fn set_ike_sockets(&self, sockets: Sockets) {
+        let ports = Arc::new(sockets.into());
+        self.change(|state| State { ike: ports, ..state.clone() });
     }
 
     /// Moves packets of this device from now on.
@@ -298,7 +304,9 @@ impl Dataplane {
         self.shared.inbound.update(|table| {
             let (gone, kept): (Vec<_>, Vec<_>) =
                 table.entries().cloned().partition(|entry| entry.context.peer == peer);
-            gone.iter().for_each(|entry| entry.sa.stop());
+            for entry in gone {
+                entry.sa.stop();
+            }
             esp::SaTable::new(kept)
         });
         self.change(|state| {

@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::dataplane::count::Reason;
-use crate::dataplane::state::{Peer, Shared, State};
+use crate::dataplane::state::{IKE_PORT, Peer, Shared, State};
 use crate::dataplane::{PeerIndex, Signal};
 
 /// A flush is due when so many bytes wait: larger ones gain nothing, smaller ones cost system calls.
@@ -212,7 +212,9 @@ impl Patience {
 
 /// Sends a datagram that is not ours to seal.
 pub(super) fn send_plain(shared: &Shared, path: udp::Path, payload: &[u8]) {
-    let sent = shared.ports.of(&path).map_or(0, |socket| {
+    let state = shared.state.load();
+    let ports = if path.local.port() == IKE_PORT { &state.ike } else { &shared.ports };
+    let sent = ports.of(&path).map_or(0, |socket| {
         socket.send(&[udp::Send { path, bytes: payload, segment: payload.len().max(1), tos: 0 }]).0
     });
     if sent == 0 {

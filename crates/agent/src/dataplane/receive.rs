@@ -16,7 +16,7 @@ use packet::{ip, protocol};
 
 use crate::dataplane::count::{Counts, Reason};
 use crate::dataplane::limit::PerSource;
-use crate::dataplane::state::{Device, Origin, Peer, Shared, State};
+use crate::dataplane::state::{Device, Origin, Peer, Ports, Shared, State};
 use crate::dataplane::watch::{Waker, Watch, Work};
 use crate::dataplane::{Direction, Error, Signal};
 
@@ -43,6 +43,8 @@ pub(super) struct Receiver {
     buffers: Vec<Vec<u8>>,
     received: Vec<Received>,
     inner: Inner,
+    /// Those of port 500 that are watched.
+    ike: Arc<Ports>,
 }
 
 /// What does not depend on the buffers.
@@ -73,15 +75,11 @@ struct Run<'a> {
 impl Receiver {
     pub fn new(shared: Arc<Shared>, stop: Arc<AtomicBool>) -> Result<Self, Error> {
         let mut watch = Watch::new()?;
-        let ports = &shared.ports;
-        for (socket, ike) in
-            [(&ports.v4, false), (&ports.v6, false), (&ports.ike_v4, true), (&ports.ike_v6, true)]
-        {
-            if let Some(socket) = socket {
-                watch.add(Source { socket: Arc::clone(socket), ike })?;
-            }
+        for socket in shared.ports.sockets() {
+            watch.add(Source { socket: Arc::clone(socket), ike: false })?;
         }
         Ok(Self {
+            ike: Arc::default(),
             shared,
             stop,
             watch,
@@ -103,8 +101,12 @@ impl Receiver {
         let mut states = self.shared.state.reader();
         let mut tables = self.shared.inbound.reader();
         while !self.stop.load(Ordering::Relaxed) {
-            let (state, table) = (states.get(), tables.get());
-            let Self { watch, shared, buffers, received, inner, .. } = &mut self;
+            let Self { watch, shared, buffers, received, inner, ike, .. } = &mut self;
+            let sockets = &states.get().ike;
+            if !Arc::ptr_eq(ike, sockets) {
+                watch_ike(watch, sockets, &shared.drops.receive);
+                *ike = Arc::clone(sockets);
+            }
             let worked = watch.round(|source| {
                 match source.socket.receive(buffers, received) {
                     Ok(0) => return Work::Dry,
@@ -115,13 +117,28 @@ impl Receiver {
                         return Work::Dry;
                     }
                 }
+                // After the packets came: what was published before they were sent is known now.
+                let (state, table) = (states.get(), tables.get());
                 for (message, buffer) in received.iter().zip(buffers.iter_mut()) {
                     let length = message.len.min(buffer.len());
                     inner.take_in(shared, state, table, source.ike, message, &mut buffer[..length]);
                 }
                 Work::Done
             });
+            // Who sleeps keeps no key that was removed.
+            states.get();
+            tables.get();
             self.watch.rest(worked, None);
+        }
+    }
+}
+
+/// Watches these sockets of port 500 instead of others.
+fn watch_ike(watch: &mut Watch<Source>, ports: &Ports, counts: &Counts) {
+    watch.retain(|source| !source.ike);
+    for socket in ports.sockets() {
+        if watch.add(Source { socket: Arc::clone(socket), ike: true }).is_err() {
+            counts.add(Reason::SocketRefused, 1);
         }
     }
 }

@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::mpsc::{SyncSender, TrySendError};
 
 use esp::{Published, SaTable};
 use linux::{tun, udp};
@@ -18,25 +17,25 @@ use crate::dataplane::{DeviceIndex, PeerIndex, Signal, Sockets};
 /// Octets at the start of an echo's data by which an answer to a probe is known.
 pub const PROBE_MAGIC_LEN: usize = 8;
 /// IKE's own port, where nothing is before the message (RFC 7296 §2.23).
-const IKE_PORT: u16 = 500;
+pub(super) const IKE_PORT: u16 = 500;
 
 /// What both threads and control have in common.
 pub(super) struct Shared {
     pub state: Arc<Published<State>>,
     pub inbound: Arc<Published<SaTable<Origin>>>,
     pub ports: Ports,
-    pub signals: SyncSender<Signal>,
+    /// Hands a signal to control; false if there is no room, or nobody listens.
+    pub signals: Box<dyn Fn(Signal) -> bool + Send + Sync>,
     /// What belongs to no peer.
     pub drops: Drops,
     pub probe: [u8; PROBE_MAGIC_LEN],
 }
 
-/// The sockets, as [`Sockets`] has them.
+/// The sockets of a port, as [`Sockets`] has them.
+#[derive(Default)]
 pub(super) struct Ports {
     pub v4: Option<Arc<udp::Socket>>,
     pub v6: Option<Arc<udp::Socket>>,
-    pub ike_v4: Option<Arc<udp::Socket>>,
-    pub ike_v6: Option<Arc<udp::Socket>>,
 }
 
 /// Devices, routes and peers.
@@ -45,6 +44,8 @@ pub(super) struct State {
     pub devices: HashMap<DeviceIndex, Arc<Device>>,
     pub routes: HashMap<DeviceIndex, Arc<Routes>>,
     pub peers: HashMap<PeerIndex, Arc<Peer>>,
+    /// Port 500, while it is open.
+    pub ike: Arc<Ports>,
 }
 
 /// A TUN device.
@@ -83,9 +84,8 @@ pub(super) struct Origin {
 impl Shared {
     /// Tells control, or counts that it did not listen.
     pub fn signal(&self, signal: Signal, counts: &Counts) {
-        match self.signals.try_send(signal) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => counts.add(Reason::SignalFull, 1),
+        if !(self.signals)(signal) {
+            counts.add(Reason::SignalFull, 1);
         }
     }
 }
@@ -136,21 +136,24 @@ impl Peer {
 
 impl From<Sockets> for Ports {
     fn from(sockets: Sockets) -> Self {
-        let Sockets { v4, v6, ike_v4, ike_v6 } = sockets;
-        let [v4, v6, ike_v4, ike_v6] = [v4, v6, ike_v4, ike_v6].map(|socket| socket.map(Arc::new));
-        Self { v4, v6, ike_v4, ike_v6 }
+        let Sockets { v4, v6 } = sockets;
+        Self { v4: v4.map(Arc::new), v6: v6.map(Arc::new) }
     }
 }
 
 impl Ports {
+    /// All of them.
+    pub fn sockets(&self) -> impl Iterator<Item = &Arc<udp::Socket>> {
+        self.v4.iter().chain(&self.v6)
+    }
+
     /// The socket for a path. `None` where its family has none.
     #[inline]
     pub fn of(&self, path: &udp::Path) -> Option<&udp::Socket> {
-        let (tunnel, ike) = match path.remote {
-            SocketAddr::V4(_) => (&self.v4, &self.ike_v4),
-            SocketAddr::V6(_) => (&self.v6, &self.ike_v6),
-        };
-        ike.as_deref().filter(|_| path.local.port() == IKE_PORT).or(tunnel.as_deref())
+        match path.remote {
+            SocketAddr::V4(_) => self.v4.as_deref(),
+            SocketAddr::V6(_) => self.v6.as_deref(),
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use clap::{Args, Subcommand};
 use model::{Name, Protocol, PublishedPort};
 use serde::Serialize;
 
+use super::process::exit_code;
 use super::underlay::Share;
 use super::{Daemon, Kind, Lab, LabSpec, Node, RunSpec, Together, boxes, default_dir, nat};
 use crate::cli::Format;
@@ -109,6 +110,23 @@ Examples:
     #[command(after_help = "Examples:
   droveway lab heal")]
     Heal,
+    /// Run a command, and say what was on the underlay meanwhile
+    #[command(
+        after_help = "Everything that a host sends is looked at, whatever it is and whomever it is for. If one of the texts is in
+it, the exit status is 1.
+
+Examples:
+  droveway lab capture -- droveway lab exec h2/me -- ping -c 3 web
+  droveway lab capture --find secret -- droveway lab exec h2/me -- wget -qO- http://web/secret"
+    )]
+    Capture {
+        /// A text that should not be seen; may be repeated
+        #[arg(long, value_name = "TEXT")]
+        find: Vec<String>,
+        /// The command, on this machine
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<String>,
+    },
     /// Give a host another address on the underlay, as if its lease had changed
     #[command(after_help = "Examples:
   droveway lab move h2 10.0.0.77")]
@@ -224,6 +242,7 @@ pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
         Verb::Cut { one, other } => open()?.cut(&one, &other)?,
         Verb::Loss { one, other, share } => open()?.lose(&one, &other, share.0)?,
         Verb::Heal => open()?.heal()?,
+        Verb::Capture { find, command } => return capture(&open()?, &find, &command, format),
         Verb::Move { host, address } => open()?.readdress(&host, address)?,
         Verb::Rebind { host } => open()?.rebind(&host)?,
         Verb::Kill { target } => match target.split_once('/') {
@@ -290,6 +309,33 @@ fn run_container(lab: &Lab, run: Run) -> Result<ExitCode> {
         container.attached.endpoint.addresses.iter().map(ToString::to_string).collect();
     println!("{}", addresses.join(" "));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the command with a capture around it.
+fn capture(lab: &Lab, texts: &[String], command: &[String], format: Format) -> Result<ExitCode> {
+    ensure!(
+        !texts.iter().any(String::is_empty),
+        "an empty text is in everything; give --find one that says something"
+    );
+    let (program, args) = command.split_first().context("there is no command to run")?;
+    let mut capture = lab.capture(texts)?;
+    let status = Command::new(program).args(args).env("DROVEWAY_LAB", lab.spec().name.as_str()).status();
+    let status = status.with_context(|| format!("cannot run {program}"))?;
+    let report = capture.report()?;
+    match format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Format::Yaml => print!("{}", serde_yaml_ng::to_string(&report)?),
+        Format::Table => {
+            print!("{report}");
+            for (i, text) in texts.iter().enumerate() {
+                let first = report.found.iter().find(|found| found.text == i);
+                let all = format!("is in none of {} frames ({} bytes)", report.frames, report.bytes);
+                println!("{text:?} {}", first.map_or(all, |found| format!("IS SEEN, first in {found}")));
+            }
+        }
+    }
+    report.clean()?;
+    Ok(ExitCode::from(exit_code(status)))
 }
 
 /// A row of `lab ls`.

@@ -17,6 +17,7 @@
 //! No step forks by hand: a namespace of process ids is unshared and the program starts itself in it, by the verbs in
 //! [`hidden`], which therefore must run in a process that has one thread.
 
+pub mod capture;
 pub mod cli;
 mod control;
 mod daemons;

@@ -83,6 +83,9 @@ pub struct LabSpec {
     /// More arguments for each agent.
     #[serde(default)]
     pub agent_args: Vec<String>,
+    /// More arguments for each Docker Engine.
+    #[serde(default)]
+    pub docker_args: Vec<String>,
     /// More arguments for the server.
     #[serde(default)]
     pub server_args: Vec<String>,
@@ -104,6 +107,7 @@ impl LabSpec {
             others: Vec::new(),
             resolv_conf: None,
             agent_args: Vec::new(),
+            docker_args: Vec::new(),
             server_args: Vec::new(),
             name,
         })

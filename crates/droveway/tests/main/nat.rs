@@ -6,7 +6,7 @@ use std::process::Child;
 use droveway::lab::{Lab, LabSpec, boxes};
 
 use crate::probe;
-use crate::support::{spec, succeeds};
+use crate::support::{idle_in, spec, succeeds};
 
 /// A process that is ended with the test.
 struct Running(Child);
@@ -124,4 +124,24 @@ fn an_agent_behind_a_nat_joins_and_connects_again_after_the_box_was_off() {
     assert!(hosts.contains("h2"), "{hosts}");
     lab.down().unwrap();
     assert!(!dir.exists());
+}
+
+#[test]
+fn a_host_behind_a_nat_is_shown_and_refused_on_a_network_in_clear_with_the_reason() {
+    let lab = Lab::up(behind("h2", 2)).unwrap();
+    let clear = ["droveway", "network", "create", "fast", "--subnet", "10.51.0.0/16", "--driver", "vxlan"];
+    lab.check("server", &clear).unwrap();
+    let hosts = lab.check("server", &["droveway", "host", "ls"]).unwrap();
+    let shown = |host: &str| hosts.lines().find(|line| line.starts_with(host)).unwrap().to_owned();
+    assert!(shown("h2").contains(&format!("behind NAT ({BOX})")), "{hosts}");
+    assert!(!shown("h1").contains("NAT"), "{hosts}");
+    let error = lab.run("h2", &idle_in("fast", "web")).unwrap_err().to_string();
+    for part in
+        ["\"fast\" is vxlan", "host h2 is behind one", &BOX.to_string(), "--driver ipsec", "--address"]
+    {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    lab.run("h1", &idle_in("fast", "web")).unwrap();
+    let network = lab.check("server", &["droveway", "network", "inspect", "fast"]).unwrap();
+    assert!(network.contains(&format!("h2 is behind NAT ({BOX})")), "{network}");
 }

@@ -124,6 +124,14 @@ fn warn_of_collisions(app: &App, agent: &Agent, routes: &[HostRoute]) -> Result<
                 );
             }
         }
+        for peer in env.catalog.peers.values() {
+            if let Some((cidr, route)) = collision(&peer.remote_cidrs, routes) {
+                tracing::warn!(
+                    peer = %peer.name, %cidr, route = %route.cidr, device = route.device, host = %agent.name,
+                    "what is behind a foreign peer overlaps a host's own route; containers there reach the peer's alone"
+                );
+            }
+        }
         Ok(())
     })
 }

@@ -1,8 +1,11 @@
 //! The books against a disk that takes nothing, and while addresses go back to the server.
 
-use model::{Block, Change, NetworkSpec};
+use std::path::Path;
+
+use model::{Block, Change, EndpointKind, Mac, NetworkSpec, PublishedPort};
 
 use super::*;
+use crate::control::Refusal;
 
 fn network() -> Network {
     let spec = NetworkSpec::new("managed".parse().unwrap(), "10.42.0.0/16".parse().unwrap());
@@ -81,7 +84,7 @@ fn no_address_is_given_from_a_block_that_goes_back_until_it_is_granted_again() {
 fn a_gateway_to_a_foreign_peer_fetches_its_first_block_and_keeps_it_until_the_peer_goes() {
     let directory = tempfile::tempdir().unwrap();
     let mut book = book(directory.path());
-    let chores = |book: &Book| crate::chores::Chores::of(&crate::View::from_book(book), book, |_| false);
+    let chores = |book: &Book| crate::chores::Chores::of(book, &BTreeMap::new(), |_| false);
     let (network, leased) = (network().id, block("10.42.64.0/26"));
     let key = Key::Block(network.clone(), leased.cidr);
     assert_eq!(chores(&book).give_back, std::slice::from_ref(&leased), "nobody needs it");
@@ -104,6 +107,40 @@ fn a_gateway_to_a_foreign_peer_fetches_its_first_block_and_keeps_it_until_the_pe
     book.watch(delta(4, Change::Delete(Key::Peer(peer.id)))).unwrap();
     assert_eq!(chores(&book).give_back, [leased]);
     assert!(book.let_go(&key).unwrap());
+}
+
+#[test]
+fn the_server_is_told_of_endpoints_until_its_state_shows_them_and_of_no_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let differing = |book: &Book| book.differing().cloned().collect::<Vec<_>>();
+    let address = book.reserve(&network().id, None).unwrap();
+    let made = book.create(&network().id, "docker-1", address, None).unwrap();
+    let own = [made.id.clone()];
+    assert_eq!(differing(&book), own);
+
+    let delta = |changes| Watch::Delta { revision: Revision(2), changes };
+    let shown = Change::Put(Object::Endpoint(made.clone()));
+    book.watch(delta(vec![shown])).unwrap();
+    assert_eq!(differing(&book), []);
+    book.set_ports(&made.id, vec![PublishedPort { protocol: model::Protocol::Tcp, host_port: 0, port: 80 }])
+        .unwrap();
+    assert_eq!(differing(&book), own, "it changed");
+
+    let elsewhere = Endpoint {
+        id: EndpointId::from_random([9; 8]),
+        host: HostId::from_random([9; 8]),
+        kind: EndpointKind::Socket,
+        mac: Mac([2; 6]),
+        ..made.clone()
+    };
+    book.watch(delta(vec![Change::Put(Object::Endpoint(elsewhere))])).unwrap();
+    assert_eq!(differing(&book), own, "another host's is none of ours");
+    book.forget(&made.id, false).unwrap();
+    assert_eq!(differing(&book), own, "it is gone and still shown");
+    assert_eq!(differing(&open_copy(directory.path())), own, "a restart changes nothing");
+    book.watch(delta(vec![Change::Delete(Key::Endpoint(made.id))])).unwrap();
+    assert_eq!(differing(&book), []);
 }
 
 /// The ledger as an agent would find it after a loss of power.

@@ -1,0 +1,252 @@
+//! Encrypted networks: what containers see is the same walk, what the underlay sees is ESP, and tunnels come back.
+
+use std::time::{Duration, Instant};
+
+use droveway::lab::{Container, Daemon, Lab, LabSpec};
+use model::agent_api::{TunnelState, TunnelStatus};
+
+use crate::steady::Steady;
+use crate::support::{
+    LIMIT, Look, idle_in, lab, meet, router, router_words, says, spec, succeeds, ttl, until,
+};
+
+/// Two hosts with a container each in an encrypted network.
+struct Red {
+    lab: Lab,
+    near: Container,
+    far: Container,
+}
+
+impl Red {
+    fn in_lab(lab: Lab) -> Self {
+        create(&lab, "red", "10.43.0.0/16");
+        let near = lab.run("h1", &idle_in("red", "near")).unwrap();
+        let far = lab.run("h2", &idle_in("red", "far")).unwrap();
+        Self { lab, near, far }
+    }
+
+    fn new(hosts: u32) -> Self {
+        Self::in_lab(lab(hosts))
+    }
+
+    fn with_agents(hosts: u32, args: &[&str]) -> Self {
+        let agent_args = args.iter().map(|&arg| arg.to_owned()).collect();
+        Self::in_lab(Lab::up(LabSpec { agent_args, ..spec(hosts) }).unwrap())
+    }
+
+    /// Waits until the two reach each other.
+    fn met(self) -> Self {
+        meet(&self.lab, &self.near, &self.far);
+        self
+    }
+
+    fn reaches(&self) -> bool {
+        ttl(&self.lab, &self.near.path(), &self.far.ip().to_string()).is_some()
+    }
+
+    fn hops(&self, from: &Container, to: &Container) -> Vec<String> {
+        let to = to.ip().to_string();
+        let text = self.lab.check(&from.path(), &["traceroute", "-n", "-q", "1", "-w", "2", &to]).unwrap();
+        text.lines().skip(1).map(|line| line.split_whitespace().nth(1).unwrap().to_owned()).collect()
+    }
+
+    fn router_of(&self, host: &str) -> String {
+        router(&self.lab, host, "red").address.unwrap().to_string()
+    }
+}
+
+fn create(lab: &Lab, network: &str, subnet: &str) {
+    let program = env!("CARGO_BIN_EXE_droveway");
+    lab.check("server", &[program, "network", "create", network, "--subnet", subnet, "--driver", "ipsec"])
+        .unwrap();
+}
+
+/// What a host's agent answers, as text, and the status before it.
+fn ask(lab: &Lab, host: &str, method: &str, path: &str) -> (u16, String) {
+    let url = format!("http://agent{path}");
+    let socket = model::agent_api::SOCKET;
+    let words =
+        ["curl", "-s", "-m", "5", "-X", method, "-w", "\n%{http_code}", "--unix-socket", socket, &url];
+    let text = lab.check(host, &words).unwrap();
+    let (body, code) = text.trim_end().rsplit_once('\n').unwrap();
+    (code.parse().unwrap(), body.to_owned())
+}
+
+fn tunnels(lab: &Lab, host: &str) -> Vec<TunnelStatus> {
+    serde_json::from_str(&ask(lab, host, "GET", "/v1/tunnels").1).unwrap()
+}
+
+fn tunnel(lab: &Lab, host: &str, peer: &str) -> TunnelStatus {
+    serde_json::from_str(&ask(lab, host, "GET", &format!("/v1/tunnels/{peer}")).1).unwrap()
+}
+
+fn up(lab: &Lab, host: &str, peer: &str) -> bool {
+    tunnels(lab, host).iter().any(|it| it.peer.as_str() == peer && matches!(it.state, TunnelState::Up { .. }))
+}
+
+#[test]
+fn the_walk_over_an_encrypted_network_is_three_hops_and_no_inner_byte_is_seen_outside() {
+    let red = Red::new(2);
+    let seen = Underlay::start(&red.lab, "h1");
+    let red = red.met();
+    assert_eq!(ttl(&red.lab, &red.near.path(), &red.far.ip().to_string()), Some(62));
+    assert_eq!(
+        red.hops(&red.near, &red.far),
+        [red.router_of("h1"), red.router_of("h2"), red.far.ip().to_string()]
+    );
+    assert_eq!(
+        red.hops(&red.far, &red.near),
+        [red.router_of("h2"), red.router_of("h1"), red.near.ip().to_string()]
+    );
+    let far_router = red.router_of("h2");
+    let ping = router_words("red", &["ping", "-n", "-c", "1", "-W", "2", &far_router]);
+    assert!(
+        succeeds(&red.lab, "h1", &ping.iter().map(String::as_str).collect::<Vec<_>>()),
+        "router to router"
+    );
+
+    // Large packets arrive whole, by name too, and carry what must not be seen.
+    let canary = format!("{:016x}", u64::from_be_bytes(rand()));
+    let big = ["ping", "-n", "-c", "3", "-i", "0.1", "-M", "do", "-s", "1410", "-p", &canary, "far"];
+    let text = says(&red.lab, &red.near.path(), &big);
+    assert!(text.contains(" 0% packet loss"), "{text}");
+    let status = tunnel(&red.lab, "h1", "h2");
+    let child = &status.children[0];
+    assert!(child.packets_in >= 3 && child.packets_out >= 3, "{status:#?}");
+    assert!(child.suite.contains("AES_GCM_16_256") && child.suite.contains("ESN"), "{}", child.suite);
+    let packets = seen.stop();
+    assert!(packets.iter().any(|it| it.contains(".4500")), "the capture works: {packets:#?}");
+    let clear = packets.iter().filter(|it| it.contains("10.43.") || it.contains(&canary));
+    assert_eq!(clear.count(), 0, "in clear: {packets:#?}");
+}
+
+fn rand() -> [u8; 8] {
+    let mut bytes = [0; 8];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom").unwrap(), &mut bytes).unwrap();
+    bytes
+}
+
+/// Packets on a host's underlay, with their bytes in hexadecimal.
+struct Underlay {
+    capture: crate::support::Capture,
+}
+
+impl Underlay {
+    fn start(lab: &Lab, host: &str) -> Self {
+        Self { capture: crate::support::Capture::start(lab, host, &[], "eth0", "not tcp port 7443") }
+    }
+
+    fn stop(self) -> Vec<String> {
+        self.capture.lines()
+    }
+}
+
+#[test]
+fn a_tunnel_says_all_of_itself_and_is_rekeyed_and_reset_when_asked() {
+    let red = Red::new(2).met();
+    until(LIMIT, "the path is measured", || tunnel(&red.lab, "h1", "h2").mtu == Some(1438));
+    let status = tunnel(&red.lab, "h1", "h2");
+    assert!(matches!(status.state, TunnelState::Up { .. }), "{status:#?}");
+    assert!(status.rtt_us.is_some() && status.loss_permille == Some(0), "{status:#?}");
+    assert_eq!(status.path.unwrap().1, "10.0.0.6:4500".parse().unwrap());
+    assert_eq!((status.nat, status.black_hole), ((false, false), false));
+    let ike = status.ike.clone().unwrap();
+    assert!(ike.suite.starts_with("AES_GCM_16_256/"), "{}", ike.suite);
+    assert_eq!(status.children.len(), 1);
+    let other = tunnel(&red.lab, "h2", "h1");
+    assert_eq!(other.children[0].outbound_spi, status.children[0].inbound_spi);
+    assert_eq!(other.ike.unwrap().initiator_spi, ike.initiator_spi);
+    assert!(status.drops.is_empty() && other.drops.is_empty(), "{:?} {:?}", status.drops, other.drops);
+
+    // New keys, and not a packet lost.
+    let steady = Steady::start(&red.lab, &red.near, &red.far);
+    assert_eq!(ask(&red.lab, "h1", "POST", "/v1/tunnels/h2/rekey").0, 204);
+    until(LIMIT, "both SAs are new", || {
+        let now = tunnel(&red.lab, "h1", "h2");
+        let child = now.children.iter().find(|it| it.live);
+        now.ike.is_some_and(|it| it.initiator_spi != ike.initiator_spi)
+            && child.is_some_and(|it| it.inbound_spi != status.children[0].inbound_spi)
+    });
+    assert!(tunnel(&red.lab, "h2", "h1").rekeys > 0);
+    let (sent, received) = steady.end(&red.lab, &red.near);
+    assert_eq!(sent, received);
+
+    assert_eq!(ask(&red.lab, "h2", "POST", "/v1/tunnels/h1/reset").0, 204);
+    until(LIMIT, "it is up again", || up(&red.lab, "h1", "h2") && up(&red.lab, "h2", "h1") && red.reaches());
+    let (code, text) = ask(&red.lab, "h1", "POST", "/v1/tunnels/nobody/reset");
+    assert!(code == 404 && text.contains("nobody") && text.contains("h2"), "{code} {text}");
+    let metrics = ask(&red.lab, "h1", "GET", "/metrics").1;
+    assert!(metrics.contains("droveway_tunnel_state{peer=\"h2\",state=\"up\"} 1"), "{metrics}");
+    assert!(metrics.contains("droveway_tunnel_handshakes_total{peer=\"h2\"} "), "{metrics}");
+    // It is logged who asked.
+    let log = std::fs::read_to_string(red.lab.daemon_log("h2", Daemon::Agent)).unwrap();
+    assert!(log.lines().any(|it| it.contains("made anew, as asked") && it.contains("uid 0")), "{log}");
+}
+
+#[test]
+fn an_agent_killed_under_load_has_its_traffic_back_in_half_a_second() {
+    let red = Red::new(2).met();
+    for host in ["h1", "h2"] {
+        red.lab.kill_agent(host).unwrap();
+        assert!(!red.reaches(), "no agent, no packet");
+        let begun = Instant::now();
+        red.lab.start_agent(host).unwrap();
+        until(LIMIT, "traffic is back", || red.reaches());
+        println!("{host}: back {:?} after its start", begun.elapsed());
+    }
+}
+
+#[test]
+fn two_networks_with_the_same_peer_stay_apart_and_a_network_that_ends_takes_its_child_along() {
+    let red = Red::new(2).met();
+    create(&red.lab, "blue", "10.44.0.0/16");
+    let near = red.lab.run("h1", &idle_in("blue", "bluenear")).unwrap();
+    let far = red.lab.run("h2", &idle_in("blue", "bluefar")).unwrap();
+    meet(&red.lab, &near, &far);
+    let networks = |host: &str| -> Vec<String> {
+        let all = tunnels(&red.lab, host);
+        assert_eq!(all.len(), 1, "one IKE SA for a pair of hosts");
+        all[0].children.iter().filter(|it| it.live).map(|it| it.network.to_string()).collect()
+    };
+    until(LIMIT, "a child for each", || networks("h1") == ["blue", "red"]);
+    assert!(ttl(&red.lab, &near.path(), &red.far.ip().to_string()).is_none(), "from one into the other");
+    assert!(red.reaches());
+    for (host, name) in [("h1", "bluenear"), ("h2", "bluefar")] {
+        red.lab.kill_container(host, name).unwrap();
+    }
+    let program = env!("CARGO_BIN_EXE_droveway");
+    until(LIMIT, "the network is removed", || {
+        succeeds(&red.lab, "server", &[program, "network", "rm", "blue"])
+    });
+    until(LIMIT, "its child is gone", || networks("h1") == ["red"] && networks("h2") == ["red"]);
+    assert!(red.reaches());
+}
+
+#[test]
+fn a_host_that_is_removed_is_cut_off_at_once() {
+    let red = Red::new(2).met();
+    let program = env!("CARGO_BIN_EXE_droveway");
+    red.lab.check("server", &[program, "host", "rm", "h2"]).unwrap();
+    until(Duration::from_secs(2), "the tunnel is gone", || tunnels(&red.lab, "h1").is_empty());
+    assert!(!red.reaches());
+}
+
+#[test]
+fn a_tunnel_port_of_ones_own_works() {
+    let red = Red::with_agents(2, &["--tunnel-port", "4777"]).met();
+    let path = tunnel(&red.lab, "h1", "h2").path.unwrap();
+    assert_eq!((path.0.port(), path.1.port()), (4777, 4777));
+}
+
+#[test]
+fn keys_changed_every_second_lose_nothing() {
+    let red = Red::with_agents(2, &["--rekey-every", "1"]).met();
+    let steady = Steady::start(&red.lab, &red.near, &red.far);
+    until(Duration::from_secs(30), "ten rekeys", || tunnel(&red.lab, "h1", "h2").rekeys >= 10);
+    let (sent, received) = steady.end(&red.lab, &red.near);
+    assert_eq!(sent, received);
+    for (host, peer) in [("h1", "h2"), ("h2", "h1")] {
+        let drops = tunnel(&red.lab, host, peer).drops;
+        assert!(!drops.contains_key("replayed") && !drops.contains_key("unknown_spi"), "{drops:?}");
+    }
+}
