@@ -13,7 +13,7 @@ pub const MANAGED_NETWORK: &str = "managed";
 /// Its address space.
 pub const MANAGED_CIDR: &str = "10.42.0.0/16";
 /// The driver of a network that does not say otherwise.
-pub const DRIVER_DEFAULT: &str = "vxlan";
+pub const DRIVER_DEFAULT: &str = "ipsec";
 /// Prefix length of a block where a network does not say otherwise.
 pub const BLOCK_PREFIX_DEFAULT: u8 = 26;
 /// IANA's UDP port for VXLAN (RFC 7348 §5).

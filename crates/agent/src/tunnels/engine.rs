@@ -32,6 +32,8 @@ const LOOK_CLOSELY: Duration = Duration::from_millis(100);
 const BURST: usize = 256;
 /// How often paths to peers that are not up are looked at again: routes come and go.
 const PATHS: Duration = Duration::from_secs(5);
+/// Paths in use that are looked at each time: the address of ours that one leaves from may be gone.
+pub(super) const PATHS_EACH: usize = 8;
 /// For how long after its start the agent does not wait for peers to begin: they may have had tunnels with it.
 const BEGINNING: Duration = Duration::from_secs(10);
 /// How long saying farewell may take.
@@ -61,6 +63,8 @@ pub(super) struct Engine {
     begun: Instant,
     look_at: Instant,
     paths_at: Instant,
+    /// The peers whose paths were looked at so far, over and over.
+    pub(super) checked: usize,
     last_ping: u32,
     pub(super) refused: Damped,
 }
@@ -123,6 +127,7 @@ impl Engine {
             begun: now,
             look_at: now,
             paths_at: now + PATHS,
+            checked: 0,
             last_ping: u32::from_be_bytes(crate::random()),
             refused: Damped { quiet_until: now, unsaid: 0 },
         }
@@ -315,7 +320,7 @@ impl Engine {
             self.ends_of = self.view.clone();
             self.find_ends(now);
         }
-        if self.paths_at <= now {
+        if self.paths_at <= now || self.have_moved() {
             self.paths_at = now + PATHS;
             self.follow_addresses(now);
         }

@@ -31,6 +31,9 @@ impl Engine {
             Event::PeerUp { peer, path } => {
                 if let Some(peer) = self.peer(peer) {
                     tracing::info!(peer = %peer.tunnel.name, local = %path.local, remote = %path.remote, "tunnel up");
+                    if let Some(search) = &mut peer.search {
+                        search.restart(now);
+                    }
                 }
                 self.look_soon(now);
             }

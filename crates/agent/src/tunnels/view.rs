@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use model::{HostId, NetworkId};
 use plan::{Far, Inside, Tunnel};
 
-use super::engine::{Engine, Port500};
+use super::engine::{Engine, PATHS_EACH, Port500};
 use super::peer::{Peer, Slot};
 use super::wanted;
 use crate::dataplane::{PeerIndex, Sockets};
@@ -187,6 +187,20 @@ impl Engine {
                 self.endpoint.set_local(peer.id(), local, now);
             }
         }
+    }
+
+    /// Whether one of the next few paths in use should leave from another address of ours.
+    pub(super) fn have_moved(&mut self) -> bool {
+        let count = self.peers.len().min(PATHS_EACH);
+        let next: Vec<ike::PeerId> =
+            self.peers.values().cycle().skip(self.checked).take(count).map(Peer::id).collect();
+        self.checked = (self.checked + count) % self.peers.len().max(1);
+        next.into_iter().any(|id| match self.endpoint.status(id) {
+            Some(ike::Status::Up { path, .. }) => {
+                linux::host::source_for(path.remote.ip()).is_some_and(|source| source != path.local.ip())
+            }
+            Some(ike::Status::Waiting | ike::Status::Connecting | ike::Status::Failed { .. }) | None => false,
+        })
     }
 
     /// Between which routers probes may go: those that are there on both sides. A host without an endpoint in a network

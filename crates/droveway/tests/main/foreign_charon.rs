@@ -134,8 +134,8 @@ fn we_move(lab: &Lab, guest: &mut Guest, peer: &Peer, address: Ipv4Addr) {
 
 fn agreed_on(peer: &Peer, inner: Inner) -> (usize, String) {
     peer.with(|state| {
-        let all = state.agreed.iter().filter(|sa| sa.slot.child == inner.id);
-        (all.clone().count(), all.last().map(|sa| sa.suite.to_string()).unwrap_or_default())
+        let mut all = state.agreed.iter().filter(|sa| sa.slot.child == inner.id);
+        (all.clone().count(), all.next_back().map(|sa| sa.suite.to_string()).unwrap_or_default())
     })
 }
 

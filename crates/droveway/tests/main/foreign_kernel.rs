@@ -57,21 +57,21 @@ impl Case {
             } else {
                 String::new()
             };
-            write!(
+            writeln!(
                 script,
                 "ip xfrm state add src {source} dst {destination} proto esp spi {spi:#x} reqid 7 mode tunnel \
                  {replay} replay-oseq {low} {high} aead 'rfc4106(gcm(aes))' 0x{hex} 128 \
-                 encap espinudp {PORT} {PORT} 0.0.0.0\n"
+                 encap espinudp {PORT} {PORT} 0.0.0.0"
             )
             .unwrap();
         }
         for (direction, source, destination, from, to) in
             [("out", THEIRS, OURS, guest, HERE), ("in", OURS, THEIRS, HERE, guest)]
         {
-            write!(
+            writeln!(
                 script,
                 "ip xfrm policy add dir {direction} src {source}/32 dst {destination}/32 \
-                 tmpl src {from} dst {to} proto esp reqid 7 mode tunnel\n"
+                 tmpl src {from} dst {to} proto esp reqid 7 mode tunnel"
             )
             .unwrap();
         }

@@ -5,10 +5,12 @@ use std::time::{Duration, Instant};
 use droveway::lab::{Container, Daemon, Lab, LabSpec};
 use model::agent_api::{TunnelState, TunnelStatus};
 
+use crate::charon::{Charon, Connection, Proof, Settings};
 use crate::steady::Steady;
 use crate::support::{
     LIMIT, Look, idle_in, lab, meet, router, router_words, says, spec, succeeds, ttl, until,
 };
+use crate::watch::Watch;
 
 /// Two hosts with a container each in an encrypted network.
 struct Red {
@@ -86,9 +88,9 @@ fn up(lab: &Lab, host: &str, peer: &str) -> bool {
 
 #[test]
 fn the_walk_over_an_encrypted_network_is_three_hops_and_no_inner_byte_is_seen_outside() {
-    let red = Red::new(2);
-    let seen = Underlay::start(&red.lab, "h1");
-    let red = red.met();
+    let bare = lab(2);
+    let mut watch = Watch::begin(&bare);
+    let red = Red::in_lab(bare).met();
     assert_eq!(ttl(&red.lab, &red.near.path(), &red.far.ip().to_string()), Some(62));
     assert_eq!(
         red.hops(&red.near, &red.far),
@@ -105,40 +107,27 @@ fn the_walk_over_an_encrypted_network_is_three_hops_and_no_inner_byte_is_seen_ou
         "router to router"
     );
 
-    // Large packets arrive whole, by name too, and carry what must not be seen.
-    let canary = format!("{:016x}", u64::from_be_bytes(rand()));
-    let big = ["ping", "-n", "-c", "3", "-i", "0.1", "-M", "do", "-s", "1410", "-p", &canary, "far"];
+    // Large packets arrive whole, and carry what must not be seen.
+    assert!(watch.pings(&red.lab, &red.near.path(), &red.far.ip().to_string()));
+    let far = red.far.ip().to_string();
+    let big = ["ping", "-n", "-c", "3", "-i", "0.1", "-M", "do", "-s", "1410", &far];
     let text = says(&red.lab, &red.near.path(), &big);
     assert!(text.contains(" 0% packet loss"), "{text}");
     let status = tunnel(&red.lab, "h1", "h2");
     let child = &status.children[0];
-    assert!(child.packets_in >= 3 && child.packets_out >= 3, "{status:#?}");
+    assert!(child.packets_in >= 4 && child.packets_out >= 4, "{status:#?}");
     assert!(child.suite.contains("AES_GCM_16_256") && child.suite.contains("ESN"), "{}", child.suite);
-    let packets = seen.stop();
-    assert!(packets.iter().any(|it| it.contains(".4500")), "the capture works: {packets:#?}");
-    let clear = packets.iter().filter(|it| it.contains("10.43.") || it.contains(&canary));
-    assert_eq!(clear.count(), 0, "in clear: {packets:#?}");
-}
-
-fn rand() -> [u8; 8] {
-    let mut bytes = [0; 8];
-    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom").unwrap(), &mut bytes).unwrap();
-    bytes
-}
-
-/// Packets on a host's underlay, with their bytes in hexadecimal.
-struct Underlay {
-    capture: crate::support::Capture,
-}
-
-impl Underlay {
-    fn start(lab: &Lab, host: &str) -> Self {
-        Self { capture: crate::support::Capture::start(lab, host, &[], "eth0", "not tcp port 7443") }
-    }
-
-    fn stop(self) -> Vec<String> {
-        self.capture.lines()
-    }
+    // An agent that is killed has nothing in clear on its way out, and one that ends says farewell.
+    red.lab.kill_agent("h1").unwrap();
+    assert!(!watch.pings(&red.lab, &red.near.path(), &red.far.ip().to_string()), "no agent, no packet");
+    red.lab.start_agent("h1").unwrap();
+    until(LIMIT, "traffic is back", || red.reaches());
+    red.lab.stop_daemon("h1", Daemon::Agent).unwrap();
+    until(Duration::from_secs(2), "the other side was told", || {
+        tunnel(&red.lab, "h2", "h1").children.is_empty()
+    });
+    assert!(!watch.pings(&red.lab, &red.far.path(), &red.near.ip().to_string()), "no tunnel, no packet");
+    watch.sealed();
 }
 
 #[test]
@@ -249,4 +238,189 @@ fn keys_changed_every_second_lose_nothing() {
         let drops = tunnel(&red.lab, host, peer).drops;
         assert!(!drops.contains_key("replayed") && !drops.contains_key("unknown_spi"), "{drops:?}");
     }
+}
+
+/// A rule of a host's own firewall, for what comes in.
+fn drop_incoming(lab: &Lab, host: &str, rule: &str) {
+    let script = format!(
+        "nft add table inet fault; nft add chain inet fault in '{{ type filter hook input priority 0; }}'
+         nft add rule inet fault in '{rule} drop'"
+    );
+    lab.check(host, &["sh", "-ec", &script]).unwrap();
+}
+
+fn drop_nothing(lab: &Lab, host: &str) {
+    lab.check(host, &["nft", "delete", "table", "inet", "fault"]).unwrap();
+}
+
+#[test]
+fn a_pair_that_is_dead_while_others_work_is_seen_begun_anew_and_mended() {
+    let red = Red::new(3).met();
+    let third = red.lab.run("h3", &idle_in("red", "third")).unwrap();
+    meet(&red.lab, &red.near, &third);
+    until(LIMIT, "all is well", || up(&red.lab, "h1", "h2") && up(&red.lab, "h1", "h3"));
+    let before = tunnel(&red.lab, "h1", "h2");
+    // IKE passes, ESP does not: its first word is not zero.
+    drop_incoming(&red.lab, "h2", "ip saddr 10.0.0.5 udp dport 4500 @th,64,32 != 0");
+    until(LIMIT, "it is seen that nothing passes", || {
+        matches!(tunnel(&red.lab, "h1", "h2").state, TunnelState::Silent { .. })
+    });
+    assert!(up(&red.lab, "h1", "h3"), "the others are well");
+    assert!(ttl(&red.lab, &red.near.path(), &third.ip().to_string()).is_some());
+    until(LIMIT, "the tunnel is made anew", || {
+        let now = tunnel(&red.lab, "h1", "h2");
+        now.handshakes > before.handshakes
+    });
+    drop_nothing(&red.lab, "h2");
+    until(LIMIT, "and it is well again", || up(&red.lab, "h1", "h2") && red.reaches());
+}
+
+#[test]
+fn a_black_hole_is_found_shown_and_got_around() {
+    let red = Red::new(2).met();
+    until(LIMIT, "the path is measured", || tunnel(&red.lab, "h1", "h2").mtu == Some(1438));
+    let reset = || assert_eq!(ask(&red.lab, "h1", "POST", "/v1/tunnels/h2/reset").0, 204);
+    // 1300 bytes of UDP, header included: 1260 for ESP, and what of that is not padding or trailer.
+    drop_incoming(&red.lab, "h2", "udp dport 4500 udp length > 1300");
+    reset();
+    until(2 * LIMIT, "it is found", || tunnel(&red.lab, "h1", "h2").black_hole);
+    let mtu = tunnel(&red.lab, "h1", "h2").mtu.unwrap();
+    assert!((1250..=1258).contains(&mtu), "{mtu}");
+    // Whoever may not be cut is told, and gets through with what fits.
+    let ping = |size: u32| {
+        let size = (size - 28).to_string();
+        let to = red.far.ip().to_string();
+        says(&red.lab, &red.near.path(), &["ping", "-n", "-c", "1", "-W", "1", "-M", "do", "-s", &size, &to])
+    };
+    assert!(ping(mtu).contains(" 0% packet loss"), "{}", ping(mtu));
+    let text = ping(1400);
+    assert!(text.contains(&format!("mtu = {mtu}")) || text.contains(&format!("mtu={mtu}")), "{text}");
+    let log = std::fs::read_to_string(red.lab.daemon_log("h1", Daemon::Agent)).unwrap();
+    assert!(log.contains("vanish on the way without a word"), "{log}");
+    drop_nothing(&red.lab, "h2");
+}
+
+#[test]
+fn an_underlay_that_says_how_little_it_takes_is_believed() {
+    let red = Red::new(2).met();
+    until(LIMIT, "the path is measured", || tunnel(&red.lab, "h1", "h2").mtu == Some(1438));
+    red.lab.check("h1", &["ip", "route", "add", "10.0.0.6/32", "dev", "eth0", "mtu", "1400"]).unwrap();
+    let to = red.far.ip().to_string();
+    until(LIMIT, "the tunnel takes no more than that leaves", || {
+        let big = ["ping", "-n", "-c", "1", "-W", "0.3", "-M", "do", "-s", "1400", &to];
+        says(&red.lab, &red.near.path(), &big);
+        tunnel(&red.lab, "h1", "h2").mtu == Some(1338)
+    });
+    assert!(!tunnel(&red.lab, "h1", "h2").black_hole);
+}
+
+#[test]
+fn a_capture_shows_inner_packets_and_who_asked_is_logged() {
+    let red = Red::new(2).met();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let url = "http://agent/v1/tunnels/h2/capture";
+    let socket = model::agent_api::SOCKET;
+    let command = ["curl", "-s", "-N", "--unix-socket", socket, url];
+    let mut capture = red.lab.command("h1", &command).unwrap();
+    capture.stdout(file.reopen().unwrap());
+    let mut capture = capture.spawn().unwrap();
+    until(LIMIT, "it has begun", || file.as_file().metadata().unwrap().len() > 0);
+    assert_eq!(ask(&red.lab, "h1", "GET", "/v1/tunnels/h2/capture").0, 409, "one at a time");
+    let shown = || {
+        let path = file.path().display().to_string();
+        let output = std::process::Command::new("tcpdump").args(["-n", "-r", &path]).output().unwrap();
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let (near, far) = (red.near.ip(), red.far.ip());
+    until(LIMIT, "both directions are in it", || {
+        red.reaches();
+        let text = shown();
+        text.contains(&format!("{near} > {far}: ICMP echo request"))
+            && text.contains(&format!("{far} > {near}: ICMP echo reply"))
+    });
+    capture.kill().unwrap();
+    capture.wait().unwrap();
+    until(LIMIT, "another can begin", || {
+        let url = "http://agent/v1/tunnels/h2/capture";
+        let code =
+            ["curl", "-s", "-m", "1", "-o", "/dev/null", "-w", "%{http_code}", "--unix-socket", socket, url];
+        says(&red.lab, "h1", &code).contains("200")
+    });
+    let log = std::fs::read_to_string(red.lab.daemon_log("h1", Daemon::Agent)).unwrap();
+    assert!(log.lines().any(|it| it.contains("being captured") && it.contains("uid 0")), "{log}");
+}
+
+#[test]
+fn a_host_whose_address_changes_is_followed() {
+    let red = Red::new(2).met();
+    until(LIMIT, "all is well", || up(&red.lab, "h1", "h2"));
+    let since = tunnel(&red.lab, "h1", "h2").handshakes;
+    for (host, address) in [("h2", "10.0.0.77"), ("h1", "10.0.0.78")] {
+        red.lab.readdress(host, address.parse().unwrap()).unwrap();
+        let took = until(LIMIT, "traffic is back", || red.reaches());
+        assert!(took < Duration::from_secs(4), "{host} moved: back after {took:?}");
+        println!("{host} moved: back after {took:?}");
+    }
+    assert_eq!(tunnel(&red.lab, "h1", "h2").handshakes, since, "by the same IKE SA");
+    assert_eq!(tunnel(&red.lab, "h1", "h2").path.unwrap().1, "10.0.0.77:4500".parse().unwrap());
+}
+
+#[test]
+fn what_is_behind_a_foreign_peer_is_reached_from_all_hosts_whoever_begins() {
+    let others = vec!["office".parse().unwrap()];
+    let lab = Lab::up(LabSpec { others, ..spec(2) }).unwrap();
+    let mut watch = Watch::begin(&lab);
+    let red = Red::in_lab(lab).met();
+    let mut office = Charon::start(&red.lab, "office", "192.168.77.1/24", Settings::default());
+    let address = "10.0.0.201".to_owned();
+    let secret = "a secret of the two sides alone";
+    let psk = || Proof::Psk(secret.to_owned());
+    office.load(&Connection {
+        local_ts: vec!["192.168.77.0/24".to_owned()],
+        remote_ts: vec!["10.43.0.0/16".to_owned()],
+        ..Connection::new("c", "10.0.0.5", (&address, psk()), ("10.0.0.5", psk()))
+    });
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), secret).unwrap();
+    let psk_file = file.path().display().to_string();
+    let words = [
+        "droveway",
+        "peer",
+        "create",
+        "office",
+        "--address",
+        &address,
+        "--psk-file",
+        &psk_file,
+        "--network",
+        "red",
+        "--host",
+        "h1",
+        "--remote-cidr",
+        "192.168.77.0/24",
+    ];
+    red.lab.check("server", &words).unwrap();
+    let behind = "192.168.77.1";
+    for from in [&red.near, &red.far] {
+        until(LIMIT, "the office answers", || ttl(&red.lab, &from.path(), behind).is_some());
+    }
+    let status = tunnel(&red.lab, "h1", "office");
+    assert!(status.foreign && matches!(status.state, TunnelState::Up { .. }), "{status:#?}");
+    assert_eq!(status.path.map(|(ours, theirs)| (ours.port(), theirs.port())), Some((4500, 4500)));
+    assert!(office.pings(behind, &red.far.ip().to_string()), "and the office reaches all hosts");
+    assert!(!tunnels(&red.lab, "h2").iter().any(|it| it.foreign), "by way of one host");
+    watch.sealed();
+
+    // It begins itself, at port 500.
+    office.terminate("c").unwrap();
+    until(LIMIT, "it is up again", || {
+        drop(office.initiate("c"));
+        office.pings(behind, &red.near.ip().to_string())
+    });
+    red.lab.check("server", &["droveway", "peer", "rm", "office"]).unwrap();
+    until(LIMIT, "the peer is gone, and port 500 is closed", || {
+        !tunnels(&red.lab, "h1").iter().any(|it| it.foreign)
+            && !says(&red.lab, "h1", &["ss", "-uln"]).contains(":500 ")
+    });
+    watch.sealed();
 }

@@ -143,9 +143,9 @@ impl Parts {
                  swanctl {{ load = random }}\n"
             ),
         );
-        let modules: String =
-            image.modules().iter().map(|module| format!("insmod /modules/{module}.ko\n")).collect();
-        let init = INIT.replace("MODULES", &modules).replace("IP", &ip.display().to_string());
+        let modules: Vec<String> =
+            image.modules().iter().map(|module| format!("insmod /modules/{module}.ko")).collect();
+        let init = INIT.replace("MODULES", &modules.join("\n")).replace("IP", &ip.display().to_string());
         let init = init.replace("ADDRESS", &ADDRESS.to_string());
         image.file("/init", 0o755, init);
         Ok(image)
