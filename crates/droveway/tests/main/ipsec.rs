@@ -233,11 +233,10 @@ fn keys_changed_every_second_lose_nothing() {
     let steady = Steady::start(&red.lab, &red.near, &red.far);
     until(Duration::from_secs(30), "ten rekeys", || tunnel(&red.lab, "h1", "h2").rekeys >= 10);
     let (sent, received) = steady.end(&red.lab, &red.near);
-    assert_eq!(sent, received);
-    for (host, peer) in [("h1", "h2"), ("h2", "h1")] {
-        let drops = tunnel(&red.lab, host, peer).drops;
-        assert!(!drops.contains_key("replayed") && !drops.contains_key("unknown_spi"), "{drops:?}");
-    }
+    let drops = ["h1", "h2"].map(|host| ask(&red.lab, host, "GET", "/metrics").1);
+    let drops: Vec<&str> =
+        drops.iter().flat_map(|it| it.lines()).filter(|it| it.contains("drops_total{")).collect();
+    assert_eq!((sent, drops), (received, Vec::new()));
 }
 
 /// A rule of a host's own firewall, for what comes in.
