@@ -392,6 +392,33 @@ fn names_resolve_on_an_internal_network_and_nothing_else_does() {
     assert!(docker(&lab, "h1", &["exec", "plain", "cat", "/etc/resolv.conf"]).contains("127.0.0.11"));
 }
 
+#[test]
+fn a_container_on_two_networks_asks_the_first_ones_router_and_the_others_by_its_gateway() {
+    let Some(lab) = harbour() else { return };
+    lab.check("server", &["droveway", "network", "create", "red", "--subnet", "10.50.0.0/16"]).unwrap();
+    for host in ["h1", "h2"] {
+        until(LIMIT, "red appears", || docker(&lab, host, &["network", "ls"]).contains("red"));
+    }
+    run(&lab, "h1", "both", &[]);
+    docker(&lab, "h1", &["network", "connect", "red", "both"]);
+    run(&lab, "h2", "first", &[]);
+    docker(&lab, "h2", &["run", "-d", "--network", "red", "--name", "second", IMAGE, "sleep", "1000"]);
+    let looked_up =
+        |words: &[&str]| says(&lab, "h1", &[&["docker", "exec", "both", "nslookup"], words].concat());
+    let (first, second) = (
+        address(&lab, "h2", "first", "managed").to_string(),
+        address(&lab, "h2", "second", "red").to_string(),
+    );
+    until(LIMIT, "a name of the first", || looked_up(&["first.droveway.internal"]).contains(&first));
+    until(LIMIT, "a name of the other, asked there", || {
+        looked_up(&["second.droveway.internal", "10.50.0.1"]).contains(&second)
+    });
+    assert!(!looked_up(&["second.droveway.internal"]).contains(&second), "docs/names.md says otherwise");
+    until(LIMIT, "both are reached", || {
+        reaches(&lab, "h1", "both", &first) && reaches(&lab, "h1", "both", &second)
+    });
+}
+
 #[track_caller]
 fn nothing_is_left_but(lab: &Lab, name: &str) {
     until(LIMIT, "the server knows", || {
