@@ -258,7 +258,7 @@ impl Socket {
     /// Receives messages, each into the buffer of its place; how many, and what they are in `out`, which is emptied
     /// before. 0 if none waits. Buffers are used as long as they are: with 64 KB nothing is cut. A datagram that was cut
     /// all the same is in `out` with a length of 0.
-    pub fn receive(&self, buffers: &mut [Vec<u8>], out: &mut Vec<Received>) -> io::Result<usize> {
+    pub fn receive<B: AsMut<[u8]>>(&self, buffers: &mut [B], out: &mut Vec<Received>) -> io::Result<usize> {
         out.clear();
         let mut names = [const { MaybeUninit::<Name>::uninit() }; RECEIVE_BATCH];
         let mut parts = [const { MaybeUninit::<libc::iovec>::uninit() }; RECEIVE_BATCH];
@@ -267,6 +267,7 @@ impl Socket {
         let mut count: libc::c_uint = 0;
         let room = names.iter_mut().zip(&mut parts).zip(&mut controls).zip(&mut headers);
         for ((((name, part), control), header), buffer) in room.zip(buffers) {
+            let buffer = buffer.as_mut();
             let part =
                 part.write(libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() });
             let control = control.write(Control::new());

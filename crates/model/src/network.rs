@@ -304,8 +304,14 @@ mod tests {
     fn defaults_are_filled_in() {
         let network = spec("10.42.0.0/16").validate(NetworkId::from_random([0; 8]), 7, 0).unwrap();
         assert_eq!(network.block_prefix, 26);
-        assert_eq!(network.driver, Driver::Vxlan { vni: 7, port: 4789 });
+        assert_eq!(network.driver, Driver::Ipsec, "encrypted unless someone says otherwise");
         assert_eq!(network.gateway().to_string(), "10.42.0.1");
+        let json = serde_json::to_value(&network).unwrap();
+        assert_eq!(json["driver"], "ipsec");
+        assert_eq!(serde_json::from_value::<Network>(json).unwrap(), network);
+        let clear = NetworkSpec { driver: Some("vxlan".into()), ..spec("10.42.0.0/16") };
+        let network = clear.validate(NetworkId::from_random([0; 8]), 7, 0).unwrap();
+        assert_eq!(network.driver, Driver::Vxlan { vni: 7, port: 4789 });
         let json = serde_json::to_value(&network).unwrap();
         assert_eq!(json["driver"], "vxlan");
         assert_eq!(serde_json::from_value::<Network>(json).unwrap(), network);
@@ -321,9 +327,11 @@ mod tests {
         assert!(error(&spec("fd00::/64")).contains("IPv4"));
         assert!(error(&NetworkSpec { block_prefix: Some(30), ..spec("10.0.0.0/8") }).contains("/20 to /29"));
         assert!(error(&NetworkSpec { driver: Some("gre".into()), ..spec("10.0.0.0/8") }).contains("vxlan"));
-        assert!(error(&NetworkSpec { vni: Some(1 << 24), ..spec("10.0.0.0/8") }).contains("16777215"));
+        let clear = || NetworkSpec { driver: Some("vxlan".into()), ..spec("10.0.0.0/8") };
+        assert!(error(&NetworkSpec { vni: Some(1 << 24), ..clear() }).contains("16777215"));
+        assert!(error(&NetworkSpec { vni: Some(7), ..spec("10.0.0.0/8") }).contains("--driver vxlan"));
         assert!(error(&NetworkSpec { mtu: Some(100), ..spec("10.0.0.0/8") }).contains("576"));
         assert!(error(&NetworkSpec { cidrs: vec![], ..spec("10.0.0.0/8") }).contains("exactly one"));
-        assert!(error(&NetworkSpec { port: Some(0), ..spec("10.0.0.0/8") }).contains("port 0"));
+        assert!(error(&NetworkSpec { port: Some(0), ..clear() }).contains("port 0"));
     }
 }

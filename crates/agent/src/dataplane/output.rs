@@ -128,7 +128,7 @@ impl Output {
                 next += usize::from(sent == 0);
                 continue;
             };
-            let Some(message) = self.messages.get(next).copied() else { break };
+            let Some(message) = self.messages.get_mut(next) else { break };
             match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
                 Errno::EINTR => {}
                 Errno::EAGAIN if patience.wait(socket) => {}
@@ -138,7 +138,12 @@ impl Output {
                     }
                     break;
                 }
+                // This host has lost the address. It has another, and the peer will see that it moved.
+                Errno::EINVAL | Errno::ENETUNREACH if !message.path.local.ip().is_unspecified() => {
+                    message.path.local = any(&message.path.remote);
+                }
                 Errno::EMSGSIZE => {
+                    let message = *message;
                     self.too_big(socket, message, shared, state);
                     next += 1;
                 }
@@ -226,6 +231,14 @@ pub(super) fn send_plain(shared: &Shared, path: udp::Path, payload: &[u8]) {
 fn say_too_big(shared: &Shared, peer: &Peer, path_mtu: u32) {
     if peer.lasting.too_big.pass() {
         shared.signal(Signal::TooBig { peer: peer.index, path_mtu }, &peer.lasting.drops.transmit);
+    }
+}
+
+/// No address in particular, of the same family.
+fn any(remote: &SocketAddr) -> SocketAddr {
+    match remote {
+        SocketAddr::V4(_) => SocketAddr::from(([0; 4], 0)),
+        SocketAddr::V6(_) => SocketAddr::from(([0; 16], 0)),
     }
 }
 

@@ -40,7 +40,8 @@ pub(super) struct Receiver {
     shared: Arc<Shared>,
     stop: Arc<AtomicBool>,
     watch: Watch<Source>,
-    buffers: Vec<Vec<u8>>,
+    /// Room for all messages of one call: what they hold is merged across them.
+    arena: Box<[u8]>,
     received: Vec<Received>,
     inner: Inner,
     /// Those of port 500 that are watched.
@@ -83,7 +84,7 @@ impl Receiver {
             shared,
             stop,
             watch,
-            buffers: vec![vec![0; MESSAGE]; MESSAGES],
+            arena: vec![0; MESSAGES * MESSAGE].into(),
             received: Vec::with_capacity(MESSAGES),
             inner: Inner {
                 merger: Merger::new(BATCH, Offloads { tcp: false, udp: false }),
@@ -101,14 +102,16 @@ impl Receiver {
         let mut states = self.shared.state.reader();
         let mut tables = self.shared.inbound.reader();
         while !self.stop.load(Ordering::Relaxed) {
-            let Self { watch, shared, buffers, received, inner, ike, .. } = &mut self;
+            let Self { watch, shared, arena, received, inner, ike, .. } = &mut self;
             let sockets = &states.get().ike;
             if !Arc::ptr_eq(ike, sockets) {
                 watch_ike(watch, sockets, &shared.drops.receive);
                 *ike = Arc::clone(sockets);
             }
             let worked = watch.round(|source| {
-                match source.socket.receive(buffers, received) {
+                let mut buffers = arena.chunks_exact_mut(MESSAGE);
+                let mut buffers: [_; MESSAGES] = std::array::from_fn(|_| buffers.next().unwrap_or_default());
+                match source.socket.receive(&mut buffers, received) {
                     Ok(0) => return Work::Dry,
                     Ok(_) => {}
                     Err(_) => {
@@ -118,15 +121,10 @@ impl Receiver {
                     }
                 }
                 // After the packets came: what was published before they were sent is known now.
-                let (state, table) = (states.get(), tables.get());
-                for (message, buffer) in received.iter().zip(buffers.iter_mut()) {
-                    let length = message.len.min(buffer.len());
-                    inner.take_in(shared, state, table, source.ike, message, &mut buffer[..length]);
-                }
+                inner.take_in(shared, states.get(), tables.get(), source.ike, received, arena);
                 Work::Done
             });
             // Who sleeps keeps no key that was removed.
-            states.get();
             tables.get();
             self.watch.rest(worked, None);
         }
@@ -150,24 +148,26 @@ impl AsFd for Source {
 }
 
 impl Inner {
-    /// All datagrams of one message.
+    /// All datagrams of some messages, each at its place in `bytes`.
     fn take_in(
         &mut self,
         shared: &Shared,
         state: &State,
         table: &SaTable<Origin>,
         ike: bool,
-        message: &Received,
+        messages: &[Received],
         bytes: &mut [u8],
     ) {
         let mut run: Option<Run<'_>> = None;
         // The device that packets wait for in the merger.
         let mut merging: Option<&Device> = None;
-        let stride = message.stride.max(1);
-        let mut next = 0;
-        while next < bytes.len() {
-            let range = next..bytes.len().min(next + stride);
-            next = range.end;
+        let datagrams = messages.iter().enumerate().flat_map(|(index, message)| {
+            let start = index * MESSAGE;
+            let end = start + message.len.min(MESSAGE);
+            let stride = message.stride.max(1);
+            (start..end).step_by(stride).map(move |at| (message, at..end.min(at + stride)))
+        });
+        for (message, range) in datagrams {
             let kind = if ike { Kind::Ike(&[]) } else { encap::classify(&bytes[range.clone()]) };
             let spi = match kind {
                 Kind::Esp(spi) => spi,

@@ -95,14 +95,14 @@ impl Devices {
     /// Sets which peer each destination goes to; only for devices that are open.
     pub(super) fn route(
         &mut self,
-        mut routes: BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>>,
+        routes: &BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>>,
         dataplane: &Dataplane,
     ) {
         for (network, device) in self.all.iter_mut().filter(|(_, device)| device.opened.is_some()) {
-            let routes = routes.remove(network).unwrap_or_default();
+            let routes = routes.get(network).map(Vec::as_slice).unwrap_or_default();
             if device.routes != routes {
-                device.routes.clone_from(&routes);
-                dataplane.set_routes(device.index, routes);
+                device.routes = routes.to_vec();
+                dataplane.set_routes(device.index, routes.to_vec());
             }
         }
     }

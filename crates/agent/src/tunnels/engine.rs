@@ -9,8 +9,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant, SystemTime};
 
 use ike::{Endpoint, PeerId, Timing};
-use model::UnixMillis;
+use ipnet::IpNet;
 use model::api::{ApiError, ErrorCode};
+use model::{NetworkId, UnixMillis};
 use plan::Far;
 use tokio::sync::watch;
 
@@ -21,8 +22,8 @@ use super::peer::Peer;
 use super::probe::{self, Probes};
 use super::wanted::Own;
 use super::{Captures, Command, Input, Settings, metrics, network_name, unknown};
-use crate::dataplane::{Dataplane, Signal};
-use crate::view::View;
+use crate::dataplane::{Dataplane, PeerIndex, Signal};
+use crate::view::{Router, View};
 
 /// Between two looks while all is quiet.
 const LOOK: Duration = Duration::from_secs(1);
@@ -58,6 +59,8 @@ pub(super) struct Engine {
     pub(super) devices: Devices,
     /// All devices of the view are open.
     pub(super) devices_open: bool,
+    /// Which peer each destination of a network goes to.
+    pub(super) routes: BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>>,
     pub(super) port_500: Port500,
     pub(super) clock: Clock,
     begun: Instant,
@@ -67,6 +70,8 @@ pub(super) struct Engine {
     pub(super) checked: usize,
     last_ping: u32,
     pub(super) refused: Damped,
+    /// Associations to send on that the peer does not know yet, and when it does.
+    pub(super) held: Vec<(Instant, ike::ChildSa)>,
 }
 
 /// IKE's own port, which foreign peers begin at.
@@ -122,6 +127,7 @@ impl Engine {
             last_child: 0,
             devices: Devices::default(),
             devices_open: true,
+            routes: BTreeMap::new(),
             port_500: Port500::Closed,
             clock,
             begun: now,
@@ -130,6 +136,7 @@ impl Engine {
             checked: 0,
             last_ping: u32::from_be_bytes(crate::random()),
             refused: Damped { quiet_until: now, unsaid: 0 },
+            held: Vec::new(),
         }
     }
 
@@ -142,10 +149,12 @@ impl Engine {
                 self.endpoint.handle_timeout(now);
                 self.drain(now);
             }
+            self.release(now);
             if self.look_at <= now {
                 self.look(now);
             }
-            let next = self.endpoint.poll_timeout().into_iter().chain([self.look_at]).min();
+            let held = self.held.iter().map(|(at, _)| *at);
+            let next = self.endpoint.poll_timeout().into_iter().chain([self.look_at]).chain(held).min();
             let wait = next.unwrap_or(self.look_at).saturating_duration_since(Instant::now());
             let mut input = match self.inbox.recv_timeout(wait) {
                 Ok(input) => Some(input),
@@ -165,11 +174,8 @@ impl Engine {
 
     fn handle(&mut self, input: Input, now: Instant) {
         match input {
-            Input::Changed => {
-                self.apply(now);
-                self.follow_addresses(now);
-                self.look_soon(now);
-            }
+            Input::View => self.apply(now),
+            Input::Addresses => self.follow_addresses(now),
             Input::Signal(signal) => self.signal(signal, now),
             Input::Command(command) => self.command(command, now),
             Input::CaptureEnded(peer) => {
@@ -354,7 +360,8 @@ impl Engine {
                     self.drain(now);
                 }
                 Ok(
-                    Input::Changed
+                    Input::View
+                    | Input::Addresses
                     | Input::Signal(_)
                     | Input::Command(_)
                     | Input::CaptureEnded(_)
@@ -450,7 +457,7 @@ fn ping(
 fn measure(
     peer: &mut Peer,
     dataplane: &Dataplane,
-    routers: &BTreeMap<model::NetworkId, crate::view::Router>,
+    routers: &BTreeMap<NetworkId, Router>,
     last: &mut u32,
     now: Instant,
 ) -> bool {

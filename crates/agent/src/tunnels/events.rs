@@ -1,7 +1,7 @@
 //! What IKE's events come to: keys into the packet path, and what is remembered and logged of peers.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use esp::{Inbound, Outbound};
 use ike::wire::EspSpi;
@@ -12,18 +12,52 @@ use super::engine::Engine;
 use super::keys;
 use super::peer::{Child, Peer, add};
 
+/// How long it takes a peer to handle an answer, amply.
+const HOLD: Duration = Duration::from_millis(20);
+
 impl Engine {
-    /// Sends what IKE has to send and does what it says, until it has no more.
+    /// Does what IKE says and sends what it has to send, until it has no more. What is to be received on comes before
+    /// what is sent, since the peer may use it as soon as it gets that; all else comes after.
     pub(super) fn drain(&mut self, now: Instant) {
         loop {
-            if let Some(transmit) = self.endpoint.poll_transmit() {
+            let mut later = Vec::new();
+            while let Some(event) = self.endpoint.poll_event() {
+                match event {
+                    Event::ChildInbound(sa) => self.install_inbound(&sa, now),
+                    other => later.push(other),
+                }
+            }
+            let mut quiet = later.is_empty();
+            while let Some(transmit) = self.endpoint.poll_transmit() {
                 self.dataplane.send(udp_path(transmit.path), &transmit.bytes);
-            } else if let Some(event) = self.endpoint.poll_event() {
+                quiet = false;
+            }
+            for event in later {
                 self.event(event, now);
-            } else {
+            }
+            if quiet {
                 return;
             }
         }
+    }
+
+    /// Sends on associations whose time has come.
+    pub(super) fn release(&mut self, now: Instant) {
+        for (_, sa) in self.held.extract_if(.., |(at, _)| *at <= now).collect::<Vec<_>>() {
+            self.install_outbound(&sa, now);
+        }
+    }
+
+    /// Whether an association must not be sent on yet: the first of its network, made by the peer, which has our answer on
+    /// the way and does not know the keys before it has handled that.
+    fn comes_too_early(&self, sa: &ChildSa) -> bool {
+        let Some(peer) = self.by_number.get(&sa.peer.0).and_then(|far| self.peers.get(far)) else {
+            return false;
+        };
+        let first = peer.slots.values().any(|slot| slot.child == sa.slot.child && slot.sending.is_none());
+        let made_there =
+            |it: &ike::SaView| !it.initiator && it.children.iter().any(|it| it.inbound == sa.inbound);
+        first && self.endpoint.sas(sa.peer).iter().any(made_there)
     }
 
     fn event(&mut self, event: Event, now: Instant) {
@@ -52,7 +86,15 @@ impl Engine {
                 self.look_soon(now);
             }
             Event::ChildInbound(sa) => self.install_inbound(&sa, now),
-            Event::ChildOutbound(sa) => self.install_outbound(&sa, now),
+            Event::ChildOutbound(sa) => {
+                // The latest of a slot is the one.
+                self.held.retain(|(_, held)| (held.peer, held.slot) != (sa.peer, sa.slot));
+                if self.comes_too_early(&sa) {
+                    self.held.push((now + HOLD, sa));
+                } else {
+                    self.install_outbound(&sa, now);
+                }
+            }
             Event::ChildDeleted { peer, inbound, .. } => self.delete_child(peer, inbound),
             Event::Refused { path, why } => self.refused.tell(now, || {
                 tracing::warn!(from = %path.remote, "a peer was refused: {why}");

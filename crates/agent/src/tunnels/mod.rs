@@ -79,8 +79,10 @@ impl Settings {
 
 /// What the engine hears.
 enum Input {
-    /// The view, or an address of this host, is another.
-    Changed,
+    /// The view is another.
+    View,
+    /// An address or a route of this host is another.
+    Addresses,
     /// The packet path noticed something.
     Signal(Signal),
     /// Someone asks.
@@ -181,12 +183,11 @@ impl Tunnels {
         mut addresses: watch::Receiver<T>,
     ) {
         loop {
-            let more = tokio::select! {
-                changed = views.changed() => changed.is_ok(),
-                changed = addresses.changed() => changed.is_ok(),
+            let (changed, input) = tokio::select! {
+                changed = views.changed() => (changed, Input::View),
+                changed = addresses.changed() => (changed, Input::Addresses),
             };
-            views.mark_unchanged();
-            if !more || self.send(Input::Changed).await.is_err() {
+            if changed.is_err() || self.send(input).await.is_err() {
                 return;
             }
         }

@@ -24,7 +24,7 @@ impl Engine {
             self.apply_tunnels(now);
         }
         self.devices_open = self.devices.apply(&self.view, &self.dataplane);
-        self.route();
+        self.devices.route(&self.routes, &self.dataplane);
     }
 
     fn apply_tunnels(&mut self, now: Instant) {
@@ -38,6 +38,7 @@ impl Engine {
                 self.configure(far, tunnel, now);
             }
         }
+        self.routes = self.find_routes();
         self.open_port_500();
     }
 
@@ -84,15 +85,11 @@ impl Engine {
     /// A peer that is new, or of which something is.
     fn configure(&mut self, far: &Far, tunnel: &Tunnel, now: Instant) {
         let known = self.peers.get(far).map(|peer| peer.tunnel.proof.clone());
-        let number = match self.peers.get(far) {
-            Some(peer) => peer.number,
-            None => {
-                self.last_number += 1;
-                self.by_number.insert(self.last_number, far.clone());
-                self.peers.insert(far.clone(), Peer::new(self.last_number, tunnel.clone()));
-                self.last_number
-            }
-        };
+        if known.is_none() {
+            self.last_number += 1;
+            self.by_number.insert(self.last_number, far.clone());
+            self.peers.insert(far.clone(), Peer::new(self.last_number, tunnel.clone()));
+        }
         self.fill_slots(far, tunnel);
         let paths = wanted::paths(&tunnel.addresses, self.settings.port, linux::host::source_for);
         let ours = paths.first().map(|path| path.local.ip());
@@ -117,7 +114,9 @@ impl Engine {
                 }
             }
             Err(why) => {
-                tracing::warn!(peer = %tunnel.name, number, "there can be no tunnel: {why}");
+                if peer.impossible.as_ref() != Some(&why) {
+                    tracing::warn!(peer = %tunnel.name, "there can be no tunnel: {why}");
+                }
                 peer.impossible = Some(why);
                 self.endpoint.remove_peer(id, now);
             }
@@ -147,18 +146,23 @@ impl Engine {
                 self.dataplane.remove_outbound(index, device);
             }
             let child = child.unwrap_or(ike::ChildId(self.last_child));
-            let policy = Slot::policy_of(inside);
-            self.dataplane.set_policy(index, device, policy.clone());
             let before = peer.slots.remove(network).filter(|slot| slot.child == child);
-            let (sending, ends, probes) =
-                before.map_or((None, None, None), |slot| (slot.sending, slot.ends, slot.probes));
-            let slot = Slot { child, inside: inside.clone(), device, policy, sending, ends, probes };
+            let slot = match before {
+                Some(before) if before.inside == *inside => before,
+                before => {
+                    let policy = Slot::policy_of(inside);
+                    self.dataplane.set_policy(index, device, policy.clone());
+                    let (sending, ends, probes) =
+                        before.map_or((None, None, None), |slot| (slot.sending, slot.ends, slot.probes));
+                    Slot { child, inside: inside.clone(), device, policy, sending, ends, probes }
+                }
+            };
             peer.slots.insert(network.clone(), slot);
         }
     }
 
-    /// Which peer each destination goes to.
-    fn route(&mut self) {
+    /// Which peer each destination of a network goes to.
+    fn find_routes(&self) -> BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>> {
         let mut routes: BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>> = BTreeMap::new();
         for peer in self.peers.values() {
             for (network, slot) in &peer.slots {
@@ -166,12 +170,18 @@ impl Engine {
                 routes.entry(network.clone()).or_default().extend(to);
             }
         }
-        self.devices.route(routes, &self.dataplane);
+        routes
     }
 
     /// Looks again which of our addresses lead to the peers: paths to try, and paths in use.
     pub(super) fn follow_addresses(&mut self, now: Instant) {
         self.open_port_500();
+        // What could not be may be possible from where we are now.
+        let impossible = self.peers.iter().filter(|(_, peer)| peer.impossible.is_some());
+        let impossible: Vec<_> = impossible.map(|(far, peer)| (far.clone(), peer.tunnel.clone())).collect();
+        for (far, tunnel) in impossible {
+            self.configure(&far, &tunnel, now);
+        }
         let port = self.settings.port;
         for peer in self.peers.values_mut().filter(|peer| peer.impossible.is_none()) {
             let paths = wanted::paths(&peer.tunnel.addresses, port, linux::host::source_for);

@@ -27,8 +27,6 @@ pub struct Host {
     pub side: u8,
     pub host: Netns,
     pub router: Netns,
-    /// Where the router's namespace is bound.
-    pub router_file: String,
     pub path: Dataplane,
     signals: Mutex<Receiver<Signal>>,
     inbound: Mutex<BTreeMap<u8, Arc<Inbound>>>,
@@ -69,8 +67,7 @@ pub fn strangers(dir: &Path) -> Pair {
         );
         host.run(|| sh(&commands)).unwrap();
     }
-    let file = |side| dir.join(name(side, "router")).display().to_string();
-    Pair { a: start(1, a, file(1)), b: start(2, b, file(2)) }
+    Pair { a: start(1, a), b: start(2, b) }
 }
 
 /// Two hosts with a security association each way, over IPv4.
@@ -80,7 +77,7 @@ pub fn pair(dir: &Path) -> Pair {
     pair
 }
 
-fn start(side: u8, (host, router): (Netns, Netns), router_file: String) -> Host {
+fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
     let (signal, signals) = sync_channel(4096);
     let path = host
         .run(|| {
@@ -96,15 +93,7 @@ fn start(side: u8, (host, router): (Netns, Netns), router_file: String) -> Host 
             path
         })
         .unwrap();
-    let host = Host {
-        side,
-        host,
-        router,
-        router_file,
-        path,
-        signals: Mutex::new(signals),
-        inbound: Mutex::default(),
-    };
+    let host = Host { side, host, router, path, signals: Mutex::new(signals), inbound: Mutex::default() };
     host.make_device();
     host.add_device();
     host
@@ -163,9 +152,6 @@ impl Host {
     /// Gives the device to the path.
     pub fn add_device(&self) {
         self.path.add_device(DEVICE, tun::Queue::open(&self.router, "tun0").unwrap());
-        // The kernel drops what is sent until it has noticed that somebody reads; the last command waits for it to be done.
-        eventually("the device is ready", || !self.sh("ip link show tun0").contains("state DOWN"));
-        self.sh("ip link set tun0 up");
         let routes = nets(3 - self.side).into_iter().map(|net| (net, PEER));
         self.path.set_routes(DEVICE, routes.collect());
     }

@@ -154,10 +154,26 @@ fn a_peer_that_moves_is_noticed_by_its_packets_and_followed() {
         });
         assert_eq!(moved, (PEER, spi(1, 1), way("192.0.2.2", "192.0.2.11")));
         b.path.set_path(PEER, moved.2);
-        a.host
-            .run(|| sh("ip addr del 192.0.2.1/24 dev und1; ip addr add 192.0.2.11/24 dev und1 2>&1 || true"))
-            .unwrap();
         a.sh("ping -c 2 -i 0.2 -W 2 10.42.2.1");
+    });
+}
+
+#[test]
+fn a_host_that_loses_its_address_goes_on_with_another() {
+    sandbox::run("trouble::a_host_that_loses_its_address_goes_on_with_another", |dir| {
+        let Pair { a, b } = pair(dir);
+        a.sh("ping -c 1 -W 2 10.42.2.1");
+        a.host.run(|| sh("ip addr flush dev und1; ip addr add 192.0.2.11/24 dev und1")).unwrap();
+        a.sh("! ping -c 1 -W 1 10.42.2.1");
+        let path = |signal| match signal {
+            Signal::Moved { path, .. } => Some(path),
+            _ => None,
+        };
+        let moved = b.await_signal(path);
+        assert_eq!(moved, way("192.0.2.2", "192.0.2.11"));
+        b.path.set_path(PEER, moved);
+        a.sh("ping -c 1 -W 2 10.42.2.1");
+        assert_eq!(a.await_signal(path), way("192.0.2.11", "192.0.2.2"));
     });
 }
 

@@ -1,11 +1,12 @@
 //! `esp` against the ESP of a Debian kernel: packets both ways, counted by both.
 
 use std::fmt::Write;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use droveway::lab::{Lab, LabSpec};
 use esp::{Inbound, InnerPolicy, KeyMaterial, Limits, Outbound, Sequence, Spi, Suite};
 use ike::{ChildId, Path};
+use ipnet::IpNet;
 
 use crate::guest::peer::{PORT, Peer, Sending};
 use crate::guest::{self, Guest, Parts};
@@ -39,7 +40,7 @@ impl Case {
 
     /// What the guest's kernel is told.
     fn guests(self) -> String {
-        let mut script = "ip xfrm state flush; ip xfrm policy flush; set -ex\n".to_owned();
+        let mut script = "ip xfrm state flush; ip xfrm policy flush; set -e\n".to_owned();
         let replay = match self.sequence {
             Sequence::Short => "replay-window 32",
             Sequence::Extended => "replay-window 128 flag esn",
@@ -56,21 +57,21 @@ impl Case {
             } else {
                 String::new()
             };
-            write!(
+            writeln!(
                 script,
                 "ip xfrm state add src {source} dst {destination} proto esp spi {spi:#x} reqid 7 mode tunnel \
                  {replay} replay-oseq {low} {high} aead 'rfc4106(gcm(aes))' 0x{hex} 128 \
-                 encap espinudp {PORT} {PORT} 0.0.0.0\n"
+                 encap espinudp {PORT} {PORT} 0.0.0.0"
             )
             .unwrap();
         }
         for (direction, source, destination, from, to) in
             [("out", THEIRS, OURS, guest, HERE), ("in", OURS, THEIRS, HERE, guest)]
         {
-            write!(
+            writeln!(
                 script,
                 "ip xfrm policy add dir {direction} src {source}/32 dst {destination}/32 \
-                 tmpl src {from} dst {to} proto esp reqid 7 mode tunnel\n"
+                 tmpl src {from} dst {to} proto esp reqid 7 mode tunnel"
             )
             .unwrap();
         }
@@ -86,7 +87,7 @@ impl Case {
         let inbound = Inbound::new(spi, &material, self.sequence).unwrap();
         let (spi, material) = sa(TO_GUEST, 1);
         let outbound = Outbound::new(spi, &material, self.sequence, Limits::of(self.sequence)).unwrap();
-        let policy = InnerPolicy::new([Ipv4Addr::into(THEIRS)].map(host), [host(OURS.into())]);
+        let policy = InnerPolicy::new([IpNet::from(IpAddr::from(THEIRS))], [IpNet::from(IpAddr::from(OURS))]);
         let path = Path { local: (HERE, PORT).into(), remote: SocketAddr::from((guest::ADDRESS, PORT)) };
         peer.with(|state| {
             state.clear();
@@ -94,10 +95,6 @@ impl Case {
             state.add(CHILD, inbound, policy, Sending { sa: outbound, path });
         });
     }
-}
-
-fn host(address: std::net::IpAddr) -> ipnet::IpNet {
-    address.into()
 }
 
 /// What the guest's kernel has counted on the SA with this SPI: packets, and what it says of its numbers.
@@ -165,6 +162,16 @@ fn a_debian_kernel_and_esp_understand_each_other_with_and_without_extended_numbe
         assert_eq!(here, (u32::from(ECHOES), u64::from(2 * ECHOES)), "{suite} {sequence:?}");
     }
 
+    assert_eq!(wrong(&mut guest), "");
+
+    // What is not agreed on does not get through, and what went wrong is counted: the checks above can fail.
+    let case = Case { suite: Suite::Aes256Gcm16, sequence: Sequence::Extended, salt: 8, sent: 0 };
+    guest.check(&case.guests());
+    Case { sequence: Sequence::Short, ..case }.ours(&peer);
+    assert_eq!(peer.ping(CHILD, OURS, THEIRS, 1..2), 1);
+    let refused = wrong(&mut guest);
+    assert_eq!(refused.split_whitespace().collect::<Vec<_>>(), ["XfrmInStateProtoError", "1"]);
+
     // Across 2^32, both ways. The guest begins where we still infer that no wrap has been: more than a window before it.
     let border = 1_u64 << 32;
     let begin = border - 2 * esp::WINDOW;
@@ -181,17 +188,16 @@ fn a_debian_kernel_and_esp_understand_each_other_with_and_without_extended_numbe
     assert_eq!(before, begin + 2, "what the guest has sent");
     // The guest's counter moves as ours did: the same SA with a later number, which no packet has had.
     let case = Case { sent: border - 5, ..case };
-    let ours_of_guest = counted(&mut guest, TO_GUEST).1;
-    guest.check(&format!("{}", later(case)));
+    guest.check(&later(case));
     assert_eq!(peer.ping(CHILD, OURS, THEIRS, 2..2 + ECHOES), 0);
     guest_pings(&mut guest, ECHOES);
     let highest = peer.with(|state| state.highest(CHILD));
-    assert_eq!(highest, border - 5 + u64::from(2 * ECHOES), "{ours_of_guest}");
+    assert_eq!(highest, border - 5 + u64::from(2 * ECHOES));
     let (_, received) = counted(&mut guest, TO_GUEST);
     assert!(received.contains("seq-hi 0x1, seq 0x"), "{received}");
     let (_, sent) = counted(&mut guest, TO_US);
     assert!(sent.contains("oseq-hi 0x1, oseq 0x"), "{sent}");
-    assert_eq!(wrong(&mut guest), "");
+    assert_eq!(wrong(&mut guest), refused, "nothing since");
     assert_eq!(peer.with(|state| state.refused.clone()), [""; 0]);
     drop((guest, peer));
     lab.down().unwrap();

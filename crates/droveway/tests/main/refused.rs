@@ -19,6 +19,7 @@ struct Town {
 
 static TOWN: LazyLock<Town> = LazyLock::new(|| {
     let lab = Lab::up(LabSpec { agent_args: vec!["--label".into(), "town=1".into()], ..spec(2) }).unwrap();
+    crate::support::network_in_clear(&lab, "clear", "10.61.0.0/16");
     let (near, far) = (lab.run("h1", &idle("near")).unwrap(), lab.run("h2", &idle("far")).unwrap());
     meet(&lab, &near, &far);
     // One that nobody has attached.
@@ -49,7 +50,7 @@ impl Town {
             let status = lab.agent_status(&host).unwrap();
             lines.push(format!("{:?} {} {:?}", status.routers, status.revision, status.troubles));
             lines.push(format!("{:?}", lab.endpoints(&host).unwrap()));
-            lines.push(kernel(lab, &host));
+            lines.push(kernel(lab, &host, "managed"));
         }
         lines.join("\n")
     }
@@ -125,8 +126,10 @@ fn a_network_that_cannot_be_is_refused_with_the_remedy() {
         create(&["Bad Name", "--subnet", "10.60.0.0/16"], 2, &["use 1 to 63 of"]);
         create(&[&"x".repeat(40), "--subnet", "10.60.0.0/16"], 2, &["shorter"]);
         create(&["red"], 2, &["--subnet"]);
-        create(&["red", "--subnet", "10.60.0.0/16", "--vni", "16777216"], 2, &["choose 1 to 16777215"]);
-        create(&["red", "--subnet", "10.60.0.0/16", "--vni", "1"], 4, &["VNI 1", "managed"]);
+        let clear = |vni| ["red", "--subnet", "10.60.0.0/16", "--driver", "vxlan", "--vni", vni];
+        create(&clear("16777216"), 2, &["choose 1 to 16777215"]);
+        create(&clear("1"), 4, &["VNI 1", "clear"]);
+        create(&["red", "--subnet", "10.60.0.0/16", "--vni", "7"], 2, &["--driver vxlan"]);
         create(&["red", "--subnet", "10.60.0.0/16", "--driver", "gre"], 2, &["vxlan"]);
         create(&["red", "--subnet", "10.60.0.0/16", "--mtu", "100"], 2, &["576"]);
         create(&["red", "--subnet", "10.60.0.0/16", "--block-size", "31"], 2, &["--block-size"]);

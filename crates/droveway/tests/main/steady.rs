@@ -41,6 +41,12 @@ impl Steady {
         let text = String::from_utf8(output.stdout).unwrap();
         let line = text.lines().find(|line| line.contains("packets transmitted")).unwrap().to_owned();
         let mut numbers = line.split_whitespace().filter_map(|word| word.parse().ok());
-        (numbers.next().unwrap(), numbers.next().unwrap())
+        let (sent, received): (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
+        let last = text
+            .lines()
+            .rev()
+            .find_map(|line| line.split("icmp_seq=").nth(1)?.split(' ').next()?.parse().ok());
+        // The very last was perhaps still on its way.
+        (if last == Some(sent - 1) { sent - 1 } else { sent }, received)
     }
 }

@@ -59,6 +59,24 @@ pub fn idle_in(network: &str, name: &str) -> RunSpec {
     RunSpec { network: network.to_owned(), ..idle(name) }
 }
 
+/// A network whose packets travel as VXLAN.
+pub fn network_in_clear(lab: &Lab, name: &str, subnet: &str) {
+    let words = ["droveway", "network", "create", name, "--subnet", subnet, "--driver", "vxlan"];
+    lab.check("server", &words).unwrap();
+}
+
+/// Runs a container in a network that its host may not have heard of yet.
+pub fn run_soon(lab: &Lab, host: &str, run: &RunSpec) -> Container {
+    let mut answer = lab.run(host, run);
+    until(LIMIT, &format!("{} is known on {host}", run.network), || {
+        if answer.is_err() {
+            answer = lab.run(host, run);
+        }
+        answer.is_ok()
+    });
+    answer.unwrap()
+}
+
 pub trait Look {
     fn ip(&self) -> Ipv4Addr;
     fn mac(&self) -> String;
@@ -213,7 +231,7 @@ impl Drop for Capture {
 const ROUTER: &str = "
     ip -o -4 addr | sed 's/^[0-9]*: //'
     ip -4 route show table main; ip -4 route show table 53; ip -4 rule
-    bridge fdb show dev vxlan0 | grep permanent | sed 's/link-netnsid.*//'
+    bridge fdb show dev vxlan0 2>/dev/null | grep permanent | sed 's/link-netnsid.*//'
     ip neigh show nud permanent
     bridge link | sed 's/^[0-9]*: //; s/@[^:]*//; s/<.*> mtu/mtu/'
     ip -br link | sed 's/@/ /' | cut -d' ' -f1
@@ -225,9 +243,9 @@ const HOST: &str = "
     ip -br link | sed 's/@/ /' | cut -d' ' -f1
     nft -s list ruleset; ls /run/netns";
 
-/// What the kernel has of a host and of its router for `managed`, line by line, in order.
-pub fn kernel(lab: &Lab, host: &str) -> String {
-    let router = router_words("managed", &["sh", "-c", ROUTER]);
+/// What the kernel has of a host and of its router for a network, line by line, in order.
+pub fn kernel(lab: &Lab, host: &str, network: &str) -> String {
+    let router = router_words(network, &["sh", "-c", ROUTER]);
     let router: Vec<&str> = router.iter().map(String::as_str).collect();
     let text = says(lab, host, &router) + &says(lab, host, &["sh", "-c", HOST]);
     let mut lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();

@@ -135,7 +135,7 @@ impl Peer {
                 our_id: "peer.example".parse().unwrap(),
                 trust: Trust::Psk(Secret::new(terms.psk.to_vec())),
                 credential: Credential::Psk(Secret::new(terms.psk.to_vec())),
-                paths: vec![ike::Path { local: (state.local, PORT).into(), remote: terms.remote }],
+                paths: vec![Path { local: (state.local, PORT).into(), remote: terms.remote }],
                 initiate: terms.initiate,
                 kind: PeerKind::Foreign,
                 ike: ike::proposal::IkeOffer::default(),
