@@ -33,11 +33,6 @@ impl Watch {
         &self.canary
     }
 
-    /// So many bytes of nothing but the canary: any 31 of them on end have a whole one in them, however they are cut.
-    pub fn payload(&self, length: usize) -> Vec<u8> {
-        self.canary.bytes().cycle().take(length).collect()
-    }
-
     /// A ping whose payload is the canary.
     pub fn pings(&self, lab: &Lab, from: &str, to: &str) -> bool {
         self.ping(lab, from, &[to])
@@ -199,19 +194,22 @@ fn the_capture_outlives_a_node_that_is_switched_off_and_on() {
 fn the_verb_says_what_was_on_the_underlay_and_fails_if_a_text_is_seen() {
     let lab = lab(2);
     let (one, other) = pair(&lab);
-    let verb = |find: &str, words: &[&str]| {
+    let verb = |find: &str, at: &str, words: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_droveway"));
         command.args(["lab", "capture", "--lab", lab.spec().name.as_str(), "--find", find, "--"]);
-        command.args([env!("CARGO_BIN_EXE_droveway"), "lab", "exec", &one.path(), "--"]).args(words);
+        command.args([env!("CARGO_BIN_EXE_droveway"), "lab", "exec", at, "--"]).args(words);
         let output = command.output().unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     };
-    let to = other.ip().to_string();
-    let (code, text) = verb("canary", &["ping", "-n", "-c", "2", "-p", "63616e617279", &to]);
-    assert!(text.contains("10.0.0.6"), "{text}");
-    assert_eq!(text.contains("IS SEEN"), code == Some(1), "{text}");
-    let (code, text) = verb("absent", &["ping", "-n", "-c", "1", &to]);
+    // The text is "canary". Between containers it is not seen, between hosts it is.
+    let ping = |to: &'static str| ["ping", "-n", "-c", "2", "-p", "63616e617279", to];
+    let address = other.ip().to_string().leak();
+    let (code, text) = verb("canary", &one.path(), &ping(address));
     assert_eq!(code, Some(0), "{text}");
-    assert!(text.contains("\"absent\" is in none of "), "{text}");
-    assert_eq!(verb("absent", &["sh", "-c", "exit 7"]).0, Some(7));
+    assert!(text.contains("10.0.0.6:4500") && text.contains("ESP "), "{text}");
+    assert!(text.contains("\"canary\" is in none of "), "{text}");
+    let (code, text) = verb("canary", "h1", &ping("10.0.0.6"));
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("\"canary\" IS SEEN, first in ICMP of h1, 10.0.0.5 to 10.0.0.6"), "{text}");
+    assert_eq!(verb("absent", "h1", &["sh", "-c", "exit 7"]).0, Some(7));
 }
