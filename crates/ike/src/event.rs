@@ -81,7 +81,7 @@ pub enum Event {
         /// Why.
         why: Failure,
     },
-    /// Someone could not prove to be a peer of ours.
+    /// Someone could not prove to be a peer of ours, or had no suite in common with us.
     Refused {
         /// Where it came from.
         path: Path,

@@ -263,17 +263,19 @@ fn networks_appear_on_the_engines_and_go_and_can_be_made_by_hand() {
 }
 
 #[test]
-fn agent_and_engine_come_back_in_either_order_and_traffic_never_stops() {
+fn agent_and_engine_come_back_in_either_order_and_traffic_on_a_host_never_stops() {
     let Some(lab) = harbour() else { return };
     run(&lab, "h1", "near", &["--stop-timeout", "1"]);
+    run(&lab, "h1", "beside", &["--stop-timeout", "1"]);
     run(&lab, "h2", "far", &[]);
     let far = address(&lab, "h2", "far", "managed").to_string();
+    let beside = address(&lab, "h1", "beside", "managed").to_string();
     until(LIMIT, "across hosts", || reaches(&lab, "h1", "near", &far));
 
     // The pings go out of the container's namespace, by the host's own ping.
     let pid = docker(&lab, "h1", &["inspect", "-f", "{{.State.Pid}}", "near"]);
     let inside = ["nsenter", "-t", &pid, "-n"];
-    let steady = Steady::start_with(&lab, "h1", &inside, &far);
+    let steady = Steady::start_with(&lab, "h1", &inside, &beside);
     lab.kill_agent("h1").unwrap();
     lab.start_agent("h1").unwrap();
     lab.wait_connected("h1").unwrap();
@@ -283,6 +285,8 @@ fn agent_and_engine_come_back_in_either_order_and_traffic_never_stops() {
     let (sent, received) = steady.end_at(&lab, "h1");
     assert_eq!(sent, received, "while the agent was killed and started");
     assert!(sent > 3);
+    until(LIMIT, "across hosts again", || reaches(&lab, "h1", "near", &far));
+    docker(&lab, "h1", &["rm", "-f", "beside"]);
     assert_eq!(lab.endpoints("h1").unwrap()[0].name.as_ref().unwrap().as_str(), "near");
 
     // The engine again, then the agent; and the other way round. What ran ended with the engine.
@@ -329,12 +333,14 @@ fn agent_and_engine_come_back_in_either_order_and_traffic_never_stops() {
 fn an_engine_that_is_killed_and_keeps_its_containers_alive_finds_them_attached() {
     let Some(lab) = harbour_with(&["--live-restore"]) else { return };
     run(&lab, "h1", "near", &["--stop-timeout", "1"]);
+    run(&lab, "h1", "beside", &["--stop-timeout", "1"]);
     run(&lab, "h2", "far", &[]);
     let (near, far) = (address(&lab, "h1", "near", "managed"), address(&lab, "h2", "far", "managed"));
     until(LIMIT, "across hosts", || reaches(&lab, "h1", "near", &far.to_string()));
     let pid = docker(&lab, "h1", &["inspect", "-f", "{{.State.Pid}}", "near"]);
     let inside = ["nsenter", "-t", &pid, "-n"];
-    let steady = Steady::start_with(&lab, "h1", &inside, &far.to_string());
+    let steady =
+        Steady::start_with(&lab, "h1", &inside, &address(&lab, "h1", "beside", "managed").to_string());
     for order in [[Daemon::Docker, Daemon::Agent], [Daemon::Agent, Daemon::Docker]] {
         lab.kill_daemon("h1", Daemon::Docker).unwrap();
         lab.kill_agent("h1").unwrap();
@@ -355,8 +361,8 @@ fn an_engine_that_is_killed_and_keeps_its_containers_alive_finds_them_attached()
     let (sent, received) = steady.end_at(&lab, "h1");
     assert_eq!(sent, received, "while engine and agent were killed and started");
     assert_eq!(address(&lab, "h1", "near", "managed"), near);
-    assert_eq!(lab.endpoints("h1").unwrap().len(), 1);
-    docker(&lab, "h1", &["rm", "-f", "near"]);
+    assert_eq!(lab.endpoints("h1").unwrap().len(), 2);
+    docker(&lab, "h1", &["rm", "-f", "near", "beside"]);
     nothing_is_left_but(&lab, "far");
 }
 

@@ -78,6 +78,9 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     assert!(error.contains("ledger") && error.contains("full"), "{error}");
     assert!(ttl(&lab, &far.path(), &goes.ip().to_string()).is_some(), "it is attached still");
 
+    let (sent, received) = steady.end(&lab, &far);
+    assert_eq!(sent, received, "pings all the while");
+
     // Neither a restart nor what the server says needs the disk.
     lab.kill_agent("h1").unwrap();
     lab.start_agent("h1").unwrap();
@@ -93,8 +96,6 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     let after = lab.run("h1", &idle("after")).unwrap();
     meet(&lab, &far, &after);
     detach().unwrap();
-    let (sent, received) = steady.end(&lab, &far);
-    assert_eq!(sent, received, "pings all the while");
 }
 
 #[test]

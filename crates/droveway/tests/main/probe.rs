@@ -120,13 +120,14 @@ fn raw(interface: &str, frames: &[&str]) {
     }
 }
 
-/// draft-ietf-opsawg-pcap, with microseconds and link type Ethernet.
+/// draft-ietf-opsawg-pcap, with microseconds; link type Ethernet, or, for a TUN device, raw IP.
 fn capture(interface: &str) {
     let all = Some(SockProtocol::EthAll);
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), all).unwrap();
     let index = if_nametoindex(interface).unwrap() as usize;
     let mut out = io::stderr().lock();
-    let head = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0x0001_0000, 1];
+    let link_type = if interface.starts_with("tun") { 101 } else { 1 };
+    let head = [0xa1b2_c3d4, 0x0004_0002, 0, 0, 0x0001_0000, link_type];
     out.write_all(&head.map(u32::to_le_bytes).concat()).unwrap();
     let mut frame = vec![0; 1 << 16];
     loop {

@@ -40,8 +40,18 @@ impl Watch {
 
     /// A ping whose payload is the canary.
     pub fn pings(&self, lab: &Lab, from: &str, to: &str) -> bool {
+        self.ping(lab, from, &[to])
+    }
+
+    /// [`Watch::pings`] from one of the pinger's addresses.
+    pub fn pings_from(&self, lab: &Lab, from: &str, address: &str, to: &str) -> bool {
+        self.ping(lab, from, &["-I", address, to])
+    }
+
+    fn ping(&self, lab: &Lab, from: &str, words: &[&str]) -> bool {
         let pattern = hex(self.canary.as_bytes());
-        succeeds(lab, from, &["ping", "-n", "-c", "1", "-W", "1", "-s", "200", "-p", &pattern, to])
+        let ping = ["ping", "-n", "-c", "1", "-W", "1", "-s", "200", "-p", &pattern];
+        succeeds(lab, from, &[&ping[..], words].concat())
     }
 
     /// All until now.

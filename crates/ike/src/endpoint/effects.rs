@@ -211,10 +211,11 @@ impl Endpoint {
     }
 
     pub(super) fn is_connecting(&self, peer: PeerId) -> bool {
-        self.sas_of(peer)
-            .iter()
-            .filter_map(|spi| self.sas.get(spi))
-            .any(|sa| matches!(sa.phase, Phase::Init | Phase::Auth))
+        self.sas_of(peer).iter().filter_map(|spi| self.sas.get(spi)).any(|sa| {
+            // An attempt that failed is under way until the peer has been told.
+            let failing = sa.opener && sa.established == 0 && matches!(sa.phase, Phase::Closing(_));
+            matches!(sa.phase, Phase::Init | Phase::Auth) || failing
+        })
     }
 
     pub(super) fn initiate(

@@ -345,7 +345,8 @@ impl Endpoint {
             Verdict::Proceed => {}
             Verdict::Cookie(cookie) => {
                 let notify = Notify::with_data(NotifyType::Cookie, cookie);
-                return self.answer_in_clear(&message.header, notify, path, now);
+                self.answer_in_clear(&message.header, notify, path, now);
+                return;
             }
             Verdict::Drop => return,
         }
@@ -368,8 +369,11 @@ impl Endpoint {
                 self.touch(Timer::Sa(spi));
             }
             Err(error) => {
-                if let Some(notify) = error.notify() {
-                    self.answer_in_clear(&message.header, notify, path, now);
+                let Some(notify) = error.notify() else { return };
+                // To ask for another group is no refusal.
+                let refused = notify.kind != NotifyType::InvalidKePayload;
+                if self.answer_in_clear(&message.header, notify, path, now) && refused {
+                    self.shared.events.push_back(Event::Refused { path, why: Failure::from(&error) });
                 }
             }
         }
@@ -391,16 +395,18 @@ impl Endpoint {
         }
     }
 
-    /// An answer that nothing protects, never longer than what asked for it, and not more often than allowed.
-    fn answer_in_clear(&mut self, request: &Header, notify: Notify, path: Path, now: Instant) {
+    /// An answer that nothing protects, never longer than what asked for it, and not more often than allowed. Says
+    /// whether it was allowed.
+    fn answer_in_clear(&mut self, request: &Header, notify: Notify, path: Path, now: Instant) -> bool {
         if !self.strangers.may_answer(&self.config.limits, now) {
-            return;
+            return false;
         }
         let flags = Flags { initiator: !request.flags.initiator, version: false, response: true };
         let header = Header { flags, ..*request };
         if let Ok(bytes) = (Message { header, payloads: vec![Payload::Notify(notify)] }).emit_clear() {
             self.shared.send(path, &bytes);
         }
+        true
     }
 
     /// The next datagram to send.

@@ -171,10 +171,9 @@ impl Endpoint {
                 state.missing.clear();
                 state.not_before = match why {
                     // It has its reasons, or we had: do not fall over each other.
-                    Failure::ClosedByPeer | Failure::ClosedByUs | Failure::Expired => {
-                        now + chance::sooner(&mut self.shared.random, self.config.timing.backoff_first, 5)
-                    }
-                    Failure::Silent
+                    Failure::ClosedByPeer
+                    | Failure::ClosedByUs
+                    | Failure::Expired
                     | Failure::RefusedUs
                     | Failure::RefusedPeer(_)
                     | Failure::Refused(_)
@@ -182,9 +181,10 @@ impl Endpoint {
                     | Failure::NoProposal
                     | Failure::NoSelectors
                     | Failure::Misbehaved(_)
-                    | Failure::PeerError(_)
-                    | Failure::Replaced
-                    | Failure::PeerRestarted => now,
+                    | Failure::PeerError(_) => {
+                        now + chance::sooner(&mut self.shared.random, self.config.timing.backoff_first, 5)
+                    }
+                    Failure::Silent | Failure::Replaced | Failure::PeerRestarted => now,
                 };
                 self.shared.events.push_back(Event::PeerDown { peer, why });
             }

@@ -20,6 +20,9 @@ impl Sa {
             if !self.is_busy() {
                 at.push(self.last_heard + timing.liveness);
             }
+            if self.asks_mapping() {
+                at.push(self.last_heard);
+            }
             if self.facts.nat_here {
                 at.push(self.last_sent + timing.keepalive);
             }
@@ -121,7 +124,8 @@ impl Sa {
         if !expired.is_empty() {
             self.push(Task::Close(expired));
         }
-        if !self.is_busy() && now.saturating_duration_since(self.last_heard) >= timing.liveness {
+        let silent = now.saturating_duration_since(self.last_heard) >= timing.liveness;
+        if self.asks_mapping() || (silent && !self.is_busy()) {
             self.push(Task::Probe);
         }
         if self.facts.nat_here && now.saturating_duration_since(self.last_sent) >= timing.keepalive {

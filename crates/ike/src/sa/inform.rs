@@ -28,8 +28,14 @@ impl Sa {
                 }
                 (Task::Close(spis.clone()), vec![Payload::Delete(Delete::Esp(spis))])
             }
-            Task::Bye => (Task::Bye, vec![Payload::Delete(Delete::Ike)]),
+            Task::Bye => {
+                let parting = self.parting.take().map(Payload::Notify);
+                (Task::Bye, parting.into_iter().chain([Payload::Delete(Delete::Ike)]).collect())
+            }
             Task::Move => (Task::Move, self.move_payloads(cx)),
+            Task::Probe if self.watches_mapping() => {
+                (Task::Probe, nat_notifies(&self.spis, self.path, true).into())
+            }
             Task::Probe => (Task::Probe, Vec::new()),
             Task::Open(_) | Task::Auth(_) | Task::Create(_) | Task::Rekey(_) => return Ok(()),
         };
@@ -60,8 +66,28 @@ impl Sa {
                 self.die(why, cx);
             }
             Task::Move if body.says(NotifyType::UnexpectedNatDetected) => {}
+            Task::Probe | Task::Move if self.watches_mapping() => {
+                let seen = body.notify(NotifyType::NatDetectionDestinationIp);
+                let seen = seen.map(|it| it.data.clone()).unwrap_or_default();
+                let changed = self.mapping.as_ref().is_some_and(|before| *before != seen);
+                self.mapping = Some(seen);
+                if changed && matches!(task, Task::Probe) {
+                    self.push(Task::Move);
+                }
+            }
             Task::Open(_) | Task::Auth(_) | Task::Create(_) | Task::Rekey(_) | Task::Probe | Task::Move => {}
         }
+    }
+
+    /// Whether we have to find out by ourselves that a NAT has given us another mapping: a peer that speaks MOBIKE
+    /// follows nothing but what the initiator tells it (RFC 4555 §3.8).
+    pub(super) fn watches_mapping(&self) -> bool {
+        self.facts.mobike && self.facts.nat_here && self.authenticated_by_us
+    }
+
+    /// Whether it is to be asked how it sees us: to know a change one has to know what was before.
+    pub(super) fn asks_mapping(&self) -> bool {
+        self.watches_mapping() && self.mapping.is_none() && !self.is_busy()
     }
 
     fn move_payloads(&self, cx: &Cx<'_>) -> Vec<Payload> {
@@ -87,6 +113,11 @@ impl Sa {
     }
 
     pub(super) fn respond_inform(&mut self, body: &Body, cx: &mut Cx<'_>) -> Vec<Payload> {
+        if body.says(NotifyType::AuthenticationFailed) {
+            // Said of our answer to its first messages, and the SA is no more, deleted or not (RFC 7296 §2.21.2).
+            self.linger(Failure::RefusedUs, cx);
+            return Vec::new();
+        }
         if body.deletes.contains(&Delete::Ike) {
             self.deleted_by_peer(cx);
             return Vec::new();
@@ -164,10 +195,10 @@ impl Sa {
             if let Some(path) = self.seen_from {
                 self.set_path(path, cx);
             }
-            let nat = |kind| body.notify(kind).is_some();
-            if nat(NotifyType::NatDetectionSourceIp) {
-                payloads.extend(nat_notifies(&self.spis, self.path, true));
-            }
+        }
+        // The peer may want to know whether a NAT has changed its mapping (RFC 4555 §3.8).
+        if body.says(NotifyType::NatDetectionSourceIp) && self.facts.mobike {
+            payloads.extend(nat_notifies(&self.spis, self.seen_from.unwrap_or(self.path), true));
         }
         // A return routability check (RFC 4555 §3.7).
         payloads.extend(body.notify(NotifyType::Cookie2).cloned().map(Payload::Notify));

@@ -209,11 +209,14 @@ impl Sa {
         }
     }
 
-    /// Ends the SA because of an error of either side; the peer is told by a DELETE if it believes the SA is up.
+    /// Ends the SA because of an error of either side; the peer is told by a DELETE if it believes the SA is up, and
+    /// what was wrong with its proof by a notification beside it (RFC 7296 §2.21.2).
     pub(super) fn fail(&mut self, error: &Error, cx: &mut Cx<'_>) {
         let why = Failure::from(error);
         match self.phase {
-            Phase::Up | Phase::Auth => {
+            Phase::Up => self.close(why, cx),
+            Phase::Auth => {
+                self.parting = error.notify();
                 self.phase = Phase::Up;
                 self.close(why, cx);
             }

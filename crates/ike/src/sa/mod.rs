@@ -42,7 +42,7 @@ use crate::error::Error;
 use crate::event::{Event, Failure, Path, Transmit};
 use crate::proposal::IkeSuite;
 use crate::random::{Random, Seeded};
-use crate::wire::{EspSpi, HashAlgorithm, IkeSpi, IkeSpis, NON_ESP_MARKER, Nonce};
+use crate::wire::{EspSpi, HashAlgorithm, IkeSpi, IkeSpis, NON_ESP_MARKER, Nonce, Notify};
 use window::Window;
 
 /// The port on which IKE has no marker before it (RFC 7296 §2.23).
@@ -242,6 +242,10 @@ pub(crate) struct Sa {
     pub(crate) reauth_at: Option<Instant>,
     /// Why it is over, if it is.
     pub(crate) over: Option<Failure>,
+    /// Our address and port as the peer last said it sees them, hashed (RFC 7296 §2.23); empty if it does not say.
+    mapping: Option<Vec<u8>>,
+    /// What the peer did wrong in its answer to our first messages: it is told when the SA is deleted.
+    parting: Option<Notify>,
     /// Where the message that is being handled came from.
     seen_from: Option<Path>,
     crypt: Option<Crypt>,
@@ -281,6 +285,8 @@ impl Sa {
             replaces: None,
             reauth_at: None,
             over: None,
+            mapping: None,
+            parting: None,
             seen_from: None,
             crypt: None,
             opening: None,
@@ -434,7 +440,7 @@ impl Sa {
     }
 
     /// It is over, but answers once more if the peer asks again.
-    fn linger(&mut self, why: Failure, cx: &mut Cx<'_>) {
+    pub(super) fn linger(&mut self, why: Failure, cx: &mut Cx<'_>) {
         self.die(why, cx);
         self.phase = Phase::Gone;
         self.give_up_at = Some(cx.now + REMEMBER);

@@ -170,6 +170,11 @@ fn without_a_common_suite_the_reason_is_said_and_it_is_tried_again() {
     });
     pair.run(5 * SECOND);
     assert!(pair.hosts[0].failures.contains(&Failure::NoProposal), "{}", pair.story());
+    assert!(
+        pair.hosts[1].failures.contains(&Failure::NoProposal),
+        "the one asked says it too: {}",
+        pair.story()
+    );
     assert!(!pair.hosts[1].up);
 }
 
@@ -215,9 +220,12 @@ fn a_peer_with_another_key_is_refused_and_both_sides_say_so() {
             config.trust = Trust::Psk(Secret::new(b"secret".to_vec()));
         }
     });
-    pair.run(5 * SECOND);
+    pair.run(SECOND);
+    assert_eq!(pair.hosts[0].failures.len(), 2, "it waits between attempts: {}", pair.story());
+    pair.run(4 * SECOND);
     assert!(matches!(pair.hosts[0].failures[0], Failure::RefusedPeer(_)), "{}", pair.story());
     assert!(!pair.hosts[0].up && !pair.hosts[1].up, "told by a DELETE");
+    assert!(pair.hosts[1].failures.contains(&Failure::RefusedUs), "and why: {}", pair.story());
 }
 
 #[test]
@@ -305,6 +313,20 @@ fn when_a_nat_changes_its_mapping_the_peer_follows_the_next_authenticated_packet
         "{}",
         pair.story()
     );
+}
+
+#[test]
+fn a_foreign_peer_is_told_when_a_nat_changes_its_mapping() {
+    let mut pair = behind_nat(23, PeerKind::Foreign);
+    let new: SocketAddr = "198.51.100.9:2048".parse().unwrap();
+    pair.hosts[0].public = Some(new);
+    let before = pair.hosts[0].datagrams;
+    pair.run(11 * SECOND);
+    assert_eq!(pair.hosts[1].endpoint.sas(PEER)[0].path.remote, new);
+    assert_eq!(pair.hosts[0].datagrams - before, 2, "whether it lives, and the move: {}", pair.story());
+    pair.run(40 * SECOND);
+    pair.expect_settled(&[1]);
+    assert_eq!(pair.hosts[1].downs + pair.hosts[0].downs, 0);
 }
 
 #[test]

@@ -1,20 +1,18 @@
-//! Interoperation with strongSwan's charon.
+//! The harness itself: what it says of a charon is true of two.
 
 use droveway::lab::capture::What;
 use droveway::lab::{Lab, LabSpec};
 
+use super::SECRET;
 use crate::charon::{Authority, Charon, Connection, Key, Proof, Settings};
 use crate::support::{LIMIT, spec, until};
 use crate::watch::Watch;
-
-const SECRET: &str = "correct horse battery staple";
 
 fn boxes(names: &[&str]) -> Lab {
     let others = names.iter().map(|name| name.parse().unwrap()).collect();
     Lab::up(LabSpec { bare: true, others, ..spec(1) }).unwrap()
 }
 
-/// Two charons: what the harness says of them is true of itself.
 #[test]
 fn two_charons_show_what_the_harness_says_of_a_charon() {
     let lab = boxes(&["left", "right"]);
