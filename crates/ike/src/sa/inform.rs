@@ -191,10 +191,11 @@ impl Sa {
     /// followed a free peer; for one that moves by MOBIKE alone the endpoint sets the path.
     fn respond_move(&mut self, body: &Body, cx: &mut Cx<'_>) -> Vec<Payload> {
         let mut payloads = Vec::new();
-        if body.says(NotifyType::UpdateSaAddresses) && self.facts.mobike {
-            if let Some(path) = self.seen_from {
-                self.set_path(path, cx);
-            }
+        if body.says(NotifyType::UpdateSaAddresses)
+            && self.facts.mobike
+            && let Some(path) = self.seen_from
+        {
+            self.set_path(path, cx);
         }
         // The peer may want to know whether a NAT has changed its mapping (RFC 4555 §3.8).
         if body.says(NotifyType::NatDetectionSourceIp) && self.facts.mobike {
