@@ -191,8 +191,9 @@ impl Sa {
     /// followed a free peer; for one that moves by MOBIKE alone the endpoint sets the path.
     fn respond_move(&mut self, body: &Body, cx: &mut Cx<'_>) -> Vec<Payload> {
         let mut payloads = Vec::new();
-        if let Some(path) =
-            self.seen_from.filter(|_| body.says(NotifyType::UpdateSaAddresses) && self.facts.mobike)
+        if body.says(NotifyType::UpdateSaAddresses)
+            && self.facts.mobike
+            && let Some(path) = self.seen_from
         {
             self.set_path(path, cx);
         }
