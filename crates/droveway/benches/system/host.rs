@@ -56,12 +56,17 @@ impl<'a> Host<'a> {
 
     /// Attaches a fresh namespace to network `managed`. Says its name, its endpoint, and how long the agent took.
     pub fn attach(&mut self) -> Result<(String, Attached, Duration)> {
+        self.attach_to("managed")
+    }
+
+    /// The same to any network.
+    pub fn attach_to(&mut self, network: &str) -> Result<(String, Attached, Duration)> {
         if self.fresh.is_empty() {
             self.prepare(1)?;
         }
         let netns = self.fresh.pop().context("no namespace was made")?;
         let request = AttachRequest {
-            network: "managed".to_owned(),
+            network: network.to_owned(),
             netns: format!("/run/netns/{netns}").into(),
             ifname: "eth0".to_owned(),
             name: Some(format!("{}-{netns}", self.name).parse()?),
