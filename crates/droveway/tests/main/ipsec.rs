@@ -314,8 +314,11 @@ fn a_black_hole_is_found_shown_and_got_around() {
         says(&red.lab, &red.near.path(), &["ping", "-n", "-c", "1", "-W", "1", "-M", "do", "-s", &size, &to])
     };
     assert!(ping(mtu).contains(" 0% packet loss"), "{}", ping(mtu));
-    let text = ping(1400);
-    assert!(text.contains(&format!("mtu = {mtu}")) || text.contains(&format!("mtu={mtu}")), "{text}");
+    // The packet path hears of it a moment after it is shown.
+    until(LIMIT, "a packet that is too large is answered with what fits", || {
+        let text = ping(1400);
+        text.contains(&format!("mtu = {mtu}")) || text.contains(&format!("mtu={mtu}"))
+    });
     let log = std::fs::read_to_string(red.lab.daemon_log("h1", Daemon::Agent)).unwrap();
     assert!(log.contains("vanish on the way without a word"), "{log}");
     drop_nothing(&red.lab, "h2");
