@@ -12,19 +12,31 @@ use crate::support::{
 };
 use crate::watch::Watch;
 
-/// Two hosts with a container each in an encrypted network.
+/// Two hosts with a container each in an encrypted network, and a capture of the underlay from before the network was
+/// made until the test has ended: whatever a test does to them, its canary is never seen.
 struct Red {
+    // Before the lab: it has to end first.
+    watch: Watch,
     lab: Lab,
     near: Container,
     far: Container,
 }
 
+impl Drop for Red {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.watch.sealed();
+        }
+    }
+}
+
 impl Red {
     fn in_lab(lab: Lab) -> Self {
+        let watch = Watch::begin(&lab);
         create(&lab, "red", "10.43.0.0/16");
         let near = lab.run("h1", &idle_in("red", "near")).unwrap();
         let far = lab.run("h2", &idle_in("red", "far")).unwrap();
-        Self { lab, near, far }
+        Self { watch, lab, near, far }
     }
 
     fn new(hosts: u32) -> Self {
@@ -38,12 +50,26 @@ impl Red {
 
     /// Waits until the two reach each other.
     fn met(self) -> Self {
-        meet(&self.lab, &self.near, &self.far);
+        until(LIMIT, "the two reach each other", || self.reaches());
         self
     }
 
+    /// Whether a ping with the canary in it is answered.
     fn reaches(&self) -> bool {
-        ttl(&self.lab, &self.near.path(), &self.far.ip().to_string()).is_some()
+        self.watch.pings(&self.lab, &self.near.path(), &self.far.ip().to_string())
+    }
+
+    /// The same from the other side.
+    fn reaches_back(&self) -> bool {
+        self.watch.pings(&self.lab, &self.far.path(), &self.near.ip().to_string())
+    }
+
+    /// Pings with the canary in them, from the near one to the far one.
+    fn steady(&self) -> Steady {
+        let pattern = self.watch.pattern();
+        let options = ["-s", "200", "-p", &pattern, &self.far.ip().to_string()].map(str::to_owned);
+        let options: Vec<&str> = options.iter().map(String::as_str).collect();
+        Steady::start_saying(&self.lab, &self.near.path(), &options)
     }
 
     fn hops(&self, from: &Container, to: &Container) -> Vec<String> {
@@ -88,9 +114,7 @@ fn up(lab: &Lab, host: &str, peer: &str) -> bool {
 
 #[test]
 fn the_walk_over_an_encrypted_network_is_three_hops_and_no_inner_byte_is_seen_outside() {
-    let bare = lab(2);
-    let mut watch = Watch::begin(&bare);
-    let red = Red::in_lab(bare).met();
+    let red = Red::new(2).met();
     assert_eq!(ttl(&red.lab, &red.near.path(), &red.far.ip().to_string()), Some(62));
     assert_eq!(
         red.hops(&red.near, &red.far),
@@ -108,7 +132,6 @@ fn the_walk_over_an_encrypted_network_is_three_hops_and_no_inner_byte_is_seen_ou
     );
 
     // Large packets arrive whole, and carry what must not be seen.
-    assert!(watch.pings(&red.lab, &red.near.path(), &red.far.ip().to_string()));
     let far = red.far.ip().to_string();
     let big = ["ping", "-n", "-c", "3", "-i", "0.1", "-M", "do", "-s", "1410", &far];
     let text = says(&red.lab, &red.near.path(), &big);
@@ -119,15 +142,14 @@ fn the_walk_over_an_encrypted_network_is_three_hops_and_no_inner_byte_is_seen_ou
     assert!(child.suite.contains("AES_GCM_16_256") && child.suite.contains("ESN"), "{}", child.suite);
     // An agent that is killed has nothing in clear on its way out, and one that ends says farewell.
     red.lab.kill_agent("h1").unwrap();
-    assert!(!watch.pings(&red.lab, &red.near.path(), &red.far.ip().to_string()), "no agent, no packet");
+    assert!(!red.reaches(), "no agent, no packet");
     red.lab.start_agent("h1").unwrap();
     until(LIMIT, "traffic is back", || red.reaches());
     red.lab.stop_daemon("h1", Daemon::Agent).unwrap();
     until(Duration::from_secs(2), "the other side was told", || {
         tunnel(&red.lab, "h2", "h1").children.is_empty()
     });
-    assert!(!watch.pings(&red.lab, &red.far.path(), &red.near.ip().to_string()), "no tunnel, no packet");
-    watch.sealed();
+    assert!(!red.reaches_back(), "no tunnel, no packet");
 }
 
 #[test]
@@ -148,7 +170,7 @@ fn a_tunnel_says_all_of_itself_and_is_rekeyed_and_reset_when_asked() {
     assert!(status.drops.is_empty() && other.drops.is_empty(), "{:?} {:?}", status.drops, other.drops);
 
     // New keys, and not a packet lost.
-    let steady = Steady::start(&red.lab, &red.near, &red.far);
+    let steady = red.steady();
     assert_eq!(ask(&red.lab, "h1", "POST", "/v1/tunnels/h2/rekey").0, 204);
     until(LIMIT, "both SAs are new", || {
         let now = tunnel(&red.lab, "h1", "h2");
@@ -230,7 +252,7 @@ fn a_tunnel_port_of_ones_own_works() {
 #[test]
 fn keys_changed_every_second_lose_nothing() {
     let red = Red::with_agents(2, &["--rekey-every", "1"]).met();
-    let steady = Steady::start(&red.lab, &red.near, &red.far);
+    let steady = red.steady();
     until(Duration::from_secs(30), "ten rekeys", || tunnel(&red.lab, "h1", "h2").rekeys >= 10);
     let (sent, received) = steady.end(&red.lab, &red.near);
     let drops = ["h1", "h2"].map(|host| ask(&red.lab, host, "GET", "/metrics").1);
@@ -292,8 +314,11 @@ fn a_black_hole_is_found_shown_and_got_around() {
         says(&red.lab, &red.near.path(), &["ping", "-n", "-c", "1", "-W", "1", "-M", "do", "-s", &size, &to])
     };
     assert!(ping(mtu).contains(" 0% packet loss"), "{}", ping(mtu));
-    let text = ping(1400);
-    assert!(text.contains(&format!("mtu = {mtu}")) || text.contains(&format!("mtu={mtu}")), "{text}");
+    // The packet path hears of it a moment after it is shown.
+    until(LIMIT, "a packet that is too large is answered with what fits", || {
+        let text = ping(1400);
+        text.contains(&format!("mtu = {mtu}")) || text.contains(&format!("mtu={mtu}"))
+    });
     let log = std::fs::read_to_string(red.lab.daemon_log("h1", Daemon::Agent)).unwrap();
     assert!(log.contains("vanish on the way without a word"), "{log}");
     drop_nothing(&red.lab, "h2");
@@ -380,9 +405,7 @@ fn a_host_behind_a_nat_begins_is_followed_and_two_behind_different_ones_say_why_
     // The box takes another port: by the next packet from inside the other side knows.
     let path = here.path.unwrap().1;
     red.lab.rebind("h2").unwrap();
-    let took = until(LIMIT, "traffic is back", || {
-        ttl(&red.lab, &red.far.path(), &red.near.ip().to_string()).is_some()
-    });
+    let took = until(LIMIT, "traffic is back", || red.reaches_back());
     println!("rebound: back after {took:?}");
     let now = tunnel(&red.lab, "h1", "h2");
     assert!(now.path.unwrap().1 != path && now.handshakes == here.handshakes, "{now:#?}");
@@ -397,7 +420,6 @@ fn a_host_behind_a_nat_begins_is_followed_and_two_behind_different_ones_say_why_
 fn what_is_behind_a_foreign_peer_is_reached_from_all_hosts_whoever_begins() {
     let others = vec!["office".parse().unwrap()];
     let lab = Lab::up(LabSpec { others, ..spec(2) }).unwrap();
-    let mut watch = Watch::begin(&lab);
     let red = Red::in_lab(lab).met();
     let mut office = Charon::start(&red.lab, "office", "192.168.77.1/24", Settings::default());
     let address = "10.0.0.201".to_owned();
@@ -430,14 +452,13 @@ fn what_is_behind_a_foreign_peer_is_reached_from_all_hosts_whoever_begins() {
     red.lab.check("server", &words).unwrap();
     let behind = "192.168.77.1";
     for from in [&red.near, &red.far] {
-        until(LIMIT, "the office answers", || ttl(&red.lab, &from.path(), behind).is_some());
+        until(LIMIT, "the office answers", || red.watch.pings(&red.lab, &from.path(), behind));
     }
     let status = tunnel(&red.lab, "h1", "office");
     assert!(status.foreign && matches!(status.state, TunnelState::Up { .. }), "{status:#?}");
     assert_eq!(status.path.map(|(ours, theirs)| (ours.port(), theirs.port())), Some((4500, 4500)));
     assert!(office.pings(behind, &red.far.ip().to_string()), "and the office reaches all hosts");
     assert!(!tunnels(&red.lab, "h2").iter().any(|it| it.foreign), "by way of one host");
-    watch.sealed();
 
     // It begins itself, at port 500.
     office.terminate("c").unwrap();
@@ -450,5 +471,4 @@ fn what_is_behind_a_foreign_peer_is_reached_from_all_hosts_whoever_begins() {
         !tunnels(&red.lab, "h1").iter().any(|it| it.foreign)
             && !says(&red.lab, "h1", &["ss", "-uln"]).contains(":500 ")
     });
-    watch.sealed();
 }

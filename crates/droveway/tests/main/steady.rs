@@ -28,6 +28,12 @@ impl Steady {
         Self { child: lab.spawn(from, &command).unwrap(), begun: Instant::now() }
     }
 
+    /// The same with options of ping, the address among them.
+    pub fn start_saying(lab: &Lab, from: &str, options: &[&str]) -> Self {
+        let command = [&["ping", "-n", "-i", "0.05", "-W", "1"], options].concat();
+        Self { child: lab.spawn(from, &command).unwrap(), begun: Instant::now() }
+    }
+
     /// How many were sent and received.
     pub fn end(self, lab: &Lab, from: &Container) -> (u32, u32) {
         self.end_at(lab, &from.path())

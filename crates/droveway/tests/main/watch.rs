@@ -33,6 +33,11 @@ impl Watch {
         &self.canary
     }
 
+    /// The canary as `ping -p` takes it.
+    pub fn pattern(&self) -> String {
+        hex(self.canary.as_bytes())
+    }
+
     /// A ping whose payload is the canary.
     pub fn pings(&self, lab: &Lab, from: &str, to: &str) -> bool {
         self.ping(lab, from, &[to])
@@ -44,7 +49,7 @@ impl Watch {
     }
 
     fn ping(&self, lab: &Lab, from: &str, words: &[&str]) -> bool {
-        let pattern = hex(self.canary.as_bytes());
+        let pattern = self.pattern();
         let ping = ["ping", "-n", "-c", "1", "-W", "1", "-s", "200", "-p", &pattern];
         succeeds(lab, from, &[&ping[..], words].concat())
     }
@@ -168,7 +173,7 @@ fn a_canary_is_found_across_the_segments_of_a_stream_and_the_fragments_of_a_pack
     listener.kill().unwrap();
     listener.wait().unwrap();
     // Larger than the underlay: it comes in fragments, each with many canaries.
-    let pattern = hex(watch.canary().as_bytes());
+    let pattern = watch.pattern();
     lab.check("h1", &["ping", "-c", "1", "-W", "1", "-s", "4000", "-p", &pattern, "10.0.0.6"]).unwrap();
     let report = watch.report();
     assert_eq!(report.finds, 1 + 6, "three fragments each way: {report}");

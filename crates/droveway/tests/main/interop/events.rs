@@ -188,7 +188,8 @@ fn new_keys_by_either_side_lose_no_packet_and_leave_no_old_ones() {
     field.join(&Trust::Psk);
     let mut sa = charon.up(BOX);
     field.up();
-    let steady = Steady::start_with(&field.lab, &field.web.path(), &[], INNER);
+    let steady =
+        Steady::start_saying(&field.lab, &field.web.path(), &["-s", "200", "-p", &watch.pattern(), INNER]);
     let by_gateway = |_: &Charon<'_>| {
         field.lab.check("h1", &["droveway", "tunnel", "rekey", BOX]).unwrap();
     };
