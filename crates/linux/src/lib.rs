@@ -20,7 +20,6 @@ pub mod netns;
 mod nft;
 mod parse;
 mod route;
-pub mod socket;
 mod sysctl;
 mod watch;
 

@@ -1,4 +1,4 @@
-use model::{Block, Host, NetworkSpec, Object as Thing, Revision, Source};
+use model::{Block, Host, NetworkSpec, Object as Thing, Protocol, Revision, Source};
 
 use super::*;
 use crate::{Scope, Step, diff};

@@ -7,6 +7,8 @@ use std::fmt::Write;
 
 use ipnet::IpNet;
 
+use model::SERVICE_ADDRESS;
+
 use crate::object::{Family, HOST_DEVICE_PREFIX, TABLE, Table};
 use crate::transit;
 
@@ -36,11 +38,12 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     }}
     chain untracked {{
         type filter hook prerouting priority raw; policy accept;
-        iifname != "up0" ip saddr POOL ip daddr POOL notrack
+        ip saddr POOL ip daddr POOL th dport != 53 iifname != "up0" notrack
     }}
-    chain publish_in {{
+    chain translated_in {{
         type nat hook prerouting priority dstnat; policy accept;
         iifname "up0" dnat ip to meta l4proto . th dport map @publish
+        iifname "br0" meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {SERVICE_ADDRESS}
     }}
     chain source_nat {{
         type nat hook postrouting priority srcnat; policy accept;
