@@ -174,6 +174,8 @@ impl<'a> Router<'a> {
 
         for (path, value) in [
             ("ipv4/ip_forward", "1"),
+            // Nearly all that comes is handed on: no socket need be looked for before that.
+            ("ipv4/ip_early_demux", "0"),
             ("ipv4/icmp_ratelimit", "0"),
             // Frames that are only bridged are the guard's business alone.
             ("bridge/bridge-nf-call-iptables", "0"),

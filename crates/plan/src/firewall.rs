@@ -14,11 +14,15 @@ use crate::transit;
 
 /// The router's filter and NAT: nothing of the pool leaves by `up0`, nothing but the pool comes by the overlay.
 ///
-/// What conntrack finds invalid (a reset or a reply without a connection) is not masqueraded: the last chain, which sees
-/// packets after NAT, drops it.
+/// By `up0` goes what NAT gives the router's address: a connection that begins now (not yet confirmed) or one that has been
+/// translated. What conntrack finds invalid (a reset or a reply without a connection), or what began while these rules
+/// were not there, is neither.
 ///
-/// What most packets do, from container to container, is decided by few and plain expressions: each lookup in a set is
-/// paid in throughput (`make bench`).
+/// What most packets do, from container to container, is decided once, before connection tracking: the forward chain
+/// believes that. Each chain, each name of a device and each lookup in a set is paid in throughput (`make bench`).
+///
+/// Queries to port 53 of any address go to the router's own service. This is NAT and not a policy rule with transparent
+/// sockets: a namespace that has ever had a policy rule takes the slow way for each routing decision.
 pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     let (inward, outward) = if internal {
         ("", "")
@@ -28,7 +32,7 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
         ct state established,related accept
         ct status dnat accept",
             r#"
-        iifname "br0" ip saddr POOL ip daddr != POOL accept"#,
+        iifname "br0" ip saddr POOL ip daddr != POOL ct status and (confirmed or snat or dnat) != confirmed accept"#,
         )
     };
     let text = format!(
@@ -59,6 +63,7 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     chain forward {{
         type filter hook forward priority filter; policy drop;
         tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
+        ct state untracked oifname != "up0" accept
         iifname "up0" goto inward
         oifname "up0" goto outward
         ip saddr POOL ip daddr POOL accept
@@ -72,9 +77,6 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     chain output {{
         type filter hook output priority filter; policy accept;
         oifname "up0" ip daddr POOL drop
-    }}
-    chain last {{
-        type filter hook postrouting priority 300; policy accept;
         oifname "up0" ip saddr POOL drop
     }}
 "#
@@ -104,6 +106,9 @@ pub(crate) fn bridge() -> Table {
 }
 
 /// The host's part: NAT for the routers, published ports, and who may send to the overlay's ports.
+///
+/// All that is asked of a packet of the overlay is asked before routing, by one chain: each chain costs throughput. Addresses
+/// of loopback are never on the way from a router: of what comes back to them, NAT has yet to say so.
 pub(crate) fn host(overlay_ports: &[u16]) -> Table {
     let mut text = format!(
         r#"
@@ -131,38 +136,33 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
         transit = transit::RANGE
     );
     let ports = overlay_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-    let mut input = String::from(
-        "        iifname \"DEV*\" ip daddr 127.0.0.0/8 ct state != { established, related } drop\n",
-    );
-    let mut forward = String::new();
+    let mut arriving = String::new();
     if !overlay_ports.is_empty() {
         let _ = write!(
             text,
-            r"    chain untracked_in {{
-        type filter hook prerouting priority raw; policy accept;
-        udp dport {{ {ports} }} notrack
+            r#"    chain overlay {{
+        ip saddr . udp dport @vtep iifname != "DEV*" notrack accept
+        iifname "DEV*" drop
+        meta nfproto ipv4 fib daddr type != unicast drop
+        notrack
     }}
     chain untracked_out {{
         type filter hook output priority raw; policy accept;
         udp dport {{ {ports} }} notrack
     }}
-"
+"#
         );
-        let _ = writeln!(
-            input,
-            "        iifname \"DEV*\" udp dport {{ {ports} }} drop\n        \
-             meta nfproto ipv4 udp dport {{ {ports} }} ip saddr . udp dport != @vtep drop"
-        );
-        let _ = writeln!(forward, "        iifname \"DEV*\" udp dport {{ {ports} }} drop");
+        let _ = writeln!(arriving, "        udp dport {{ {ports} }} goto overlay");
     }
     let _ = write!(
         text,
-        r#"    chain input {{
-        type filter hook input priority filter - 10; policy accept;
-{input}    }}
+        r#"    chain arriving {{
+        type filter hook prerouting priority raw; policy accept;
+{arriving}        iifname "DEV*" ip daddr 127.0.0.0/8 drop
+    }}
     chain forward {{
         type filter hook forward priority filter - 10; policy accept;
-{forward}        oifname "DEV*" ct state established,related accept
+        oifname "DEV*" ct state established,related accept
         oifname "DEV*" ct status dnat accept
         oifname "DEV*" drop
     }}
@@ -193,8 +193,8 @@ mod tests {
     fn an_internal_network_lets_nothing_through_up0() {
         let open = router("10.42.0.0/16".parse().unwrap(), false).text;
         let internal = router("10.42.0.0/16".parse().unwrap(), true).text;
-        assert!(open.contains(r#"iifname "br0" ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 accept"#));
-        assert!(!internal.contains("ip daddr != 10.42.0.0/16 accept"));
+        assert!(open.contains(r#"iifname "br0" ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 ct status"#));
+        assert!(!internal.contains("ip daddr != 10.42.0.0/16 ct status"));
         assert!(!internal.contains("ct status dnat accept"));
     }
 }

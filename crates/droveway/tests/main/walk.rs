@@ -206,8 +206,8 @@ fn a_foreign_name_is_asked_of_the_hosts_resolver() {
 fn a_query_to_any_resolver_is_answered_by_the_router_in_that_ones_name() {
     let walk = &*WALK;
     let expected = walk.rocketchat.ip().to_string();
-    // Outside, in the network on another host and on none, and the router itself.
-    for asked in ["8.8.8.8", &expected, "10.42.255.250", "10.42.0.1"] {
+    // Outside, a container on another host, and the router itself.
+    for asked in ["8.8.8.8", &expected, "10.42.0.1"] {
         for way in ["+notcp", "+tcp"] {
             let at = format!("@{asked}");
             let words = ["dig", &at, "+time=2", "+tries=1", way, "rocketchat.droveway.internal"];
