@@ -9,7 +9,8 @@
 //! newest zone for each question; [`Forwarder`] asks the host's own resolvers from the host's own namespace.
 //!
 //! Invariants: a new zone never closes a socket; a name below our own domain never leaves the host; an answer comes
-//! from the address that was asked (the router's NAT sees to it). RFC 1035, 2181, 2308, 6891 (EDNS(0)), 7766 (TCP), 8020, 8482, 5625 (forwarding).
+//! from the address that was asked (the router's NAT sees to it). RFC 1035, 2181, 2308, 6891 (EDNS(0)), 7766 (TCP), 8020,
+//! 8482, 5625 (forwarding).
 
 mod budget;
 mod forward;
