@@ -116,6 +116,17 @@ look "the managed address is Docker's own"
 show on h1 -- docker network ls
 look "the managed network is there without anybody having made it"
 
+title "What the underlay sees"
+secret="canary-$RANDOM$RANDOM"
+on h2 -- docker exec mongo sh -c "echo $secret >/www/secret"
+show "$droveway" lab --lab $lab capture --find "$secret" -- \
+  "$droveway" lab --lab $lab exec h1 -- docker exec rocketchat wget -qO - http://mongo:27017/secret
+look "rocketchat (h1) got $secret from mongo (h2); a capture of the whole underlay saw ESP, and not that text"
+
+title "The tunnel, as h1 sees it"
+show on h1 -- droveway tunnel ls
+show on h1 -- droveway tunnel inspect h2
+
 title "What the cluster says of itself"
 show "$droveway" lab --lab $lab exec server -- droveway endpoint ls
 show "$droveway" lab --lab $lab exec server -- droveway host ls
@@ -125,6 +136,7 @@ cat <<EOF
 ${bold}Go on by hand${off} (as root, in this directory):
   $droveway lab --lab $lab exec h1 -- docker run --rm --network managed app:demo ping -c 3 mongo
   $droveway lab --lab $lab exec h1 -- droveway status
+  $droveway lab --lab $lab exec h1 -- droveway tunnel rekey h2
   $droveway lab --lab $lab exec server -- droveway network create red --subnet 10.43.0.0/16
   $droveway lab --lab $lab cut h1 h2        # and: heal
   make demo-down                             # take it all away

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
 # Installs with apt what is missing of what the given purposes need. Purposes: run, test, demo, bench.
+# Nothing that is installed is ever removed for it.
 set -euo pipefail
+cd "$(dirname "$0")/.."
 
 declare -A packages=(
   [run]="nftables iproute2"
   [build]="build-essential cmake pkg-config"
-  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq arping"
+  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq arping strongswan-swanctl charon-systemd libstrongswan-standard-plugins
+    libstrongswan-extra-plugins libcharon-extra-plugins"
   [demo]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq"
   [bench]="nftables iproute2 iptables iputils-ping iperf3 busybox-static util-linux procps jq"
 )
@@ -20,18 +23,24 @@ missing=()
 for package in "${wanted[@]}"; do
   dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
 done
-[ "${#missing[@]}" -eq 0 ] && exit 0
+# Tests of interoperation boot a Debian kernel in qemu. Where either cannot be had they say so and are counted as skipped.
+kernel=${CARGO_TARGET_DIR:-target}/guest-kernel
+guest=no
+case " $* " in *" test "*)
+  if ! command -v qemu-system-x86_64 >/dev/null || [ ! -e "$kernel/vmlinuz" ]; then guest=yes; fi ;;
+esac
+[ "${#missing[@]}" -gt 0 ] || [ $guest = yes ] || exit 0
 
 if ! command -v apt-get >/dev/null; then
+  [ "${#missing[@]}" -gt 0 ] || { echo "no apt-get: tests that need a guest's kernel will be skipped" >&2; exit 0; }
   echo "error: ${missing[*]} are needed and apt-get is not here; install them by hand" >&2
   exit 1
 fi
 sudo=()
 if [ "$(id -u)" -ne 0 ]; then
-  command -v sudo >/dev/null || { echo "error: install ${missing[*]} as root first" >&2; exit 1; }
+  command -v sudo >/dev/null || { echo "error: install ${missing[*]:-qemu-system-x86} as root first" >&2; exit 1; }
   sudo=(sudo)
 fi
-echo "installing with apt: ${missing[*]}" >&2
 # A service that a package brings (docker.io its engine) has no business starting on a machine that only builds.
 policy=/usr/sbin/policy-rc.d
 made=no
@@ -40,7 +49,36 @@ if [ ! -e $policy ] && [ ! -d /run/systemd/system ]; then
   "${sudo[@]}" chmod +x $policy
   made=yes
 fi
-cleanup() { [ "$made" = no ] || "${sudo[@]}" rm -f $policy; }
+scratch=$(mktemp -d)
+cleanup() {
+  rm -rf "$scratch"
+  [ "$made" = no ] || "${sudo[@]}" rm -f $policy
+}
 trap cleanup EXIT
+install() {
+  echo "installing with apt: $*" >&2
+  DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends --no-remove "$@" >/dev/null
+}
+# The kernel of the package, and of its modules those that a guest may load: unpacked, not installed.
+unpack_kernel() {
+  local package
+  package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends: linux-image-/ { print $2; exit }')
+  [ -n "$package" ] || return 1
+  echo "unpacking $package for guests" >&2
+  (cd "$scratch" && apt-get download -qq "$package" 2>/dev/null && dpkg-deb -x ./*.deb .) || return 1
+  local modules
+  modules=$(echo "$scratch"/lib/modules/*/kernel)
+  mkdir -p "$kernel/modules"
+  cp -a "$modules"/{crypto,arch,net,lib} "$kernel/modules/"
+  cp -a "$modules"/drivers/{net,virtio} "$kernel/modules/"
+  cp "$scratch"/boot/vmlinuz-* "$kernel/vmlinuz"
+}
+
 "${sudo[@]}" apt-get update -qq
-DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+[ "${#missing[@]}" -eq 0 ] || install "${missing[@]}"
+if [ $guest = yes ]; then
+  command -v qemu-system-x86_64 >/dev/null || install qemu-system-x86 ||
+    echo "qemu-system-x86 cannot be installed here: tests that need a guest will be skipped" >&2
+  [ -e "$kernel/vmlinuz" ] || unpack_kernel ||
+    echo "linux-image-cloud-amd64 cannot be had here: tests that need a guest will be skipped" >&2
+fi

@@ -1,63 +1,78 @@
 //! What this host still has to tell the server. Pure: the difference between the ledger and the snapshot, so nothing
 //! has to be remembered, and nothing is lost by a restart of either side.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
 use model::{Block, Claim, Endpoint, EndpointId, NetworkId};
 
-use crate::View;
 use crate::book::Book;
+use crate::view::Router;
 
 /// What to tell the server.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Chores {
     /// Endpoints it does not know, or knows otherwise.
-    pub(crate) put: Vec<Endpoint>,
+    pub(crate) put: Vec<Arc<Endpoint>>,
     /// Endpoints of this host that are gone.
     pub(crate) delete: Vec<EndpointId>,
     /// Claims no endpoint has.
     pub(crate) release: Vec<Claim>,
     /// Blocks of networks that are not used here any more.
     pub(crate) give_back: Vec<Block>,
-    /// Networks of which another block should be fetched before it is needed, with how many there are.
+    /// Networks of which another block should be fetched before it is needed, or the first for a router that speaks to
+    /// foreign peers, with how many there are.
     pub(crate) lease: Vec<(NetworkId, usize)>,
 }
 
 impl Chores {
-    pub(crate) fn of(view: &View, book: &Book, lingers: impl Fn(&NetworkId) -> bool) -> Self {
-        if view.epoch.is_none() {
+    pub(crate) fn of(
+        book: &Book,
+        routers: &BTreeMap<NetworkId, Router>,
+        lingers: impl Fn(&NetworkId) -> bool,
+    ) -> Self {
+        if book.epoch.is_none() {
             return Self::default();
         }
-        let catalog = &view.catalog;
-        let known = |endpoint: &&Endpoint| catalog.networks.contains_key(&endpoint.network);
-        let put =
-            view.local.values().filter(known).filter(|e| catalog.endpoints.get(&e.id) != Some(e)).cloned();
-        let delete = catalog
-            .endpoints
-            .values()
-            .filter(|endpoint| endpoint.host == view.host && !view.local.contains_key(&endpoint.id))
-            .map(|endpoint| endpoint.id.clone());
+        let catalog = &book.catalog;
+        let (mut put, mut delete) = (Vec::new(), Vec::new());
+        for id in book.differing() {
+            match book.record(id) {
+                // The server knows, or soon says, of an endpoint's network; of one that is gone there is nothing to tell.
+                Some(record) if catalog.networks.contains_key(&record.endpoint.network) => {
+                    put.push(Arc::clone(&record.endpoint));
+                }
+                Some(_) => {}
+                None => delete.push(id.clone()),
+            }
+        }
         let release = catalog
             .claims
             .values()
-            .filter(|claim| claim.host == view.host && !book.is_used(&claim.network, claim.address))
+            .filter(|claim| claim.host == book.host && !book.is_used(&claim.network, claim.address))
             .cloned();
-        let idle = |network: &NetworkId| !book.uses_addresses(network) && !lingers(network);
+        let gateway: BTreeSet<&NetworkId> = catalog.gateway_of(&book.host).collect();
+        let idle = |network: &NetworkId| {
+            !book.uses_addresses(network) && !lingers(network) && !gateway.contains(network)
+        };
         let mut give_back: Vec<Block> = catalog
             .blocks
             .values()
             .filter(|block| {
-                block.host == view.host && idle(&block.network) && !view.routers.contains_key(&block.network)
+                block.host == book.host && idle(&block.network) && !routers.contains_key(&block.network)
             })
             .cloned()
             .collect();
         // The oldest block holds the router's address: it goes last.
         give_back.sort_by_key(|block| std::cmp::Reverse(block.leased));
-        let lease = view
-            .routers
+        let low = routers
             .keys()
             .filter(|network| book.uses_addresses(network))
-            .filter_map(|network| Some((network.clone(), book.low(network)?)))
-            .collect();
-        Self { put: put.collect(), delete: delete.collect(), release: release.collect(), give_back, lease }
+            .filter_map(|network| Some((network.clone(), book.low(network)?)));
+        // A router that speaks to foreign peers needs an address, also where no endpoint is.
+        let bare = gateway.iter().filter(|network| catalog.router_address(network, &book.host).is_none());
+        let lease = low.chain(bare.map(|network| ((*network).clone(), 0))).collect();
+        Self { put, delete, release: release.collect(), give_back, lease }
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -321,3 +321,7 @@ impl Control {
         answer.await.map_err(|_| ApiError::new(ErrorCode::Unavailable, "the agent is stopping; try again"))
     }
 }
+
+#[cfg(test)]
+#[path = "control_tests.rs"]
+mod tests;

@@ -19,7 +19,9 @@ pub struct Pool<'a> {
     pub geometry: Geometry,
     /// This host's blocks.
     pub blocks: &'a [IpNet],
-    /// What endpoints, reservations and the router have.
+    /// What the router has, where it is not among them.
+    pub router: Option<IpAddr>,
+    /// What endpoints and reservations have.
     pub used: &'a BTreeSet<IpAddr>,
     /// When addresses were last released.
     pub released: &'a BTreeMap<(NetworkId, IpAddr), UnixMillis>,
@@ -50,10 +52,14 @@ impl Pool<'_> {
     }
 
     fn free(&self) -> impl Iterator<Item = IpAddr> + '_ {
-        self.blocks
-            .iter()
-            .flat_map(|block| self.geometry.addresses(*block))
-            .filter(|address| !self.used.contains(address) && !odd(*address))
+        self.blocks.iter().flat_map(move |block| {
+            // Both go up: each is walked once.
+            let mut used = self.used.range(block.network()..=block.broadcast()).copied().peekable();
+            self.geometry.addresses(*block).filter(move |address| {
+                while used.next_if(|used| used < address).is_some() {}
+                used.peek() != Some(address) && Some(*address) != self.router && !odd(*address)
+            })
+        })
     }
 }
 
@@ -91,6 +97,7 @@ mod tests {
                 network: &self.network,
                 geometry: self.geometry,
                 blocks: &self.blocks,
+                router: None,
                 used: &self.used,
                 released: &self.released,
             }

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use model::{
     Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Name, NetworkId, Object, Revision,
@@ -53,7 +54,7 @@ pub struct Identity {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     /// The endpoint, as all may know it.
-    pub endpoint: Endpoint,
+    pub endpoint: Arc<Endpoint>,
     /// What its engine calls it.
     #[serde(default)]
     pub foreign: Option<String>,
@@ -157,18 +158,22 @@ impl Ledger {
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "cache_size", -1024)?;
+        // A ledger that is there is opened without writing: also where the disk is full.
+        if application == APPLICATION_ID {
+            return Ok(());
+        }
         db.execute_batch(&format!(
             "BEGIN IMMEDIATE;
              PRAGMA application_id = {APPLICATION_ID};
              PRAGMA user_version = {FORMAT};
-             CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS object (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS record (id TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS reservation (network TEXT, address TEXT, PRIMARY KEY (network, address))
+             CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE object (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE record (id TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+             CREATE TABLE reservation (network TEXT, address TEXT, PRIMARY KEY (network, address))
                  WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS released (network TEXT, address TEXT, at INTEGER NOT NULL,
+             CREATE TABLE released (network TEXT, address TEXT, at INTEGER NOT NULL,
                  PRIMARY KEY (network, address)) WITHOUT ROWID;
-             CREATE TABLE IF NOT EXISTS slot (network TEXT PRIMARY KEY, slot INTEGER NOT NULL) WITHOUT ROWID;
+             CREATE TABLE slot (network TEXT PRIMARY KEY, slot INTEGER NOT NULL) WITHOUT ROWID;
              COMMIT;"
         ))
     }
@@ -427,7 +432,7 @@ mod tests {
 
     fn record(seed: u8, address: &str) -> Record {
         Record {
-            endpoint: Endpoint {
+            endpoint: Arc::new(Endpoint {
                 id: EndpointId::from_random([seed; 8]),
                 network: NetworkId::from_random([1; 8]),
                 host: HostId::from_random([2; 8]),
@@ -443,7 +448,7 @@ mod tests {
                 ports: vec![],
                 healthy: true,
                 created: 7,
-            },
+            }),
             foreign: None,
             sandbox: None,
         }

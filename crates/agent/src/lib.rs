@@ -9,6 +9,7 @@
 mod book;
 mod chores;
 pub mod control;
+pub mod dataplane;
 pub mod docker;
 mod ipam;
 mod ledger;
@@ -20,6 +21,7 @@ mod routers;
 pub mod server;
 pub mod socket;
 pub mod tls;
+pub mod tunnels;
 pub mod underlay;
 pub mod view;
 
@@ -76,6 +78,8 @@ pub struct Config {
     pub docker_plugin: PathBuf,
     /// Resolvers for names that are not ours; those of `/etc/resolv.conf` if empty.
     pub forwarders: Vec<IpAddr>,
+    /// How tunnels to other hosts are to be.
+    pub tunnels: tunnels::Settings,
 }
 
 /// Runs the agent until `shutdown`. Networks go on as they are when it ends.
@@ -102,7 +106,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     };
     tracing::info!(host = %identity.host, name = %identity.name, server = identity.server, "this host");
 
-    let candidates = underlay::candidates(&config.underlay, Some(&identity.server))?;
+    let candidates = underlay::candidates(&config.underlay, config.tunnels.port, Some(&identity.server))?;
     let server = Server::of(&identity).map_err(internal)?;
     let kernel = linux::Kernel::open(std::path::Path::new(NETNS_DIR)).map_err(internal)?;
     let waker = kernel.waker();
@@ -119,6 +123,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         .name("reconcile".to_owned())
         .spawn(move || drop(ended_tx.send(reconciler.run())))
         .map_err(internal)?;
+
+    let (tunnels, running) = tunnels::start(config.tunnels.clone(), &identity, control.views())?;
 
     let report = HostReport {
         candidates: candidates.clone(),
@@ -139,6 +145,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         connection: connection.clone(),
         candidates,
         docker,
+        tunnels: tunnels.clone(),
     };
 
     let upstreams = if config.forwarders.is_empty() {
@@ -150,12 +157,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let forwarder = Arc::new(names::Forwarder::new(upstreams, own));
 
     let addresses = context.candidates.clone();
+    let addresses_changed = report.clone();
     let link = link::Link { server, control: control.clone(), connection: connection_tx, chores, report };
 
     let outcome = tokio::select! {
         served = socket::serve(listener, context) => served.map_err(internal),
         () = link.keep(identity.clone(), addresses) => Ok(()),
         () = routers::serve(control.clone(), forwarder) => Ok(()),
+        () = tunnels.follow(control.views(), addresses_changed) => Err(internal("the tunnels ended unexpectedly; the log says why")),
         () = follow_underlay(&config, &identity, &control, &candidates_tx, &report_tx) => Ok(()),
         () = follow_docker(&config, control.clone(), docker_tx) => Ok(()),
         ended = ended => match ended {
@@ -164,6 +173,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         },
         () = &mut shutdown => Ok(()),
     };
+    drop(tokio::task::spawn_blocking(move || running.stop()).await);
     control.send(Command::Stop);
     drop(tokio::task::spawn_blocking(move || thread.join()).await);
     outcome
@@ -202,7 +212,7 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
             token,
             environment: &config.environment,
             name: &name,
-            candidates: underlay::candidates(&config.underlay, Some(url))?,
+            candidates: underlay::candidates(&config.underlay, config.tunnels.port, Some(url))?,
             labels: config.labels.clone(),
             routes: underlay::routes()?,
         });
@@ -244,7 +254,10 @@ async fn follow_underlay(
     loop {
         every.tick().await;
         // No address at all, while a cable is out, is no news worth acting on: the last ones stay.
-        let Ok(found) = underlay::candidates(&config.underlay, Some(&identity.server)) else { continue };
+        let Ok(found) = underlay::candidates(&config.underlay, config.tunnels.port, Some(&identity.server))
+        else {
+            continue;
+        };
         let changed = candidates.send_if_modified(|known| {
             let changed = *known != found;
             known.clone_from(&found);

@@ -167,7 +167,7 @@ struct Teller {
     server: Server,
     control: Control,
     /// What was told and is not in the snapshot yet.
-    told: BTreeMap<EndpointId, (Instant, Option<Endpoint>)>,
+    told: BTreeMap<EndpointId, (Instant, Option<Arc<Endpoint>>)>,
     /// Since when something has been idle, by its name.
     idle: BTreeMap<String, Instant>,
 }
@@ -197,7 +197,7 @@ impl Teller {
             match self.server.lease(network.clone(), *held).await {
                 Ok(block) => self.control.send(Command::Leased { block }),
                 // What is free is enough for now; an attach that finds none says so.
-                Err(error) if error.code == ErrorCode::Exhausted => {}
+                Err(error) if error.code == ErrorCode::Exhausted && *held > 0 => {}
                 Err(error) => drop(refusal_is_kept(Err(error), &mut first)?),
             }
         }

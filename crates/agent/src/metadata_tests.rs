@@ -174,9 +174,12 @@ async fn http_on_a_socket_keeps_its_connection_follows_the_view_and_is_bounded()
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let mut first = walked();
-    first.local.values_mut().for_each(|endpoint| endpoint.addresses = vec![address.ip()]);
+    first.local.values_mut().for_each(|endpoint| Arc::make_mut(endpoint).addresses = vec![address.ip()]);
     let mut second = first.clone();
-    second.local.values_mut().for_each(|endpoint| endpoint.name = Some("renamed".parse().unwrap()));
+    second
+        .local
+        .values_mut()
+        .for_each(|endpoint| Arc::make_mut(endpoint).name = Some("renamed".parse().unwrap()));
     let (views, receiver) = watch::channel(Arc::new(first));
     let task = tokio::spawn(serve(listener, network(), receiver));
     let client = move |swap: &dyn Fn()| {

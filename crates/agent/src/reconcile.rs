@@ -13,6 +13,7 @@ use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use linux::{Kernel, Woken};
+use model::agent_api::{AttachRequest, Attached};
 use model::api::{ApiError, ErrorCode};
 use model::{Change, EndpointId, NetworkId, Object, Watch};
 use nix::errno::Errno;
@@ -20,7 +21,7 @@ use plan::object::{Ifname, Set};
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
 
-use crate::book::{Book, handed, unwritten};
+use crate::book::{self, Book, handed, unwritten};
 use crate::chores::Chores;
 use crate::control::{Command, Handed, Refusal};
 use crate::ledger::Sandbox;
@@ -47,6 +48,9 @@ pub(crate) struct Reconciler {
     /// Networks without endpoints whose routers stay until then.
     lingering: BTreeMap<NetworkId, Instant>,
     generations: BTreeMap<NetworkId, u64>,
+    /// The same for their TUN devices.
+    tuns: BTreeMap<NetworkId, u64>,
+    tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
     /// What the kernel refuses now.
     refused: Vec<String>,
@@ -79,6 +83,8 @@ impl Reconciler {
             chores,
             lingering: BTreeMap::new(),
             generations: BTreeMap::new(),
+            tuns: BTreeMap::new(),
+            tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
             refused: Vec::new(),
             troubles: VecDeque::new(),
@@ -163,11 +169,7 @@ impl Reconciler {
                 drop(reply.send(outcome));
             }
             Command::Attach { id, request, reply } => {
-                let outcome = self.book.attach(&id, *request).and_then(|attached| {
-                    self.put_up(&id, None)?;
-                    Ok(attached)
-                });
-                drop(reply.send(outcome));
+                drop(reply.send(self.attach(&id, *request)));
             }
             Command::Detach { id, reply } => {
                 let outcome = match self.book.record(&id) {
@@ -207,6 +209,24 @@ impl Reconciler {
     }
 
     // ---- requests that touch the kernel ----
+
+    fn attach(&mut self, id: &EndpointId, request: AttachRequest) -> Result<Attached, Refusal> {
+        let inode = book::inode(&request.netns)?;
+        if let Some(whose) = self.kernel.whose(inode) {
+            let whose = match whose {
+                Place::Host => "this host's own network namespace",
+                Place::Router(_) => "the network namespace of a router of Droveway",
+            };
+            let message = format!(
+                "{} is {whose}; attach a container's: /run/netns/NAME, or /proc/PID/ns/net of a process in it",
+                request.netns.display()
+            );
+            return Err(ApiError::new(ErrorCode::Invalid, message).into());
+        }
+        let attached = self.book.attach(id, request, inode)?;
+        self.put_up(id, None)?;
+        Ok(attached)
+    }
 
     fn join(&mut self, foreign: &str, sandbox: PathBuf) -> Result<Handed, Refusal> {
         let id = self.book.by_foreign(foreign).cloned().ok_or_else(|| unknown(foreign))?;
@@ -365,6 +385,10 @@ impl Reconciler {
                 self.troubles.push_back(error.message);
             }
         }
+        let tunnels = plan::tunnels(&self.book.catalog, &self.book.local_of(None));
+        if *self.tunnels != tunnels {
+            self.tunnels = Arc::new(tunnels);
+        }
         let had_routers = self.has_routers();
         self.wanted = self.work_out(except);
         if !had_routers && self.has_routers() {
@@ -410,11 +434,17 @@ impl Reconciler {
             for step in &steps {
                 tracing::debug!(?step, "apply");
                 match self.kernel.apply(step) {
-                    Ok(()) => {
-                        if let Step::Add(Place::Router(network), Key::Netns, _) = step {
+                    Ok(()) => match step {
+                        Step::Add(Place::Router(network), Key::Netns, _) => {
                             *self.generations.entry(network.clone()).or_default() += 1;
                         }
-                    }
+                        Step::Add(Place::Router(network), Key::Link(name), _)
+                            if name.as_str() == plan::TUN =>
+                        {
+                            *self.tuns.entry(network.clone()).or_default() += 1;
+                        }
+                        Step::Add(..) | Step::Change(..) | Step::Remove(..) => {}
+                    },
                     Err(error) => refused.push(error.to_string()),
                 }
             }
@@ -458,6 +488,7 @@ impl Reconciler {
             .records()
             .map(|record| record.endpoint.network.clone())
             .chain(self.lingering.keys().cloned())
+            .chain(self.book.catalog.gateway_of(&self.book.host).cloned())
             .collect();
         for network in &routers {
             if self.book.catalog.networks.contains_key(network)
@@ -517,7 +548,7 @@ impl Reconciler {
         self.unpublished = false;
         self.last_published = Instant::now();
         let view = self.view();
-        let chores = Chores::of(&view, &self.book, |network| self.lingering.contains_key(network));
+        let chores = Chores::of(&self.book, &view.routers, |network| self.lingering.contains_key(network));
         self.published.send_replace(Arc::new(view));
         self.chores.send_replace(Arc::new(chores));
         self.publish_pause = PUBLISH_EVERY.max(self.last_published.elapsed() * PUBLISH_SHARE);
@@ -526,31 +557,28 @@ impl Reconciler {
     fn view(&self) -> View {
         let book = &self.book;
         let local = book.local_of(None);
-        let observed = self.kernel.state();
-        let routers = observed
-            .iter()
-            .filter_map(|((place, _), object)| match (place, object) {
-                (Place::Router(network), plan::Object::Netns { name }) => {
-                    Some((network.clone(), name.clone()))
-                }
-                _ => None,
-            })
+        let routers = self
+            .kernel
+            .routers()
             .filter_map(|(id, netns)| {
-                let network = book.catalog.networks.get(&id)?;
-                let slot = local.routers.get(&id).copied()?;
+                let network = book.catalog.networks.get(id)?;
+                let slot = local.routers.get(id).copied()?;
+                let tun = (Place::Router(id.clone()), Key::Link(Ifname::new(plan::TUN)));
+                let tun = self.kernel.state().contains_key(&tun);
                 let router = Router {
-                    netns,
-                    generation: self.generations.get(&id).copied().unwrap_or_default(),
-                    address: book.catalog.router_address(&id, &book.host),
+                    netns: netns.to_owned(),
+                    generation: self.generations.get(id).copied().unwrap_or_default(),
+                    address: book.catalog.router_address(id, &book.host),
                     transit: plan::transit::pair(slot).1,
                     mtu: plan::network_mtu(&book.catalog, &local, network),
+                    tun: tun.then(|| self.tuns.get(id).copied().unwrap_or_default()),
                     converged: !self.unconverged.contains(&Place::Router(id.clone())),
                 };
-                Some((id, router))
+                Some((id.clone(), router))
             })
             .collect();
         let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
-        View { routers, troubles, ..View::from_book(book) }
+        View { routers, troubles, tunnels: self.tunnels.clone(), ..View::from_book(book) }
     }
 }
 

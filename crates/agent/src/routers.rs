@@ -13,7 +13,7 @@ use model::{NetworkId, SERVICE_ADDRESS};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::names::{Forwarder, Zone};
+use crate::names::{Forwarder, Zones};
 use crate::view::View;
 use crate::{Control, NETNS_DIR, metadata, names};
 
@@ -34,11 +34,10 @@ pub(crate) async fn serve(control: Control, forwarder: Arc<Forwarder>) {
         });
         let mut failed = false;
         for (id, router) in &view.routers {
-            if let Some(one) = running.get(id) {
-                one.zone.send_replace(Arc::new(Zone::new(&view, id)));
+            if running.contains_key(id) {
                 continue;
             }
-            match Running::start(&view, id, router.generation, &router.netns, &forwarder, &views) {
+            match Running::start(id, router.generation, &router.netns, &forwarder, &views) {
                 Ok(one) => drop(running.insert(id.clone(), one)),
                 Err(error) => {
                     // The namespace may be half made still; the next look is soon.
@@ -56,13 +55,11 @@ pub(crate) async fn serve(control: Control, forwarder: Arc<Forwarder>) {
 
 struct Running {
     generation: u64,
-    zone: watch::Sender<Arc<Zone>>,
     tasks: Vec<JoinHandle<()>>,
 }
 
 impl Running {
     fn start(
-        view: &Arc<View>,
         id: &NetworkId,
         generation: u64,
         netns: &str,
@@ -74,7 +71,7 @@ impl Running {
         let udp = netns.run(|| UdpSocket::bind((SERVICE_ADDRESS, 53)))??;
         let tcp = netns.run(|| TcpListener::bind((SERVICE_ADDRESS, 53)))??;
         let http = netns.run(|| TcpListener::bind((SERVICE_ADDRESS, 80)))??;
-        let (zone, zones) = watch::channel(Arc::new(Zone::new(view, id)));
+        let zones = Arc::new(Zones::new(views.clone(), id.clone()));
         let names = names::serve(udp, tcp, zones, forwarder.clone());
         let metadata = metadata::serve(http, id.clone(), views.clone());
         let tasks = vec![
@@ -87,7 +84,7 @@ impl Running {
                 tracing::warn!("metadata: {error}");
             }),
         ];
-        Ok(Self { generation, zone, tasks })
+        Ok(Self { generation, tasks })
     }
 }
 

@@ -1,24 +1,28 @@
-//! The agent's Unix socket: attach, detach, look (`model::agent_api`).
+//! The agent's Unix socket: attach, detach, look, tunnels (`model::agent_api`).
 
+use std::fmt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Bytes;
+use axum::extract::connect_info::Connected;
 use axum::extract::{DefaultBodyLimit, Path as UrlPath, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get};
+use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use model::agent_api::{AgentStatus, AttachRequest, Connection, DockerStatus, path};
 use model::api::{ApiError, ErrorCode};
 use model::{EndpointId, agent_api};
 use tokio::net::UnixListener;
+use tokio::net::unix::UCred;
 use tokio::sync::watch;
 
-use crate::names;
-use crate::{Control, VERSION};
+use crate::tunnels::Tunnels;
+use crate::{Control, VERSION, names, tunnels};
 
 /// What the socket tells besides what control knows.
 #[derive(Clone)]
@@ -28,6 +32,27 @@ pub(crate) struct Context {
     pub(crate) connection: watch::Receiver<Connection>,
     pub(crate) candidates: watch::Receiver<Vec<model::Candidate>>,
     pub(crate) docker: watch::Receiver<DockerStatus>,
+    pub(crate) tunnels: Tunnels,
+}
+
+/// The process at the other end of a connection, as the kernel has it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Asker(Option<UCred>);
+
+impl Connected<IncomingStream<'_, UnixListener>> for Asker {
+    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
+        Self(stream.io().peer_cred().ok())
+    }
+}
+
+impl fmt::Display for Asker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.map(|it| (it.uid(), it.pid())) {
+            Some((uid, Some(pid))) => write!(f, "uid {uid} (process {pid})"),
+            Some((uid, None)) => write!(f, "uid {uid}"),
+            None => f.write_str("somebody"),
+        }
+    }
 }
 
 /// Makes the socket at `path`, mode 0600; one that a killed agent left behind is replaced.
@@ -56,6 +81,7 @@ pub(crate) async fn serve(listener: UnixListener, context: Context) -> std::io::
         .route(path::STATUS, get(status))
         .route(path::ENDPOINTS, get(list).post(attach))
         .route(path::ENDPOINT, delete(detach))
+        .merge(tunnels::http::routes())
         .fallback(|| async {
             Refused(ApiError::new(
                 ErrorCode::NotFound,
@@ -74,10 +100,10 @@ pub(crate) async fn serve(listener: UnixListener, context: Context) -> std::io::
             Duration::from_secs(60),
         ))
         .with_state(Arc::new(context));
-    axum::serve(listener, routes).await
+    axum::serve(listener, routes.into_make_service_with_connect_info::<Asker>()).await
 }
 
-struct Refused(ApiError);
+pub(crate) struct Refused(ApiError);
 
 impl IntoResponse for Refused {
     fn into_response(self) -> Response {

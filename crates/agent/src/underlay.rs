@@ -18,9 +18,10 @@ pub struct Wish {
 const VIRTUAL: [&str; 9] = ["lo", "docker", "br-", "veth", "cni", "podman", "dw", "dv", "virbr"];
 
 /// The candidates, best first: what was said, else the source address of the route to the server, else what is on the
-/// host's interfaces.
-pub fn candidates(wish: &Wish, server: Option<&str>) -> Result<Vec<Candidate>, ApiError> {
+/// host's interfaces. `port` is the UDP port of this host's tunnels.
+pub fn candidates(wish: &Wish, port: u16, server: Option<&str>) -> Result<Vec<Candidate>, ApiError> {
     let all = linux::host::addresses().map_err(|e| ApiError::new(ErrorCode::Internal, e.to_string()))?;
+    let port = (port != model::TUNNEL_PORT).then_some(port);
     let usable = |address: &IpAddr| match address {
         IpAddr::V4(a) => !a.is_loopback() && !a.is_link_local() && !a.is_unspecified() && !a.is_multicast(),
         IpAddr::V6(a) => {
@@ -43,7 +44,7 @@ pub fn candidates(wish: &Wish, server: Option<&str>) -> Result<Vec<Candidate>, A
         } else {
             Source::Interface
         };
-        found.push(Candidate { address: one.address, port: None, mtu: one.mtu, source });
+        found.push(Candidate { address: one.address, port, mtu: one.mtu, source });
     }
     let said = wish.address.map(|a| a.to_string()).or_else(|| wish.interface.clone());
     if let Some(said) = said
@@ -56,7 +57,7 @@ pub fn candidates(wish: &Wish, server: Option<&str>) -> Result<Vec<Candidate>, A
             return Err(ApiError::new(ErrorCode::Invalid, message));
         };
         let mtu = found.first().map_or(1500, |candidate| candidate.mtu);
-        found.push(Candidate { address, port: None, mtu, source: Source::Given });
+        found.push(Candidate { address, port, mtu, source: Source::Given });
     }
     // IPv4 before IPv6 among equals: most underlays have it, and a mixed pair of hosts needs one in common.
     found.sort_by_key(|candidate| (candidate.source, candidate.address.is_ipv6(), candidate.address));

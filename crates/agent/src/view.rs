@@ -1,9 +1,11 @@
 //! What the agent knows, as one immutable value: read by names, metadata, Docker and the socket.
 //!
-//! The reconciler publishes a new view after it has changed anything; readers hold the one they began with.
+//! The reconciler publishes a new view after it has changed anything; readers hold the one they began with. Views share
+//! their endpoints, so that one that differs in one endpoint costs little.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 
 use model::{Catalog, Endpoint, EndpointId, Epoch, HostId, Name, Network, NetworkId, Revision, agent_api};
 
@@ -25,9 +27,11 @@ pub struct View {
     /// The server's state, as last heard.
     pub catalog: Catalog,
     /// The endpoints of this host, from the ledger. They are right where the catalog is behind.
-    pub local: BTreeMap<EndpointId, Endpoint>,
+    pub local: BTreeMap<EndpointId, Arc<Endpoint>>,
     /// The routers on this host.
     pub routers: BTreeMap<NetworkId, Router>,
+    /// The tunnels that this host should have; the same value as before where none changed.
+    pub tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     /// What the kernel refused lately, newest last.
     pub troubles: Vec<String>,
 }
@@ -45,6 +49,8 @@ pub struct Router {
     pub transit: Ipv4Addr,
     /// Inner MTU, bytes.
     pub mtu: u32,
+    /// Grows when the overlay's TUN device is made anew; `None` while there is none.
+    pub tun: Option<u64>,
     /// Whether the kernel shows all that should be there.
     pub converged: bool,
 }
@@ -59,8 +65,9 @@ impl View {
             epoch: book.epoch.clone(),
             revision: book.revision,
             catalog: book.catalog.clone(),
-            local: book.records().map(|r| (r.endpoint.id.clone(), r.endpoint.clone())).collect(),
+            local: book.records().map(|r| (r.endpoint.id.clone(), Arc::clone(&r.endpoint))).collect(),
             routers: BTreeMap::new(),
+            tunnels: Arc::default(),
             troubles: Vec::new(),
         }
     }
@@ -77,7 +84,7 @@ impl View {
     pub fn endpoints_of<'a>(&'a self, network: &'a NetworkId) -> impl Iterator<Item = &'a Endpoint> + 'a {
         let local = self.local.values();
         let remote = self.catalog.endpoints.values().filter(|endpoint| endpoint.host != self.host);
-        local.chain(remote).filter(move |endpoint| endpoint.network == *network)
+        local.chain(remote).map(Arc::as_ref).filter(move |endpoint| endpoint.network == *network)
     }
 
     /// The name of a host.

@@ -16,13 +16,13 @@ use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
     ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView, path,
 };
-use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec};
+use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
 use reqwest::{Method, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use socket::{AgentSocket, ask_agent};
+pub use socket::{AgentSocket, Capture, ask_agent};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
@@ -239,6 +239,26 @@ impl Client {
         self.get(path::ENDPOINTS, &[]).await
     }
 
+    /// All foreign peers, without their secrets.
+    pub async fn peers(&self) -> Result<Vec<Peer>, Error> {
+        self.get(path::PEERS, &[]).await
+    }
+
+    /// One foreign peer, by name or id.
+    pub async fn peer(&self, name: &str) -> Result<Peer, Error> {
+        self.get(path::PEERS, &[name]).await
+    }
+
+    /// Joins a foreign peer to a network.
+    pub async fn create_peer(&self, spec: &PeerSpec) -> Result<Peer, Error> {
+        self.send(Method::POST, self.url(path::PEERS, &[])?, Some(spec)).await
+    }
+
+    /// Removes a foreign peer, by name or id.
+    pub async fn remove_peer(&self, name: &str) -> Result<(), Error> {
+        self.delete(path::PEERS, name).await
+    }
+
     /// All join tokens, without their secrets.
     pub async fn tokens(&self) -> Result<Vec<TokenView>, Error> {
         self.get(path::TOKENS, &[]).await
@@ -299,11 +319,17 @@ async fn receive(
         request = request.json(body);
     }
     let answer = request.send().await.map_err(|error| failed(&error, at))?;
+    let answer = accepted(answer, at).await?;
+    Ok(answer.bytes().await.map_err(|error| failed(&error, at))?.into())
+}
+
+/// The answer, if it is no refusal.
+async fn accepted(answer: reqwest::Response, at: &str) -> Result<reqwest::Response, Error> {
     let status = answer.status();
-    let body = answer.bytes().await.map_err(|error| failed(&error, at))?;
     if status.is_success() {
-        return Ok(body.into());
+        return Ok(answer);
     }
+    let body = answer.bytes().await.map_err(|error| failed(&error, at))?;
     Err(match serde_json::from_slice::<ApiError>(&body) {
         Ok(refusal) => Error::Refused(refusal),
         Err(_) => match bare_refusal(status.as_u16()) {

@@ -4,10 +4,10 @@
 //! Nothing here knows what a host or a network means: a peer is a [`PeerId`] that the owner chose, a child a
 //! [`ChildId`] that the owner chose, and a network is at most a security label (RFC 9478).
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::auth::{Credential, Identity, Trust};
+use crate::event::Path;
 use crate::proposal::{EspOffer, IkeOffer};
 use crate::wire::{IpSelector, SecurityLabel};
 
@@ -20,8 +20,10 @@ pub struct PeerId(pub u64);
 pub struct ChildId(pub u64);
 
 /// Everything that holds for all peers of one endpoint.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Config {
+    /// Our UDP port that IKE shares with ESP.
+    pub port: u16,
     /// What is accepted for an IKE SA from a peer whose address is not known beforehand.
     pub ike: IkeOffer,
     /// Bounds on what strangers may make us hold.
@@ -29,6 +31,20 @@ pub struct Config {
     /// How long everything may take.
     pub timing: Timing,
 }
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            port: ESP_PORT,
+            ike: IkeOffer::default(),
+            limits: Limits::default(),
+            timing: Timing::default(),
+        }
+    }
+}
+
+/// The UDP port that IKE and ESP share (RFC 3948 §2).
+pub(crate) const ESP_PORT: u16 = 4500;
 
 /// Who begins the first exchange with a peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,10 +68,9 @@ pub struct PeerConfig {
     pub trust: Trust,
     /// What proves ours.
     pub credential: Credential,
-    /// Where it may be, in the order to try; may be empty if it is to come to us.
-    pub addresses: Vec<SocketAddr>,
-    /// The address that we send from.
-    pub local: SocketAddr,
+    /// Ways to where it may be, in the order to try; may be empty if it is to come to us. One from port 500 goes on from
+    /// [`Config::port`] to the peer's 4500 as soon as the peer has answered (RFC 7296 §2.23).
+    pub paths: Vec<Path>,
     /// Who begins.
     pub initiate: Initiate,
     /// Whether the peer is one of ours, or a standard box of another make.

@@ -178,6 +178,13 @@ impl Kernel {
         &self.host.ns
     }
 
+    /// Which of these namespaces has that device and inode ([`Netns::inode`]), if one has.
+    pub fn whose(&self, inode: (u64, u64)) -> Option<Place> {
+        let router = self.routers.iter().find(|(_, router)| router.inode == inode);
+        let is_host = || self.host.ns.inode().is_ok_and(|host| host == inode);
+        router.map(|(network, _)| Place::Router(network.clone())).or_else(|| is_host().then_some(Place::Host))
+    }
+
     /// The namespace of a router, to open sockets in.
     pub fn router_netns(&self, network: &NetworkId) -> Option<&Netns> {
         self.routers.get(network).map(|router| &router.namespace.ns)

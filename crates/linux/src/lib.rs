@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 mod address;
+mod cmsg;
 mod container;
 mod error;
 pub mod forward;
@@ -21,6 +22,8 @@ mod nft;
 mod parse;
 mod route;
 mod sysctl;
+pub mod tun;
+pub mod udp;
 mod watch;
 
 pub use error::{Error, StepError};

@@ -22,9 +22,14 @@ use crate::mirror::Shown;
 use crate::namespace::{Namespace, get_link};
 use crate::netlink::{Refusal, Request, Requests, request};
 use crate::netns::Netns;
+use crate::tun;
 
 /// The device group of all that is made, so that it can be removed at once ("dw").
 const GROUP: u32 = 0x6477;
+
+/// How many packets, of up to 64 KB, wait in a queue of a TUN device for the agent. More adds delay under load, and no
+/// speed.
+const TUN_QUEUE: u32 = 64;
 
 /// Where a device is made, and from where its other half is reached.
 pub(crate) struct Site<'a> {
@@ -108,6 +113,7 @@ pub(crate) fn remove_all(requests: &mut Requests<RouteNetlinkMessage>) -> Result
 fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> Result<(), Error> {
     match (&want.kind, &want.peer) {
         (LinkKind::Bridge, _) => make_bridge(site.home, name, want),
+        (LinkKind::Tun, _) => make_tun(site.home, name, want),
         (LinkKind::Vxlan { vni, port, local }, _) => make_vxlan(site, name, want, (*vni, *port, *local)),
         (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, gso_max_size, up })) => {
             let end = End { name: peer, mac: *mac, mtu: *mtu, gso_max_size: *gso_max_size };
@@ -136,21 +142,15 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
                     error
                 }
             })?;
-            let configured = container::configure(&ns, container).and_then(|index| match want.master {
-                Some(_) => container::wait_for_port(site.home, shown, name).map(|()| index),
-                None => Ok(index),
+            let configured = container::configure(&ns, container).and_then(|()| match want.master {
+                Some(_) => container::wait_for_port(site.home, shown, name),
+                None => Ok(()),
             });
-            match configured {
-                Ok(index) => {
-                    container::announce(ns, container.as_ref().clone(), index);
-                    Ok(())
-                }
-                Err(error) => {
-                    // Nothing is left behind: the other end goes with this one.
-                    drop(remove(&mut site.home.route, name));
-                    Err(error)
-                }
+            if configured.is_err() {
+                // Nothing is left behind: the other end goes with this one.
+                drop(remove(&mut site.home.route, name));
             }
+            configured
         }
         (LinkKind::Veth | LinkKind::VethEnd, _) => Err(Error::words(
             format!("make device {name}"),
@@ -203,6 +203,21 @@ fn make_vxlan(
     let settled = set(site.home, name, &made(want));
     if settled.is_err() {
         drop(remove(&mut site.home.route, name));
+    }
+    settled
+}
+
+/// Netlink makes no TUN devices (`tun_validate()`): the device is made by opening it, and the rest is set.
+fn make_tun(home: &mut Namespace, name: &Ifname, want: &Link) -> Result<(), Error> {
+    tun::make(&home.ns, name.as_str())?;
+    let ours = [LinkAttribute::Group(GROUP), LinkAttribute::TxQueueLen(TUN_QUEUE)];
+    let answer = home.route.request(request(SetLink(named(name, ours)), 0));
+    let settled = match answer {
+        Ok(_) => set(home, name, want),
+        Err(refusal) => Err(refusal.to_error(format!("set up device {name} of {}", At(&home.place)))),
+    };
+    if settled.is_err() {
+        drop(remove(&mut home.route, name));
     }
     settled
 }

@@ -7,7 +7,7 @@ use model::{Mac, Protocol};
 use netlink_packet_core::{DefaultNla, Nla, parse_ip};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
-    BridgePortState, InfoData, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    BridgePortState, InfoData, InfoTun, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
     LinkProtoInfoBridge,
 };
 use netlink_packet_route::neighbour::{
@@ -104,8 +104,35 @@ fn link_kind(info: &[LinkInfo]) -> Option<LinkKind> {
             LinkInfo::Data(InfoData::Vxlan(data)) => vxlan(data),
             _ => None,
         }),
+        InfoKind::Tun => info.iter().find_map(|info| match info {
+            LinkInfo::Data(InfoData::Tun(data)) => tun(data),
+            _ => None,
+        }),
         _ => None,
     }
+}
+
+/// A TUN device as ours are: for IP packets with the offload header and nothing else before them, by many queues, to
+/// stay. How many queues are open, if any, is not looked at.
+fn tun(data: &[InfoTun]) -> Option<LinkKind> {
+    // `linux/if_link.h`; the library has no names for them.
+    const IFLA_TUN_TYPE: u16 = 3;
+    const IFLA_TUN_PI: u16 = 4;
+    const IFLA_TUN_VNET_HDR: u16 = 5;
+    const IFLA_TUN_PERSIST: u16 = 6;
+    const IFLA_TUN_MULTI_QUEUE: u16 = 7;
+    let is = |kind: u16, expected: u8| {
+        data.iter().any(|info| match info {
+            InfoTun::Other(info) => info.kind() == kind && value(info) == [expected],
+            _ => false,
+        })
+    };
+    let ours = is(IFLA_TUN_TYPE, libc::IFF_TUN as u8)
+        && is(IFLA_TUN_PI, 0)
+        && is(IFLA_TUN_VNET_HDR, 1)
+        && is(IFLA_TUN_PERSIST, 1)
+        && is(IFLA_TUN_MULTI_QUEUE, 1);
+    ours.then_some(LinkKind::Tun)
 }
 
 fn vxlan(data: &[InfoVxlan]) -> Option<LinkKind> {

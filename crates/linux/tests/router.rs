@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[allow(dead_code)]
 mod sandbox;
 
 use std::time::{Duration, Instant};
@@ -307,28 +308,6 @@ fn a_container_is_set_up_and_answers_at_once() {
         drop(kernel.apply(&Step::Remove(router(), Key::Link(name("e71")))));
         let drift = await_drift(&mut kernel, &desired);
         assert_eq!(drift.into_iter().collect::<Vec<_>>(), [(router(), Key::Link(name("e71")))]);
-    });
-}
-
-#[test]
-fn a_container_is_announced_by_gratuitous_arp() {
-    sandbox::run("a_container_is_announced_by_gratuitous_arp", |dir| {
-        underlay();
-        let mut kernel = Kernel::open(dir).unwrap();
-        converge(&mut kernel, &desired());
-        // The router believes another MAC until it is told better.
-        in_router(
-            &kernel,
-            "sysctl -qw net.ipv4.conf.br0.arp_accept=1; ip neigh add 10.42.64.70 lladdr 02:00:00:00:00:01 dev br0 nud stale",
-        );
-        let (_ns, path) = container(dir, "c70");
-        let ((place, key), object) = endpoint(path, "e70", 70);
-        kernel.apply(&Step::Add(place, key, object)).unwrap();
-        let heard = in_router(
-            &kernel,
-            "timeout 5 sh -c 'until ip neigh show 10.42.64.70 | grep 02:1f:00:00:00:46; do :; done'",
-        );
-        assert!(heard.contains("02:1f:00:00:00:46"), "{heard}");
     });
 }
 

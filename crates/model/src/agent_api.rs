@@ -2,7 +2,7 @@
 //! [`crate::api::ApiError`]. Whoever may open the socket (mode 0600, root) may do everything.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -25,6 +25,18 @@ pub mod path {
     pub const ENDPOINTS: &str = "/v1/endpoints";
     /// `DELETE /v1/endpoints/{id}`: detach.
     pub const ENDPOINT: &str = "/v1/endpoints/{id}";
+    /// `GET` → list of [`super::TunnelStatus`].
+    pub const TUNNELS: &str = "/v1/tunnels";
+    /// `GET /v1/tunnels/{peer}` → [`super::TunnelStatus`]; `peer` is the name or id of a host or foreign peer.
+    pub const TUNNEL: &str = "/v1/tunnels/{peer}";
+    /// `POST`: new keys for the tunnel (IKE SA and CHILD_SAs) without a gap.
+    pub const TUNNEL_REKEY: &str = "/v1/tunnels/{peer}/rekey";
+    /// `POST`: close the tunnel and begin anew.
+    pub const TUNNEL_RESET: &str = "/v1/tunnels/{peer}/reset";
+    /// `GET` → inner packets of the tunnel as pcapng, until the connection is closed.
+    pub const TUNNEL_CAPTURE: &str = "/v1/tunnels/{peer}/capture";
+    /// `GET` → metrics in Prometheus' text format.
+    pub const METRICS: &str = "/metrics";
 }
 
 /// Asks for an attachment of a network namespace to a network.
@@ -105,6 +117,121 @@ pub struct AgentStatus {
     pub docker: DockerStatus,
     /// What the kernel refused lately, newest last.
     pub troubles: Vec<String>,
+}
+
+/// One tunnel: another host or a foreign peer, as this host sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelStatus {
+    /// The peer's name.
+    pub peer: Name,
+    /// Its id: a host's or a foreign peer's.
+    pub id: String,
+    /// Whether it is a foreign peer.
+    pub foreign: bool,
+    /// How it stands.
+    pub state: TunnelState,
+    /// Our address and port, and the peer's, while there is a path.
+    pub path: Option<(SocketAddr, SocketAddr)>,
+    /// Whether a NAT is before us, and before the peer, as IKE found (RFC 7296 §2.23).
+    pub nat: (bool, bool),
+    /// The identity that the peer has to prove.
+    pub identity: String,
+    /// The IKE SA, once there is one.
+    pub ike: Option<IkeStatus>,
+    /// The CHILD_SAs, the live one of each network first.
+    pub children: Vec<ChildStatus>,
+    /// Round-trip time between the routers, microseconds: the median of the last probes.
+    pub rtt_us: Option<u64>,
+    /// Of the last probes, how many were not answered, per mille.
+    pub loss_permille: Option<u16>,
+    /// The largest inner packet that is known to pass, bytes.
+    pub mtu: Option<u32>,
+    /// Packets smaller than the network's MTU and larger than `mtu` vanish on the way without a word.
+    pub black_hole: bool,
+    /// When something authentic last came from the peer.
+    pub last_seen: Option<UnixMillis>,
+    /// The last failure and when it was.
+    pub last_failure: Option<(UnixMillis, String)>,
+    /// IKE SAs made so far.
+    pub handshakes: u64,
+    /// CHILD_SAs rekeyed so far.
+    pub rekeys: u64,
+    /// Packets dropped so far, by reason.
+    pub drops: BTreeMap<String, u64>,
+}
+
+/// How a tunnel stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+pub enum TunnelState {
+    /// The peer has to begin, or nothing can be tried.
+    Waiting {
+        /// Why.
+        why: String,
+    },
+    /// An attempt is under way.
+    Connecting,
+    /// Keys are agreed, and the probes are answered.
+    Up {
+        /// Since when without a break.
+        since: UnixMillis,
+    },
+    /// Keys are agreed, but probes are not answered: no traffic passes.
+    Silent {
+        /// Since when.
+        since: UnixMillis,
+    },
+    /// The last attempt failed.
+    Failed {
+        /// Why, and what to do.
+        why: String,
+        /// When the next begins.
+        retry_at: UnixMillis,
+    },
+}
+
+/// An IKE SA.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IkeStatus {
+    /// The initiator's SPI, 16 hexadecimal digits.
+    pub initiator_spi: String,
+    /// The responder's SPI.
+    pub responder_spi: String,
+    /// Whether this host began it.
+    pub initiator: bool,
+    /// The suite, as in `AES_GCM_16_256/PRF_HMAC_SHA2_256/X25519`.
+    pub suite: String,
+    /// When it was made.
+    pub established: Option<UnixMillis>,
+    /// When it is rekeyed at the latest.
+    pub rekey_at: Option<UnixMillis>,
+}
+
+/// A CHILD_SA: a pair of ESP SAs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChildStatus {
+    /// The network's name.
+    pub network: Name,
+    /// Whether it is in full use; if not, it is on its way in or out.
+    pub live: bool,
+    /// The SPI that we receive on, 8 hexadecimal digits.
+    pub inbound_spi: String,
+    /// The SPI that we send on.
+    pub outbound_spi: String,
+    /// The suite.
+    pub suite: String,
+    /// When it was made.
+    pub installed: Option<UnixMillis>,
+    /// When it is rekeyed at the latest.
+    pub rekey_at: Option<UnixMillis>,
+    /// Bytes of inner packets received.
+    pub bytes_in: u64,
+    /// Packets received.
+    pub packets_in: u64,
+    /// Bytes of inner packets sent.
+    pub bytes_out: u64,
+    /// Packets sent.
+    pub packets_out: u64,
 }
 
 /// The watch's state.

@@ -34,6 +34,9 @@ pub mod path {
     pub const BLOCKS: &str = "/blocks";
     /// `POST` [`super::ClaimRequest`] → [`crate::Claim`]; `DELETE` [`super::ReleaseClaim`]: agents only.
     pub const CLAIMS: &str = "/claims";
+    /// `GET` → list of [`crate::Peer`], without secrets; `POST` [`crate::PeerSpec`] → [`crate::Peer`]. `GET`, `DELETE` on
+    /// `/{name or id}`.
+    pub const PEERS: &str = "/peers";
     /// `GET` → list of [`super::TokenView`]; `POST` [`super::TokenRequest`] → [`super::TokenCreated`]. `DELETE` on `/{id}`.
     pub const TOKENS: &str = "/tokens";
 }

@@ -7,12 +7,14 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::sync::Arc;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, Host, HostId, Network, NetworkId, Revision,
+    Block, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, Host, HostId, Network, NetworkId, Peer, PeerId,
+    Revision,
 };
 
 /// One line of the watch stream.
@@ -72,6 +74,8 @@ pub enum Object {
     Claim(Claim),
     /// An endpoint.
     Endpoint(Endpoint),
+    /// A foreign peer.
+    Peer(Peer),
 }
 
 /// What names an object of the state.
@@ -88,6 +92,18 @@ pub enum Key {
     Claim(NetworkId, #[schema(value_type = String)] IpAddr),
     /// An endpoint.
     Endpoint(EndpointId),
+    /// A foreign peer.
+    Peer(PeerId),
+}
+
+impl Change {
+    /// What names the object that it is about.
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Put(object) => object.key(),
+            Self::Delete(key) => key.clone(),
+        }
+    }
 }
 
 impl Object {
@@ -99,11 +115,12 @@ impl Object {
             Self::Block(x) => Key::Block(x.network.clone(), x.cidr),
             Self::Claim(x) => Key::Claim(x.network.clone(), x.address),
             Self::Endpoint(x) => Key::Endpoint(x.id.clone()),
+            Self::Peer(x) => Key::Peer(x.id.clone()),
         }
     }
 }
 
-/// The objects, indexed.
+/// The objects, indexed. Those that there may be many of are shared between copies.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Catalog {
     /// All hosts this host has to do with.
@@ -115,7 +132,10 @@ pub struct Catalog {
     /// Claims of the networks that this host takes part in.
     pub claims: BTreeMap<(NetworkId, IpAddr), Claim>,
     /// Endpoints of the networks that this host takes part in.
-    pub endpoints: BTreeMap<EndpointId, Endpoint>,
+    pub endpoints: BTreeMap<EndpointId, Arc<Endpoint>>,
+    /// Foreign peers of the networks that this host takes part in; with their secrets only at the host that speaks
+    /// to them.
+    pub peers: BTreeMap<PeerId, Peer>,
 }
 
 impl Catalog {
@@ -143,7 +163,8 @@ impl Catalog {
             Object::Network(x) => drop(self.networks.insert(x.id.clone(), x)),
             Object::Block(x) => drop(self.blocks.insert((x.network.clone(), x.cidr), x)),
             Object::Claim(x) => drop(self.claims.insert((x.network.clone(), x.address), x)),
-            Object::Endpoint(x) => drop(self.endpoints.insert(x.id.clone(), x)),
+            Object::Endpoint(x) => drop(self.endpoints.insert(x.id.clone(), Arc::new(x))),
+            Object::Peer(x) => drop(self.peers.insert(x.id.clone(), x)),
         }
     }
 
@@ -155,6 +176,7 @@ impl Catalog {
             Key::Block(id, cidr) => drop(self.blocks.remove(&(id.clone(), *cidr))),
             Key::Claim(id, address) => drop(self.claims.remove(&(id.clone(), *address))),
             Key::Endpoint(id) => drop(self.endpoints.remove(id)),
+            Key::Peer(id) => drop(self.peers.remove(id)),
         }
     }
 
@@ -164,8 +186,9 @@ impl Catalog {
         let networks = self.networks.values().cloned().map(Object::Network);
         let blocks = self.blocks.values().cloned().map(Object::Block);
         let claims = self.claims.values().cloned().map(Object::Claim);
-        let endpoints = self.endpoints.values().cloned().map(Object::Endpoint);
-        hosts.chain(networks).chain(blocks).chain(claims).chain(endpoints)
+        let endpoints = self.endpoints().cloned().map(Object::Endpoint);
+        let peers = self.peers.values().cloned().map(Object::Peer);
+        hosts.chain(networks).chain(blocks).chain(claims).chain(endpoints).chain(peers)
     }
 
     /// The network of that name.
@@ -173,9 +196,25 @@ impl Catalog {
         self.networks.values().find(|network| network.name.as_str() == name)
     }
 
+    /// The endpoint of that id.
+    pub fn endpoint(&self, id: &EndpointId) -> Option<&Endpoint> {
+        self.endpoints.get(id).map(Arc::as_ref)
+    }
+
+    /// All endpoints.
+    pub fn endpoints(&self) -> impl Iterator<Item = &Endpoint> {
+        self.endpoints.values().map(Arc::as_ref)
+    }
+
     /// The blocks of a network, in the order of their addresses.
     pub fn blocks_of<'a>(&'a self, network: &'a NetworkId) -> impl Iterator<Item = &'a Block> + 'a {
-        self.blocks.values().filter(move |block| block.network == *network)
+        let first = (network.clone(), IpNet::V4(Ipv4Net::default()));
+        self.blocks.range(first..).map(|(_, block)| block).take_while(move |block| block.network == *network)
+    }
+
+    /// The networks in which `host` speaks to foreign peers. It needs a router there, with or without endpoints.
+    pub fn gateway_of<'a>(&'a self, host: &'a HostId) -> impl Iterator<Item = &'a NetworkId> + 'a {
+        self.peers.values().filter(move |peer| peer.host == *host).map(|peer| &peer.network)
     }
 
     /// The address of `host`'s router in `network`: in its oldest block there.

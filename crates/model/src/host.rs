@@ -27,6 +27,18 @@ pub struct Host {
 }
 
 impl Host {
+    /// Whether a NAT is between this host and the server: it came from an address that is not its own, and nobody said
+    /// at which address it can be reached. Peers cannot begin with it; it begins with them.
+    pub fn behind_nat(&self) -> bool {
+        let given = self.candidates.iter().any(|candidate| candidate.source == Source::Given);
+        !given && self.outside().is_some()
+    }
+
+    /// Where the server saw the host come from, if that is not an address of its own.
+    pub fn outside(&self) -> Option<&Candidate> {
+        self.candidates.iter().find(|candidate| candidate.source == Source::Observed)
+    }
+
     /// The underlay address that peers use.
     pub fn underlay(&self) -> Option<&Candidate> {
         self.candidates.first()
@@ -39,7 +51,7 @@ pub struct Candidate {
     /// The address.
     #[schema(value_type = String)]
     pub address: IpAddr,
-    /// The UDP port at that address, when it is not the network's own.
+    /// The UDP port of its tunnels at that address, where it is not [`crate::TUNNEL_PORT`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
     /// The MTU of the interface that has it, in bytes.

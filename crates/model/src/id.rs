@@ -1,12 +1,15 @@
 //! Identifiers and names. Each is a newtype that can only be made from valid text.
 
 use std::fmt;
+use std::ops::Deref;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 /// Length of the random part of an id, in base-32 characters (50 bits).
 pub const RANDOM_LEN: usize = 10;
+/// Length of what an id begins with.
+const PREFIX_LEN: usize = 2;
 const ALPHABET: &[u8; 32] = b"abcdefghijkmnpqrstuvwxyz23456789";
 
 /// Text that is not an id or a name of the kind that was asked for.
@@ -24,7 +27,7 @@ macro_rules! id {
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, utoipa::ToSchema)]
         #[serde(try_from = "String", into = "String")]
         #[schema(value_type = String)]
-        pub struct $name(Box<str>);
+        pub struct $name(IdText);
 
         impl $name {
             /// What every id of this kind begins with.
@@ -32,7 +35,7 @@ macro_rules! id {
 
             /// An id from eight random bytes.
             pub fn from_random(random: [u8; 8]) -> Self {
-                Self(format!("{}{}", $prefix, random_part(random)).into())
+                Self(IdText::from_random($prefix, random))
             }
 
             /// The id as text.
@@ -42,24 +45,18 @@ macro_rules! id {
 
             /// The random part alone: short enough for a device name.
             pub fn short(&self) -> &str {
-                self.0.strip_prefix($prefix).unwrap_or(&self.0)
+                &self.as_str()[$prefix.len()..]
             }
         }
 
         impl FromStr for $name {
             type Err = InvalidId;
             fn from_str(text: &str) -> Result<Self, InvalidId> {
-                let random = text.strip_prefix($prefix);
-                match random {
-                    Some(random) if random.len() == RANDOM_LEN && random.bytes().all(|b| ALPHABET.contains(&b)) => {
-                        Ok(Self(text.into()))
-                    }
-                    Some(_) | None => Err(InvalidId {
-                        what: $what,
-                        text: shorten(text),
-                        rule: concat!("it is \"", $prefix, "\" and ten characters of a-z and 2-9"),
-                    }),
-                }
+                IdText::parse($prefix, text).map(Self).ok_or_else(|| InvalidId {
+                    what: $what,
+                    text: shorten(text),
+                    rule: concat!("it is \"", $prefix, "\" and ten characters of a-z and 2-9"),
+                })
             }
         }
 
@@ -102,6 +99,45 @@ id!(
     /// One attachment of a container to a network.
     EndpointId, "e-", "endpoint id"
 );
+
+id!(
+    /// A foreign peer: a box of another make that a network is joined to.
+    PeerId, "p-", "peer id"
+);
+
+/// The text of an id, in place: ids are the keys of everything, and copying one asks for no memory.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct IdText([u8; PREFIX_LEN + RANDOM_LEN]);
+
+impl IdText {
+    fn from_random(prefix: &str, random: [u8; 8]) -> Self {
+        let mut text = [0; PREFIX_LEN + RANDOM_LEN];
+        for (to, from) in text.iter_mut().zip(prefix.bytes().chain(random_part(random))) {
+            *to = from;
+        }
+        Self(text)
+    }
+
+    fn parse(prefix: &str, text: &str) -> Option<Self> {
+        let random = text.strip_prefix(prefix)?;
+        let good = random.bytes().all(|byte| ALPHABET.contains(&byte));
+        text.as_bytes().try_into().ok().filter(|_| good).map(Self)
+    }
+}
+
+impl Deref for IdText {
+    type Target = str;
+    fn deref(&self) -> &str {
+        // It was made of ASCII.
+        std::str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
+
+impl From<IdText> for String {
+    fn from(text: IdText) -> String {
+        String::from(&*text)
+    }
+}
 
 /// A name of a host, network, container, stack or service: what people type and DNS answers.
 ///
@@ -185,7 +221,7 @@ pub struct Epoch(Box<str>);
 impl Epoch {
     /// A new epoch from eight random bytes.
     pub fn from_random(random: [u8; 8]) -> Self {
-        Self(random_part(random).into())
+        Self(random_part(random).map(char::from).collect::<String>().into())
     }
 }
 
@@ -285,14 +321,9 @@ impl fmt::Debug for Mac {
     }
 }
 
-fn random_part(random: [u8; 8]) -> String {
-    let mut bits = u64::from_be_bytes(random);
-    let mut text = String::with_capacity(RANDOM_LEN);
-    for _ in 0..RANDOM_LEN {
-        text.push(ALPHABET[(bits & 31) as usize] as char);
-        bits >>= 5;
-    }
-    text
+fn random_part(random: [u8; 8]) -> impl Iterator<Item = u8> {
+    let bits = u64::from_be_bytes(random);
+    (0..RANDOM_LEN).map(move |digit| ALPHABET[(bits >> (5 * digit) & 31) as usize])
 }
 
 /// Bad text is quoted in errors: never more of it than a person needs to recognise it.

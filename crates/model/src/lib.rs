@@ -13,20 +13,22 @@ mod id;
 mod lease;
 mod mtu;
 mod network;
+mod peer;
 mod token;
 
 pub use catalog::{Catalog, Change, Key, Object, Watch};
 pub use endpoint::{Endpoint, EndpointKind, Protocol, PublishedPort};
 pub use host::{Candidate, Host, Source};
 pub use id::{
-    EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, RANDOM_LEN, Revision,
+    EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, PeerId, RANDOM_LEN, Revision,
 };
 pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET};
-pub use mtu::{MTU_MIN, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, vxlan_mtu};
+pub use mtu::{MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
 pub use network::{
-    BLOCK_PREFIX_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network, NetworkSpec,
-    VXLAN_PORT,
+    BLOCK_PREFIX_DEFAULT, DRIVER_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network,
+    NetworkSpec, VXLAN_PORT,
 };
+pub use peer::{InvalidPeer, Peer, PeerProof, PeerSpec};
 pub use token::{Fingerprint, InvalidToken, JoinToken};
 
 /// The address of DNS and metadata in each router.

@@ -12,6 +12,8 @@ use crate::{Geometry, MTU_MIN, Name, NetworkId, UnixMillis};
 pub const MANAGED_NETWORK: &str = "managed";
 /// Its address space.
 pub const MANAGED_CIDR: &str = "10.42.0.0/16";
+/// The driver of a network that does not say otherwise.
+pub const DRIVER_DEFAULT: &str = "ipsec";
 /// Prefix length of a block where a network does not say otherwise.
 pub const BLOCK_PREFIX_DEFAULT: u8 = 26;
 /// IANA's UDP port for VXLAN (RFC 7348 §5).
@@ -29,7 +31,7 @@ pub struct NetworkSpec {
     /// Prefix length of the blocks leased to hosts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub block_prefix: Option<u8>,
-    /// How packets travel between hosts: `vxlan` (in clear).
+    /// How packets travel between hosts: `ipsec` (encrypted) or `vxlan` (in clear).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub driver: Option<String>,
     /// VXLAN network identifier, 1 to 16777215; chosen by the server if left out.
@@ -81,6 +83,8 @@ pub struct Network {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(tag = "driver", rename_all = "lowercase")]
 pub enum Driver {
+    /// Encrypted: ESP in tunnel mode (RFC 4303) in UDP (RFC 3948), keyed by IKEv2 (RFC 7296).
+    Ipsec,
     /// The kernel's VXLAN (RFC 7348), in clear.
     Vxlan {
         /// VXLAN network identifier, 24 bits.
@@ -94,7 +98,16 @@ impl Driver {
     /// The driver's name, as in `--driver`.
     pub fn name(&self) -> &'static str {
         match self {
+            Self::Ipsec => "ipsec",
             Self::Vxlan { .. } => "vxlan",
+        }
+    }
+
+    /// The name of the overlay device in each router.
+    pub fn device(&self) -> &'static str {
+        match self {
+            Self::Ipsec => "tun0",
+            Self::Vxlan { .. } => "vxlan0",
         }
     }
 }
@@ -162,8 +175,13 @@ pub enum InvalidNetwork {
     #[error("network {0:?}: blocks of /{1} are not possible; choose --block-size from /20 to /29")]
     BlockPrefix(String, u8),
     /// No such driver.
-    #[error("network {0:?}: unknown driver {1:?}; the drivers are: vxlan")]
+    #[error("network {0:?}: unknown driver {1:?}; the drivers are: ipsec (encrypted), vxlan (in clear)")]
     Driver(String, String),
+    /// An option of another driver.
+    #[error(
+        "network {0:?}: {1} belongs to --driver vxlan; leave it out (an agent's UDP port is its --tunnel-port)"
+    )]
+    VxlanOnly(String, &'static str),
     /// VNI out of range.
     #[error("network {0:?}: VNI {1} is out of range; choose 1 to 16777215")]
     Vni(String, u32),
@@ -217,8 +235,8 @@ impl NetworkSpec {
         if blocks < 4 {
             return Err(InvalidNetwork::TooSmall { name: name(), cidr, blocks, block });
         }
-        let driver = match self.driver.as_deref() {
-            None | Some("vxlan") => {
+        let driver = match self.driver.as_deref().unwrap_or(DRIVER_DEFAULT) {
+            "vxlan" => {
                 let vni = self.vni.unwrap_or(vni);
                 if !(1..1 << 24).contains(&vni) {
                     return Err(InvalidNetwork::Vni(name(), vni));
@@ -229,7 +247,14 @@ impl NetworkSpec {
                 }
                 Driver::Vxlan { vni, port }
             }
-            Some(other) => return Err(InvalidNetwork::Driver(name(), other.to_owned())),
+            "ipsec" => {
+                let option = self.vni.map(|_| "--vni").or(self.port.map(|_| "--port"));
+                if let Some(option) = option {
+                    return Err(InvalidNetwork::VxlanOnly(name(), option));
+                }
+                Driver::Ipsec
+            }
+            other => return Err(InvalidNetwork::Driver(name(), other.to_owned())),
         };
         if let Some(mtu) = self.mtu.filter(|mtu| !(MTU_MIN..=65_000).contains(mtu)) {
             return Err(InvalidNetwork::Mtu(name(), mtu));
@@ -248,7 +273,8 @@ impl NetworkSpec {
     }
 }
 
-fn unusable(cidr: ipnet::Ipv4Net) -> Option<&'static str> {
+/// Why no host can have addresses of `cidr`, if so.
+pub(crate) fn unusable(cidr: ipnet::Ipv4Net) -> Option<&'static str> {
     let reserved: [(&str, &str); 5] = [
         ("0.0.0.0/8", "\"this network\", RFC 791"),
         ("127.0.0.0/8", "loopback, RFC 1122"),
@@ -278,8 +304,14 @@ mod tests {
     fn defaults_are_filled_in() {
         let network = spec("10.42.0.0/16").validate(NetworkId::from_random([0; 8]), 7, 0).unwrap();
         assert_eq!(network.block_prefix, 26);
-        assert_eq!(network.driver, Driver::Vxlan { vni: 7, port: 4789 });
+        assert_eq!(network.driver, Driver::Ipsec, "encrypted unless someone says otherwise");
         assert_eq!(network.gateway().to_string(), "10.42.0.1");
+        let json = serde_json::to_value(&network).unwrap();
+        assert_eq!(json["driver"], "ipsec");
+        assert_eq!(serde_json::from_value::<Network>(json).unwrap(), network);
+        let clear = NetworkSpec { driver: Some("vxlan".into()), ..spec("10.42.0.0/16") };
+        let network = clear.validate(NetworkId::from_random([0; 8]), 7, 0).unwrap();
+        assert_eq!(network.driver, Driver::Vxlan { vni: 7, port: 4789 });
         let json = serde_json::to_value(&network).unwrap();
         assert_eq!(json["driver"], "vxlan");
         assert_eq!(serde_json::from_value::<Network>(json).unwrap(), network);
@@ -295,9 +327,11 @@ mod tests {
         assert!(error(&spec("fd00::/64")).contains("IPv4"));
         assert!(error(&NetworkSpec { block_prefix: Some(30), ..spec("10.0.0.0/8") }).contains("/20 to /29"));
         assert!(error(&NetworkSpec { driver: Some("gre".into()), ..spec("10.0.0.0/8") }).contains("vxlan"));
-        assert!(error(&NetworkSpec { vni: Some(1 << 24), ..spec("10.0.0.0/8") }).contains("16777215"));
+        let clear = || NetworkSpec { driver: Some("vxlan".into()), ..spec("10.0.0.0/8") };
+        assert!(error(&NetworkSpec { vni: Some(1 << 24), ..clear() }).contains("16777215"));
+        assert!(error(&NetworkSpec { vni: Some(7), ..spec("10.0.0.0/8") }).contains("--driver vxlan"));
         assert!(error(&NetworkSpec { mtu: Some(100), ..spec("10.0.0.0/8") }).contains("576"));
         assert!(error(&NetworkSpec { cidrs: vec![], ..spec("10.0.0.0/8") }).contains("exactly one"));
-        assert!(error(&NetworkSpec { port: Some(0), ..spec("10.0.0.0/8") }).contains("port 0"));
+        assert!(error(&NetworkSpec { port: Some(0), ..clear() }).contains("port 0"));
     }
 }

@@ -169,7 +169,7 @@ impl Repr {
         header[1] = self.tos;
         field::put16(header, 2, self.payload_len.saturating_add(HEADER_LEN as u16));
         field::put16(header, 4, self.ident);
-        field::put16(header, 6, if self.dont_fragment { 0x4000 } else { 0 });
+        field::put16(header, 6, if self.dont_fragment { DONT_FRAGMENT } else { 0 });
         header[8] = self.ttl;
         header[9] = self.protocol;
         field::put16(header, 10, 0);
@@ -177,6 +177,82 @@ impl Repr {
         header[16..20].copy_from_slice(&self.destination.octets());
         let sum = checksum::checksum(header);
         field::put16(header, 10, sum);
+    }
+}
+
+/// Bits of the word at 6: "don't fragment", "more fragments", and the offset in units of eight bytes.
+const DONT_FRAGMENT: u16 = 0x4000;
+const MORE_FRAGMENTS: u16 = 0x2000;
+const OFFSET: u16 = 0x1fff;
+const NO_OPERATION: u8 = 1;
+
+/// A packet being cut into fragments (RFC 791 §3.2). It may be a fragment itself.
+#[derive(Clone, Debug)]
+pub struct Fragments<'a> {
+    packet: &'a [u8],
+    header: usize,
+    /// Payload of each fragment but the last, a multiple of eight.
+    step: usize,
+    /// Payload already given out.
+    done: usize,
+}
+
+impl<'a> Fragments<'a> {
+    /// Cuts a packet into fragments of at most `mtu` bytes. `None` for a packet that may not be fragmented or is not
+    /// IPv4, and for an MTU that does not even hold its header and eight bytes.
+    pub fn new(packet: &'a [u8], mtu: usize) -> Option<Self> {
+        let view = Packet::new_checked(packet).ok()?;
+        let header = view.header_len();
+        let step = mtu.checked_sub(header)? & !7;
+        if view.dont_fragment() || step == 0 {
+            return None;
+        }
+        Some(Self { packet: &packet[..view.total_len()], header, step, done: 0 })
+    }
+
+    /// Writes the next fragment to the start of `out` and returns its length; `None` after the last, or when `out` is
+    /// shorter than it.
+    pub fn emit(&mut self, out: &mut [u8]) -> Option<usize> {
+        let payload = &self.packet[self.header..];
+        let rest = payload.get(self.done..).filter(|rest| !rest.is_empty() || self.done == 0)?;
+        // A packet without payload is its own only fragment.
+        let data = &rest[..rest.len().min(self.step)];
+        let length = self.header + data.len();
+        let (header, room) = out.get_mut(..length)?.split_at_mut(self.header);
+        header.copy_from_slice(&self.packet[..self.header]);
+        room.copy_from_slice(data);
+        if self.done > 0 {
+            blank_options(&mut header[HEADER_LEN..]);
+        }
+        let word = field::be16(header, 6);
+        let last = self.done + data.len() == payload.len();
+        let more = if last { word & MORE_FRAGMENTS } else { MORE_FRAGMENTS };
+        let offset = (word & OFFSET).wrapping_add((self.done / 8) as u16) & OFFSET;
+        field::put16(header, 2, length as u16);
+        field::put16(header, 6, more | offset);
+        field::put16(header, 10, 0);
+        let sum = checksum::checksum(header);
+        field::put16(header, 10, sum);
+        self.done += data.len().max(1);
+        Some(length)
+    }
+}
+
+/// Makes no-operations of options that only the first fragment has: those without the copied flag.
+fn blank_options(mut options: &mut [u8]) {
+    while let [kind, rest @ ..] = options {
+        let length = match (*kind, rest.first()) {
+            // The end of the list, or what is no list.
+            (0, _) => return,
+            (NO_OPERATION, _) => 1,
+            (_, Some(length)) => usize::from(*length).max(2),
+            (_, None) => return,
+        };
+        let (option, rest) = std::mem::take(&mut options).split_at_mut_checked(length).unwrap_or_default();
+        if option.first().is_some_and(|kind| kind & 0x80 == 0) {
+            option.fill(NO_OPERATION);
+        }
+        options = rest;
     }
 }
 
@@ -215,5 +291,50 @@ mod tests {
         let mut short_total = GOLDEN;
         short_total[3] = 19;
         assert!(Packet::new_checked(&short_total[..]).is_err());
+    }
+
+    /// A packet with one option that is copied and one that is not, and `payload` bytes that count.
+    fn with_options(payload: usize, word: u16) -> Vec<u8> {
+        let options = [0x94, 4, 0, 0, 7, 3, 4, 0];
+        let mut packet = GOLDEN.to_vec();
+        packet.extend(options);
+        packet.extend((0..payload).map(|at| at as u8));
+        packet[0] = 0x47;
+        let total = packet.len() as u16;
+        field::put16(&mut packet, 2, total);
+        field::put16(&mut packet, 6, word);
+        packet
+    }
+
+    #[test]
+    fn fragments_put_together_are_the_packet() {
+        for (payload, mtu, word) in
+            [(100, 60, 0), (96, 60, 0), (1480, 576, MORE_FRAGMENTS | 5), (8, 36, 0), (0, 36, 0)]
+        {
+            let packet = with_options(payload, word);
+            let mut fragments = Fragments::new(&packet, mtu).unwrap();
+            let (mut out, mut joined, mut more) = ([0; 2000], Vec::new(), true);
+            while let Some(length) = fragments.emit(&mut out) {
+                assert!(more && length <= mtu);
+                let view = Packet::new_checked(&out[..length]).unwrap();
+                assert!(view.verify_checksum() && !view.dont_fragment());
+                assert_eq!(view.fragment_offset(), usize::from(word & OFFSET) * 8 + joined.len());
+                assert_eq!(out[20..24], packet[20..24], "the copied option");
+                assert_eq!(out[24..27] == packet[24..27], joined.is_empty(), "the other one");
+                more = field::be16(&out, 6) & MORE_FRAGMENTS != 0;
+                joined.extend_from_slice(view.payload());
+            }
+            assert_eq!(joined, packet[28..]);
+            assert_eq!(more, word & MORE_FRAGMENTS != 0);
+        }
+    }
+
+    #[test]
+    fn what_may_not_or_cannot_be_cut_is_left_alone() {
+        assert!(Fragments::new(&with_options(100, DONT_FRAGMENT), 60).is_none());
+        assert!(Fragments::new(&with_options(100, 0), 35).is_none(), "header and seven bytes");
+        assert!(Fragments::new(&with_options(100, 0), 0).is_none());
+        assert!(Fragments::new(&[0x60; 60], 60).is_none());
+        assert_eq!(Fragments::new(&with_options(100, 0), 60).unwrap().emit(&mut [0; 59]), None);
     }
 }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use ipnet::{IpNet, Ipv4Net};
 use model::{
     Candidate, Catalog, Driver, EndpointId, HostId, Mac, Network, NetworkId, PublishedPort, SERVICE_ADDRESS,
-    vxlan_mtu,
+    esp_mtu, vxlan_mtu,
 };
 
 use crate::object::{
@@ -18,6 +18,8 @@ use crate::object::{
 };
 use crate::{firewall, hash, transit};
 
+/// The overlay device of a network of driver `ipsec`.
+pub const TUN: &str = "tun0";
 /// What the name of each router's namespace begins with.
 pub const ROUTER_PREFIX: &str = "droveway-";
 /// The longest packet that a device of a network takes to cut up, bytes: as long as an IPv4 packet can be, rounded up. The
@@ -106,6 +108,7 @@ pub fn network_mtu(catalog: &Catalog, local: &Local, network: &Network) -> u32 {
     let smallest = candidates.map(|c| (c.mtu, c.address.is_ipv6())).min_by_key(|(mtu, _)| *mtu);
     let (underlay, v6) = smallest.unwrap_or((ETHERNET, false));
     match network.driver {
+        Driver::Ipsec => esp_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
         Driver::Vxlan { .. } => vxlan_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
     }
 }
@@ -123,6 +126,12 @@ pub fn handed_name(id: &EndpointId) -> Ifname {
 /// The MAC of a gateway: the same on each host.
 pub fn gateway_mac(network: &NetworkId) -> Mac {
     derived_mac(&["gateway", network.as_str()])
+}
+
+/// The MAC of an endpoint with that address: the same whoever has the address, so that no neighbour's ARP table is wrong
+/// when another container gets it.
+pub fn endpoint_mac(network: &NetworkId, address: IpAddr) -> Mac {
+    derived_mac(&["endpoint", network.as_str(), &address.to_string()])
 }
 
 /// The MAC of a host's overlay device in a network.
@@ -160,6 +169,7 @@ impl<'a> Router<'a> {
             self.way_out(&mut draw);
         }
         match self.network.driver {
+            Driver::Ipsec => self.tun(&mut draw),
             Driver::Vxlan { vni, port } => self.vxlan(&mut draw, vni, port),
         }
     }
@@ -169,7 +179,12 @@ impl<'a> Router<'a> {
         let br0 = Ifname::new("br0");
         draw.link("br0", LinkKind::Bridge, gateway_mac(&self.network.id), self.mtu);
         draw.put(Key::Table(Family::Bridge), Object::Table(firewall::bridge()));
-        let table = firewall::router(self.network.pool(), self.network.internal);
+        let table = firewall::router(&firewall::Router {
+            pool: self.network.pool(),
+            remote: self.remote().collect(),
+            device: self.network.driver.device(),
+            internal: self.network.internal,
+        });
         draw.put(Key::Table(Family::Inet), Object::Table(table));
 
         for (path, value) in [
@@ -261,8 +276,44 @@ impl<'a> Router<'a> {
         }
     }
 
+    /// The overlay device that the agent's data path is behind, and routes to what is at other hosts and behind foreign
+    /// peers. Which tunnel a packet takes is the data path's business ([`crate::tunnels()`]).
+    fn tun(&self, draw: &mut Drawing<'_>) {
+        let device = Link {
+            kind: LinkKind::Tun,
+            mac: None,
+            mtu: Some(self.mtu),
+            gso_max_size: Some(GSO_MAX_SIZE),
+            master: None,
+            up: true,
+            peer: None,
+        };
+        draw.put(Key::Link(Ifname::new(TUN)), Object::Link(device));
+        for (path, value) in [
+            // The data path says in the router's name what is too large for a tunnel.
+            ("ipv4/conf/tun0/accept_local", "1"),
+            ("ipv4/conf/tun0/rp_filter", "0"),
+            // A gateway hands on to other hosts what comes from foreign peers, by the same device.
+            ("ipv4/conf/tun0/send_redirects", "0"),
+        ] {
+            draw.put(Key::Sysctl(path.to_owned()), Object::Sysctl(value.to_owned()));
+        }
+        let blocks = self.catalog.blocks_of(&self.network.id).filter(|block| block.host != self.local.host);
+        let claims = self.claims().filter(|claim| claim.host != self.local.host);
+        let far = blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into()));
+        for cidr in far.chain(self.remote()) {
+            draw.route(cidr, self.unicast(TUN, None));
+        }
+    }
+
     fn claims(&self) -> impl Iterator<Item = &model::Claim> {
         self.catalog.claims.values().filter(|claim| claim.network == self.network.id)
+    }
+
+    /// What is behind foreign peers.
+    fn remote(&self) -> impl Iterator<Item = IpNet> {
+        let peers = self.catalog.peers.values().filter(|peer| peer.network == self.network.id);
+        peers.flat_map(|peer| peer.remote_cidrs.iter().copied())
     }
 
     fn unicast(&self, dev: &str, via: Option<IpAddr>) -> Route {
@@ -351,6 +402,7 @@ fn host_objects(catalog: &Catalog, local: &Local, state: &mut State) {
     let mut ports = BTreeSet::new();
     for (network, slot) in networks {
         match network.driver {
+            Driver::Ipsec => {}
             Driver::Vxlan { port, .. } => {
                 ports.insert(port);
             }

@@ -12,19 +12,33 @@ use model::SERVICE_ADDRESS;
 use crate::object::{Family, HOST_DEVICE_PREFIX, TABLE, Table};
 use crate::transit;
 
-/// The router's filter and NAT: nothing of the pool leaves by `up0`, nothing but the pool comes by the overlay.
+/// What a router's rules are made of.
+pub(crate) struct Router<'a> {
+    /// The network's addresses.
+    pub(crate) pool: IpNet,
+    /// What is behind foreign peers, wherever those are.
+    pub(crate) remote: Vec<IpNet>,
+    /// The overlay device.
+    pub(crate) device: &'a str,
+    /// Whether there is no way out.
+    pub(crate) internal: bool,
+}
+
+/// The router's filter and NAT: nothing of the pool, or of what is behind foreign peers, leaves by `up0` or comes by it,
+/// and nothing else comes by the overlay. Foreign peers reach the pool, and not each other.
 ///
 /// By `up0` goes what NAT gives the router's address: a connection that begins now (not yet confirmed) or one that has been
-/// translated. What conntrack finds invalid (a reset or a reply without a connection), or what began while these rules
-/// were not there, is neither.
+/// translated. What conntrack finds invalid (a reset or a reply without a connection), what began while these rules were
+/// not there, and what it does not track (what is for the overlay, but was not routed there) is neither.
 ///
-/// What most packets do, from container to container, is decided once, before connection tracking: the forward chain
-/// believes that. Each chain, each name of a device and each lookup in a set is paid in throughput (`make bench`).
+/// What most packets do, from container to container or to what is behind a foreign peer, is decided once, before
+/// connection tracking: the forward chain believes that. Each chain, each name of a device and each lookup in a set is paid
+/// in throughput (`make bench`).
 ///
 /// Queries to port 53 of any address go to the router's own service. This is NAT and not a policy rule with transparent
 /// sockets: a namespace that has ever had a policy rule takes the slow way for each routing decision.
-pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
-    let (inward, outward) = if internal {
+pub(crate) fn router(router: &Router<'_>) -> Table {
+    let (inward, outward) = if router.internal {
         ("", "")
     } else {
         (
@@ -32,9 +46,11 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
         ct state established,related accept
         ct status dnat accept",
             r#"
-        iifname "br0" ip saddr POOL ip daddr != POOL ct status and (confirmed or snat or dnat) != confirmed accept"#,
+        iifname "br0" ip saddr POOL ip daddr != INSIDE ct status and (confirmed or snat or dnat) != confirmed accept"#,
         )
     };
+    let remote = remote(&router.remote);
+    let inside = remote.as_ref().map_or("POOL".to_owned(), |remote| format!("{{ POOL, {remote} }}"));
     let text = format!(
         r#"
     map publish {{
@@ -42,7 +58,7 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     }}
     chain untracked {{
         type filter hook prerouting priority raw; policy accept;
-        ip saddr POOL ip daddr POOL th dport != 53 iifname != "up0" notrack
+        ip saddr POOL ip daddr POOL th dport != 53 iifname != "up0" notrack{untracked}
     }}
     chain translated_in {{
         type nat hook prerouting priority dstnat; policy accept;
@@ -55,7 +71,7 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
     }}
     chain input {{
         type filter hook input priority filter; policy accept;
-        iifname "vxlan0" ip saddr != POOL drop
+        iifname "DEVICE" ip saddr != INSIDE drop
         iifname "up0" ct state established,related accept
         iifname "up0" ip protocol icmp accept
         iifname "up0" drop
@@ -67,21 +83,46 @@ pub(crate) fn router(pool: IpNet, internal: bool) -> Table {
         iifname "up0" goto inward
         oifname "up0" goto outward
         ip saddr POOL ip daddr POOL accept
-        iifname "br0" oifname "vxlan0" ct state established,related ip daddr POOL accept
+        iifname "br0" oifname "DEVICE" ct state established,related ip daddr POOL accept{forward}
     }}
     chain inward {{
-        ip saddr POOL drop{inward}
+        ip saddr INSIDE drop{inward}
     }}
     chain outward {{{outward}
     }}
     chain output {{
         type filter hook output priority filter; policy accept;
-        oifname "up0" ip daddr POOL drop
-        oifname "up0" ip saddr POOL drop
+        oifname "up0" ip daddr INSIDE drop
+        oifname "up0" ip saddr INSIDE drop
     }}
-"#
+"#,
+        untracked = rules(
+            remote.as_deref(),
+            r#"
+        ip saddr POOL ip daddr { REMOTE } th dport != 53 iifname != "up0" notrack
+        ip saddr { REMOTE } ip daddr POOL iifname "DEVICE" notrack"#
+        ),
+        forward = rules(
+            remote.as_deref(),
+            r#"
+        oifname "DEVICE" ip saddr POOL ip daddr { REMOTE } accept
+        iifname "DEVICE" ip saddr { REMOTE } ip daddr POOL accept"#
+        ),
     );
-    table(Family::Inet, &text.replace("POOL", &pool.to_string()))
+    let text = text.replace("INSIDE", &inside).replace("POOL", &router.pool.to_string());
+    table(Family::Inet, &text.replace("DEVICE", router.device))
+}
+
+/// What is behind foreign peers, as the elements of a set, which must not overlap. `None` if there is nothing.
+fn remote(cidrs: &[IpNet]) -> Option<String> {
+    let cidrs = IpNet::aggregate(&cidrs.to_vec());
+    let cidrs: Vec<_> = cidrs.iter().filter(|cidr| cidr.addr().is_ipv4()).map(IpNet::to_string).collect();
+    (!cidrs.is_empty()).then(|| cidrs.join(", "))
+}
+
+/// Rules about what is behind foreign peers, where there is any.
+fn rules(remote: Option<&str>, text: &str) -> String {
+    remote.map(|remote| text.replace("REMOTE", remote)).unwrap_or_default()
 }
 
 /// The bridge's guard: a port sends only from its endpoint's MAC and addresses, ARP included. The first rule is all that
@@ -108,7 +149,9 @@ pub(crate) fn bridge() -> Table {
 /// The host's part: NAT for the routers, published ports, and who may send to the overlay's ports.
 ///
 /// All that is asked of a packet of the overlay is asked before routing, by one chain: each chain costs throughput. Addresses
-/// of loopback are never on the way from a router: of what comes back to them, NAT has yet to say so.
+/// of loopback are never on the way from a router: of what comes back to them, NAT has yet to say so. What NAT that is not
+/// ours sends there nevertheless is tracked, as the overlay's packets never are: it meets the rules of the translated, which
+/// cost those nothing.
 pub(crate) fn host(overlay_ports: &[u16]) -> Table {
     let mut text = format!(
         r#"
@@ -136,7 +179,7 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
         transit = transit::RANGE
     );
     let ports = overlay_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-    let mut arriving = String::new();
+    let (mut arriving, mut translated, mut forward) = (String::new(), String::new(), String::new());
     if !overlay_ports.is_empty() {
         let _ = write!(
             text,
@@ -153,6 +196,8 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
 "#
         );
         let _ = writeln!(arriving, "        udp dport {{ {ports} }} goto overlay");
+        let _ = writeln!(translated, "        udp dport {{ {ports} }} drop");
+        let _ = writeln!(forward, "        iifname \"DEV*\" udp dport {{ {ports} }} drop");
     }
     let _ = write!(
         text,
@@ -160,9 +205,13 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
         type filter hook prerouting priority raw; policy accept;
 {arriving}        iifname "DEV*" ip daddr 127.0.0.0/8 drop
     }}
+    chain translated_here {{
+        type nat hook input priority 100; policy accept;
+{translated}        iifname "DEV*" ip daddr 127.0.0.0/8 drop
+    }}
     chain forward {{
         type filter hook forward priority filter - 10; policy accept;
-        oifname "DEV*" ct state established,related accept
+{forward}        oifname "DEV*" ct state established,related accept
         oifname "DEV*" ct status dnat accept
         oifname "DEV*" drop
     }}
@@ -181,20 +230,34 @@ fn table(family: Family, body: &str) -> Table {
 mod tests {
     use super::*;
 
+    fn of(remote: &[&str], device: &str, internal: bool) -> String {
+        let pool = "10.42.0.0/16".parse().unwrap();
+        let remote = remote.iter().map(|cidr| cidr.parse().unwrap()).collect();
+        router(&Router { pool, remote, device, internal }).text
+    }
+
     #[test]
     fn another_text_is_another_digest_and_the_text_says_it() {
         let (a, b) = (host(&[4789]), host(&[4789, 8472]));
         assert_ne!(a.digest, b.digest);
         assert!(a.text.contains(&a.digest));
-        assert!(!router("10.42.0.0/16".parse().unwrap(), true).text.contains("POOL"));
+        let text = of(&["192.168.7.0/24"], "tun0", true);
+        assert!(!["POOL", "DEVICE", "REMOTE", "INSIDE"].iter().any(|word| text.contains(word)), "{text}");
     }
 
     #[test]
     fn an_internal_network_lets_nothing_through_up0() {
-        let open = router("10.42.0.0/16".parse().unwrap(), false).text;
-        let internal = router("10.42.0.0/16".parse().unwrap(), true).text;
+        let (open, internal) = (of(&[], "tun0", false), of(&[], "tun0", true));
         assert!(open.contains(r#"iifname "br0" ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 ct status"#));
         assert!(!internal.contains("ip daddr != 10.42.0.0/16 ct status"));
         assert!(!internal.contains("ct status dnat accept"));
+    }
+
+    #[test]
+    fn what_is_behind_foreign_peers_is_told_once_and_costs_nothing_where_there_is_none() {
+        assert!(!of(&[], "vxlan0", false).contains("{ 10.42.0.0/16"), "no lookup in a set");
+        let text =
+            of(&["192.168.7.0/25", "192.168.7.128/25", "172.16.0.0/12", "172.16.1.0/24"], "tun0", false);
+        assert!(text.contains("ip saddr != { 10.42.0.0/16, 172.16.0.0/12, 192.168.7.0/24 } drop"), "{text}");
     }
 }

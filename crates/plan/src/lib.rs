@@ -11,13 +11,15 @@ mod diff;
 mod firewall;
 pub mod object;
 pub mod transit;
+mod tunnels;
 
 pub use desired::{
-    Attachment, End, Local, ROUTER_PREFIX, desired, desired_attachment, gateway_mac, handed_name,
-    network_mtu, overlay_mac, port_name,
+    Attachment, End, Local, ROUTER_PREFIX, TUN, desired, desired_attachment, endpoint_mac, gateway_mac,
+    handed_name, network_mtu, overlay_mac, port_name,
 };
 pub use diff::{Scope, Step, diff};
 pub use object::{Key, Object, Place, State};
+pub use tunnels::{Begins, Far, Inside, Proof, Tunnel, tunnels};
 
 /// FNV-1a, 64 bits: a stable spread for device addresses and digests; nothing that security rests on.
 pub(crate) fn hash(parts: &[&str]) -> u64 {

@@ -151,6 +151,9 @@ pub enum LinkKind {
         /// The underlay address it sends from.
         local: IpAddr,
     },
+    /// A TUN device for IP packets with offload headers, made to stay when the agent goes. The agent's data path is its
+    /// other end.
+    Tun,
 }
 
 /// The other end of a veth pair.
@@ -186,7 +189,7 @@ pub struct ContainerEnd {
     pub mtu: u32,
     /// As of [`Link`].
     pub gso_max_size: Option<u32>,
-    /// Its addresses, with the network's prefix. A gratuitous ARP follows for each.
+    /// Its addresses, with the network's prefix.
     pub addresses: Vec<IpNet>,
     /// Destinations that are on link besides.
     pub on_link: Vec<IpNet>,

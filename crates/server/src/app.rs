@@ -128,7 +128,14 @@ pub(crate) fn no_environment(name: &str) -> ApiError {
 
 fn store_fault(error: &StoreError) -> ApiError {
     tracing::error!(%error, "a transaction failed");
-    ApiError::new(ErrorCode::Unavailable, error.to_string())
+    let message = match error {
+        StoreError::Io(_) => format!("nothing was changed: {error}"),
+        StoreError::Compacted { .. }
+        | StoreError::Lagged
+        | StoreError::DuplicateKey(_)
+        | StoreError::Closed => error.to_string(),
+    };
+    ApiError::new(ErrorCode::Unavailable, message)
 }
 
 /// The time.

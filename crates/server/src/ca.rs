@@ -137,7 +137,10 @@ impl Ca {
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
         let certificate = params.signed_by(&key, &self.issuer).map_err(Error::Certificate)?;
-        data.write(files::SERVER_CERTIFICATE, &certificate.pem())?;
+        // For people to look at; nobody reads it. A full disk keeps no server from starting.
+        if let Err(error) = data.write(files::SERVER_CERTIFICATE, &certificate.pem()) {
+            tracing::warn!("{error}; the server starts all the same");
+        }
         let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
         Ok(Identity { certificate: certificate.into(), key })
     }

@@ -8,6 +8,7 @@
 //! /droveway/{environment}/blocks/{network}/{cidr}  Block            `/` of the CIDR written `-`
 //! /droveway/{environment}/claims/{network}/{address} Claim
 //! /droveway/{environment}/endpoints/{id}           Endpoint
+//! /droveway/{environment}/peers/{id}               Peer, with its secret        names/peer/{name}
 //! /droveway/{environment}/tokens/{id}              Token
 //! /droveway/{environment}/keys/{name}              ApiKey
 //! ```
@@ -19,7 +20,7 @@ use ipnet::IpNet;
 use model::api::HostRoute;
 use model::{
     Block, Claim, Endpoint, EndpointId, EnvironmentId, Fingerprint, Host, HostId, Name, Network, NetworkId,
-    Object, UnixMillis,
+    Object, Peer, PeerId, UnixMillis,
 };
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +68,7 @@ pub(crate) enum Slot {
     Block(NetworkId, IpNet),
     Claim(NetworkId, IpAddr),
     Endpoint(EndpointId),
+    Peer(PeerId),
     Token(String),
     ApiKey(String),
     /// An index key: read by nobody, compared by transactions.
@@ -146,6 +148,15 @@ impl Keys<'_> {
     pub(crate) fn endpoints(self) -> String {
         self.at("endpoints/")
     }
+    pub(crate) fn peer(self, id: &PeerId) -> String {
+        self.at(&format!("peers/{id}"))
+    }
+    pub(crate) fn peers(self) -> String {
+        self.at("peers/")
+    }
+    pub(crate) fn peer_name(self, name: &Name) -> String {
+        self.at(&format!("names/peer/{name}"))
+    }
     pub(crate) fn token(self, id: &str) -> String {
         self.at(&format!("tokens/{id}"))
     }
@@ -175,6 +186,7 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
         }
         ("claims", Some(id), Some(address)) => Slot::Claim(id.parse().ok()?, address.parse().ok()?),
         ("endpoints", Some(id), None) => Slot::Endpoint(id.parse().ok()?),
+        ("peers", Some(id), None) => Slot::Peer(id.parse().ok()?),
         ("tokens", Some(id), None) => Slot::Token(id.to_owned()),
         ("keys", Some(name), None) => Slot::ApiKey(name.to_owned()),
         ("names", Some(_), Some(_)) => Slot::Index,
@@ -196,6 +208,7 @@ pub(crate) fn decode(slot: &Slot, kv: &KeyValue) -> Result<Record, serde_json::E
             Record::Object(Object::Block(Block { leased: kv.created, ..block }))
         }
         Slot::Claim(..) => Record::Object(Object::Claim(serde_json::from_slice::<Claim>(value)?)),
+        Slot::Peer(_) => Record::Object(Object::Peer(serde_json::from_slice::<Peer>(value)?)),
         Slot::Endpoint(_) => Record::Object(Object::Endpoint(serde_json::from_slice::<Endpoint>(value)?)),
         Slot::Report(id) => Record::Report(id.clone(), serde_json::from_slice(value)?),
         Slot::Token(id) => Record::Token(id.clone(), serde_json::from_slice(value)?),
@@ -212,7 +225,7 @@ mod tests {
         let environment = EnvironmentId::default();
         let keys = Keys(&environment);
         let (network, host) = (NetworkId::from_random([1; 8]), HostId::from_random([2; 8]));
-        let endpoint = EndpointId::from_random([3; 8]);
+        let (endpoint, peer) = (EndpointId::from_random([3; 8]), PeerId::from_random([4; 8]));
         let cidr: IpNet = "10.42.16.0/26".parse().unwrap();
         let address: IpAddr = "fd00::5".parse().unwrap();
         for (key, slot) in [
@@ -223,10 +236,12 @@ mod tests {
             (keys.block(&network, &cidr), Slot::Block(network.clone(), cidr)),
             (keys.claim(&network, &address), Slot::Claim(network.clone(), address)),
             (keys.endpoint(&endpoint), Slot::Endpoint(endpoint.clone())),
+            (keys.peer(&peer), Slot::Peer(peer.clone())),
             (keys.token("ab"), Slot::Token("ab".into())),
             (keys.api_key("admin"), Slot::ApiKey("admin".into())),
             (keys.vni(4789, 1), Slot::Index),
             (keys.host_name(&"h1".parse().unwrap()), Slot::Index),
+            (keys.peer_name(&"office".parse().unwrap()), Slot::Index),
         ] {
             assert_eq!(parse(&key), Some((environment.clone(), slot)), "{key}");
         }

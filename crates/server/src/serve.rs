@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -43,6 +43,22 @@ pub(crate) struct Peer {
     /// SHA-256 of the key that it proved to hold, if it showed a certificate of our CA.
     pub(crate) key: Option<Fingerprint>,
     pub(crate) address: SocketAddr,
+    /// Our own address on the connection.
+    pub(crate) local: Option<IpAddr>,
+}
+
+impl Peer {
+    /// Where the other side comes from, as far as that says how it is reached: not from this very machine, and not by
+    /// an address that means nothing elsewhere.
+    pub(crate) fn outside(&self) -> Option<IpAddr> {
+        let from = self.address.ip().to_canonical();
+        let near = match from {
+            IpAddr::V4(from) => from.is_loopback() || from.is_link_local(),
+            IpAddr::V6(from) => from.is_loopback() || from.is_unicast_link_local(),
+        };
+        let ourselves = self.local.is_some_and(|local| local.to_canonical() == from);
+        (!near && !ourselves).then_some(from)
+    }
 }
 
 /// Serves until `shutdown` is ready, and then ends what is open.
@@ -104,6 +120,7 @@ async fn connection(
     router: Router,
     mut stopping: watch::Receiver<bool>,
 ) {
+    let local = stream.local_addr().ok().map(|local| local.ip());
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%address, %error, "no TCP_NODELAY");
     }
@@ -115,7 +132,7 @@ async fn connection(
     let session = stream.get_ref().1;
     let key = session.peer_certificates().and_then(|chain| chain.first()).and_then(tls::key_of);
     let http2 = session.alpn_protocol() == Some(b"h2");
-    let peer = Peer { key, address };
+    let peer = Peer { key, address, local };
     let asked = Arc::new(AtomicBool::new(false));
     let service = TowerToHyperService::new(router);
     let service = service_fn({

@@ -91,13 +91,14 @@ async fn make_environment(store: &dyn Store, environment: &EnvironmentId) -> Res
     let spec = NetworkSpec::new(name, MANAGED_CIDR.parse().map_err(|e| internal(&e))?);
     let network =
         spec.validate(NetworkId::from_random(secret::random()?), 1, created).map_err(|e| internal(&e))?;
-    let model::Driver::Vxlan { vni, port } = network.driver;
-    let puts = [
+    let mut puts = vec![
         put(keys.environment(), &serde_json::json!({ "created": created })),
         put(keys.network(&network.id), &network),
         put(keys.network_name(&network.name), &network.id),
-        put(keys.vni(port, vni), &network.id),
     ];
+    if let model::Driver::Vxlan { vni, port } = network.driver {
+        puts.push(put(keys.vni(port, vni), &network.id));
+    }
     let puts = puts.into_iter().collect::<Result<_, _>>().map_err(|e| internal(&e))?;
     store.txn(Txn::new(vec![Compare::Absent(keys.environment())], puts)).await.map_err(fault)?;
     tracing::info!(%environment, network = MANAGED_NETWORK, "made the environment");

@@ -9,8 +9,8 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use model::{
-    Block, Catalog, Endpoint, EndpointId, EnvironmentId, Host, HostId, Key, Network, NetworkId, Object,
-    Revision,
+    Block, Catalog, Endpoint, EndpointId, EnvironmentId, Host, HostId, Key, Network, NetworkId, Object, Peer,
+    PeerId, Revision,
 };
 use tokio::sync::watch;
 
@@ -39,7 +39,7 @@ pub(crate) struct Environment {
     pub(crate) api_keys: BTreeMap<String, ApiKey>,
     /// Hosts by the SHA-256 of their key.
     pub(crate) by_key: HashMap<String, HostId>,
-    /// How many blocks and claims each host has in each network.
+    /// How many blocks and claims each host has in each network, and how many foreign peers it speaks to there.
     shares: BTreeMap<NetworkId, BTreeMap<HostId, usize>>,
     endpoints: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
     endpoints_of_host: BTreeMap<HostId, BTreeSet<EndpointId>>,
@@ -178,6 +178,7 @@ impl Environment {
             Slot::Block(id, cidr) => Key::Block(id.clone(), *cidr),
             Slot::Claim(id, address) => Key::Claim(id.clone(), *address),
             Slot::Endpoint(id) => Key::Endpoint(id.clone()),
+            Slot::Peer(id) => Key::Peer(id.clone()),
         };
         let network = self.forget(&key);
         self.catalog.delete(&key);
@@ -194,6 +195,7 @@ impl Environment {
             }
             Object::Block(block) => (&block.network, &block.host),
             Object::Claim(claim) => (&claim.network, &claim.host),
+            Object::Peer(peer) => (&peer.network, &peer.host),
             Object::Endpoint(endpoint) => {
                 let id = &endpoint.id;
                 self.endpoints.entry(endpoint.network.clone()).or_default().insert(id.clone());
@@ -226,8 +228,12 @@ impl Environment {
                 let claim = self.catalog.claims.get(&(network.clone(), *address))?;
                 (&claim.network, &claim.host)
             }
+            Key::Peer(id) => {
+                let peer = self.catalog.peers.get(id)?;
+                (&peer.network, &peer.host)
+            }
             Key::Endpoint(id) => {
-                let endpoint = self.catalog.endpoints.get(id)?;
+                let endpoint = self.catalog.endpoint(id)?;
                 remove_from(&mut self.endpoints, &endpoint.network, id);
                 remove_from(&mut self.endpoints_of_host, &endpoint.host, id);
                 for address in &endpoint.addresses {
@@ -265,6 +271,12 @@ impl Environment {
         by_id.or_else(|| self.catalog.hosts.values().find(|host| host.name.as_str() == name_or_id))
     }
 
+    /// The foreign peer of that name or id.
+    pub(crate) fn peer(&self, name_or_id: &str) -> Option<&Peer> {
+        let by_id = name_or_id.parse().ok().and_then(|id: PeerId| self.catalog.peers.get(&id));
+        by_id.or_else(|| self.catalog.peers.values().find(|peer| peer.name.as_str() == name_or_id))
+    }
+
     /// What people call the host.
     pub(crate) fn host_name<'a>(&'a self, id: &'a HostId) -> &'a str {
         self.catalog.hosts.get(id).map_or(id.as_str(), |host| host.name.as_str())
@@ -296,12 +308,12 @@ impl Environment {
 
     /// The endpoints of a network.
     pub(crate) fn endpoints_of(&self, network: &NetworkId) -> impl Iterator<Item = &Endpoint> {
-        self.endpoints.get(network).into_iter().flatten().filter_map(|id| self.catalog.endpoints.get(id))
+        self.endpoints.get(network).into_iter().flatten().filter_map(|id| self.catalog.endpoint(id))
     }
 
     /// The endpoints of a host.
     pub(crate) fn endpoints_of_host(&self, host: &HostId) -> impl Iterator<Item = &Endpoint> {
-        self.endpoints_of_host.get(host).into_iter().flatten().filter_map(|id| self.catalog.endpoints.get(id))
+        self.endpoints_of_host.get(host).into_iter().flatten().filter_map(|id| self.catalog.endpoint(id))
     }
 
     /// How many endpoints a host has.
@@ -311,10 +323,10 @@ impl Environment {
 
     /// The endpoint that has the address in the network.
     pub(crate) fn holder(&self, network: &NetworkId, address: IpAddr) -> Option<&Endpoint> {
-        self.by_address.get(&(network.clone(), address)).and_then(|id| self.catalog.endpoints.get(id))
+        self.by_address.get(&(network.clone(), address)).and_then(|id| self.catalog.endpoint(id))
     }
 
-    /// The networks that a host takes part in: those where it holds a block or a claim.
+    /// The networks that a host takes part in: those where it holds a block or a claim, or speaks to a foreign peer.
     pub(crate) fn networks_of(&self, host: &HostId) -> BTreeSet<NetworkId> {
         let shared = self.shares.iter().filter(|(_, hosts)| hosts.contains_key(host));
         shared.map(|(network, _)| network.clone()).collect()

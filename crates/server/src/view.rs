@@ -1,14 +1,14 @@
 //! What one host sees of its environment, and how that changes.
 //!
 //! A host sees itself and all networks; and of each network that it takes part in, which is one where it holds a block
-//! or a claim, all blocks, claims, endpoints and the hosts that hold blocks or claims there.
+//! or a claim or speaks to a foreign peer, all blocks, claims, endpoints, foreign peers and the hosts that take part.
 //!
 //! Invariant: snapshot plus deltas, applied in order, is always the view at the delta's revision. A reader that is slow
 //! gets fewer and larger deltas; nothing queues for it.
 
 use std::collections::BTreeSet;
 
-use model::{Change, EnvironmentId, HostId, Key, NetworkId, Object, Revision};
+use model::{Change, EnvironmentId, HostId, Key, NetworkId, Object, Peer, Revision};
 
 use crate::state::{Environment, State};
 
@@ -59,7 +59,7 @@ impl Cursor {
         let networks = env.catalog.networks.values().cloned().map(Object::Network);
         hosts
             .chain(networks)
-            .chain(self.networks.iter().flat_map(|network| objects_of(env, network)))
+            .chain(self.networks.iter().flat_map(|network| objects_of(env, network, &self.host)))
             .collect()
     }
 
@@ -71,14 +71,14 @@ impl Cursor {
         }
         let Some(changes) = state.changes_after(self.at, &self.environment) else { return Step::Lost };
         let changes: Vec<_> = changes.collect();
-        let shares_changed =
-            changes.iter().any(|changed| matches!(changed.key, Key::Block(..) | Key::Claim(..)));
+        let shares = |key: &Key| matches!(key, Key::Block(..) | Key::Claim(..) | Key::Peer(_));
+        let shares_changed = changes.iter().any(|changed| shares(&changed.key));
         let mut touched = BTreeSet::new();
         let before = self.networks.clone();
         if shares_changed {
             self.networks = env.networks_of(&self.host);
             for network in before.symmetric_difference(&self.networks) {
-                touched.extend(objects_of(env, network).map(|object| object.key()));
+                touched.extend(objects_of(env, network, &self.host).map(|object| object.key()));
             }
             let hosts = visible_hosts(env, &self.host, &self.networks);
             touched.extend(self.hosts.symmetric_difference(&hosts).cloned().map(Key::Host));
@@ -132,8 +132,11 @@ impl Cursor {
                 .filter(|_| sees(network))
                 .cloned()
                 .map(Object::Claim),
+            Key::Peer(id) => {
+                catalog.peers.get(id).filter(|peer| sees(&peer.network)).map(|peer| seen_by(&self.host, peer))
+            }
             Key::Endpoint(id) => {
-                catalog.endpoints.get(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
+                catalog.endpoint(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
             }
         }
     }
@@ -144,11 +147,21 @@ fn visible_hosts(env: &Environment, host: &HostId, networks: &BTreeSet<NetworkId
     others.chain([host.clone()]).collect()
 }
 
-fn objects_of<'a>(env: &'a Environment, network: &'a NetworkId) -> impl Iterator<Item = Object> + 'a {
+/// A foreign peer as `host` may see it: with its secret only where the host speaks to it.
+fn seen_by(host: &HostId, peer: &Peer) -> Object {
+    Object::Peer(if peer.host == *host { peer.clone() } else { peer.clone().without_secret() })
+}
+
+fn objects_of<'a>(
+    env: &'a Environment,
+    network: &'a NetworkId,
+    host: &'a HostId,
+) -> impl Iterator<Item = Object> + 'a {
     let blocks = env.blocks_of(network).cloned().map(Object::Block);
     let claims = env.claims_of(network).cloned().map(Object::Claim);
     let endpoints = env.endpoints_of(network).cloned().map(Object::Endpoint);
-    blocks.chain(claims).chain(endpoints)
+    let peers = env.catalog.peers.values().filter(move |peer| peer.network == *network);
+    blocks.chain(claims).chain(endpoints).chain(peers.map(move |peer| seen_by(host, peer)))
 }
 
 #[cfg(test)]

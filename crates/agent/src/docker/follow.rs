@@ -303,7 +303,7 @@ impl Follower {
                 continue;
             }
             match self.control.describe(foreign, describe::describe(&container, attachment)).await {
-                Ok(()) => self.resolv_conf(&container, foreign).await,
+                Ok(()) => self.resolv_conf(session, &container, foreign).await,
                 // It has left meanwhile, or it is from before this agent's ledger.
                 Err(why) if why.code == ErrorCode::NotFound => {}
                 Err(why) => self.tell(format!("container {}: {why}", container.name)),
@@ -311,12 +311,14 @@ impl Follower {
         }
     }
 
-    async fn resolv_conf(&mut self, container: &Container, foreign: &str) {
+    /// Makes the container ask the router itself, where Docker's own resolver would not: where the host's resolver is a
+    /// loopback one, and where all its networks are internal.
+    async fn resolv_conf(&mut self, session: &Session, container: &Container, foreign: &str) {
         // Servers that were given by `--dns` are asked from the container's namespace, loopback or not.
         let path = PathBuf::from(&container.resolv_conf_path);
         if container.resolv_conf_path.is_empty()
             || !container.host_config.dns.is_empty()
-            || !resolv::bypasses_containers(&self.resolv_conf)
+            || !(resolv::bypasses_containers(&self.resolv_conf) || self.is_shut_in(session, container))
         {
             return;
         }
@@ -330,10 +332,20 @@ impl Follower {
         {
             tracing::warn!(
                 file = %path.display(), %why,
-                "the host's resolver is a loopback one and the container's resolv.conf is out of reach: other hosts' names will not resolve; run containers, or the engine, with --dns {}",
+                "Docker's resolver does not ask the router here, and the container's resolv.conf is out of reach: other hosts' names will not resolve; run containers, or the engine, with --dns {}",
                 model::SERVICE_ADDRESS
             );
         }
+    }
+
+    /// Whether all networks of the container are Droveway's and internal: then Docker's resolver asks nobody, by its own
+    /// choice or for want of a route.
+    fn is_shut_in(&self, session: &Session, container: &Container) -> bool {
+        let view = self.control.view();
+        container.network_settings.networks.values().all(|attachment| {
+            let network = session.ours.get(&attachment.network_id);
+            network.and_then(|id| view.catalog.networks.get(id)).is_some_and(|network| network.internal)
+        })
     }
 
     /// Compares what the ledger holds for the engine with what it has.

@@ -67,12 +67,16 @@ impl State {
 
     /// Keeps it.
     pub(super) fn put_network(&self, docker: &str, network: &NetworkId) -> Result<(), Error> {
-        self.change(|networks| drop(networks.insert(docker.to_owned(), network.clone())))
+        self.change(|networks| {
+            networks.insert(docker.to_owned(), network.clone());
+        })
     }
 
     /// Forgets it.
     pub(super) fn delete_network(&self, docker: &str) -> Result<(), Error> {
-        self.change(|networks| drop(networks.remove(docker)))
+        self.change(|networks| {
+            networks.remove(docker);
+        })
     }
 
     /// Docker's networks that are known.

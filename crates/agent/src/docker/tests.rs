@@ -210,6 +210,7 @@ pub(super) fn view(networks: impl IntoIterator<Item = Network>) -> View {
         catalog: Catalog::from_objects(networks.into_iter().map(Object::Network)),
         local: BTreeMap::new(),
         routers: BTreeMap::new(),
+        tunnels: Arc::default(),
         troubles: vec![],
     }
 }

@@ -24,7 +24,7 @@ pub use forward::{Forwarder, Unanswered, Upstreams};
 pub(crate) use resolv::nameservers;
 pub use resolv::{Resolv, resolv_conf};
 pub use serve::serve;
-pub use zone::{Outcome, TTL, Zone, follow};
+pub use zone::{Outcome, TTL, Zone, Zones};
 
 #[cfg(test)]
 pub(crate) use zone::tests as fixtures;

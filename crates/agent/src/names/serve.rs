@@ -16,14 +16,13 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, warn};
 
 use super::forward::framed;
 use super::message::{Forward, Reaction, Transport, react};
-use super::{Budget, Forwarder, Permit, Zone};
+use super::{Budget, Forwarder, Permit, Zones};
 
 /// Queries under way to others, in all and for one asker.
 const FORWARDS: (usize, usize) = (512, 128);
@@ -42,7 +41,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub async fn serve(
     udp: UdpSocket,
     tcp: TcpListener,
-    zone: watch::Receiver<Arc<Zone>>,
+    zones: Arc<Zones>,
     forwarder: Arc<Forwarder>,
 ) -> io::Result<Infallible> {
     udp.set_nonblocking(true)?;
@@ -50,7 +49,7 @@ pub async fn serve(
     let datagrams = Datagrams(tokio::net::UdpSocket::from_std(udp)?);
     let listener = tokio::net::TcpListener::from_std(tcp)?;
     let desk = Desk {
-        zone,
+        zones,
         forwarder,
         forwards: Budget::new(FORWARDS.0, FORWARDS.1),
         turn: Arc::default(),
@@ -65,7 +64,7 @@ pub async fn serve(
 /// What answers need, wherever the question came in.
 #[derive(Clone)]
 struct Desk {
-    zone: watch::Receiver<Arc<Zone>>,
+    zones: Arc<Zones>,
     forwarder: Arc<Forwarder>,
     forwards: Arc<Budget>,
     turn: Arc<AtomicUsize>,
@@ -82,7 +81,7 @@ enum Next {
 impl Desk {
     fn take(&self, query: &[u8], asker: IpAddr, transport: Transport) -> Next {
         let asker = asker.to_canonical();
-        let zone = Arc::clone(&self.zone.borrow());
+        let zone = self.zones.newest();
         match react(query, asker, transport, &zone, self.turn.fetch_add(1, Ordering::Relaxed)) {
             Reaction::Ignore => Next::Nothing,
             Reaction::Reply(bytes) => Next::Send(bytes),

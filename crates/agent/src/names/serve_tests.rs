@@ -6,16 +6,18 @@ use std::str::FromStr;
 
 use hickory_proto::op::{Message, Query, ResponseCode};
 use hickory_proto::rr::{Name, RecordType};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::*;
+use crate::View;
 use crate::names::Upstreams;
 use crate::names::fixtures::{endpoint, network, view, walk};
 
 /// A router's DNS on a port of loopback, with one resolver behind it that knows `example.com.`.
 struct Router {
     address: SocketAddr,
-    zone: watch::Sender<Arc<Zone>>,
+    views: watch::Sender<Arc<View>>,
     task: JoinHandle<io::Result<Infallible>>,
 }
 
@@ -25,8 +27,13 @@ impl Drop for Router {
     }
 }
 
-fn zone(endpoints: Vec<model::Endpoint>) -> Arc<Zone> {
-    Arc::new(Zone::new(&view("droveway.internal", endpoints), &network()))
+fn of(endpoints: Vec<model::Endpoint>) -> Arc<View> {
+    Arc::new(view("droveway.internal", endpoints))
+}
+
+fn zones() -> (watch::Sender<Arc<View>>, Arc<Zones>) {
+    let (views, receiver) = watch::channel(of(walk()));
+    (views, Arc::new(Zones::new(receiver, network())))
 }
 
 /// The same port for both transports.
@@ -69,9 +76,9 @@ fn router() -> Router {
     let forwarder = Forwarder::new(Upstreams::Given(vec![server]), Vec::new());
     let (udp, tcp) = sockets();
     let address = udp.local_addr().unwrap();
-    let (sender, receiver) = watch::channel(zone(walk()));
-    let task = tokio::spawn(serve(udp, tcp, receiver, Arc::new(forwarder)));
-    Router { address, zone: sender, task }
+    let (views, zones) = zones();
+    let task = tokio::spawn(serve(udp, tcp, zones, Arc::new(forwarder)));
+    Router { address, views, task }
 }
 
 fn query(id: u16, name: &str) -> Vec<u8> {
@@ -190,7 +197,7 @@ async fn a_truncated_answer_is_whole_over_tcp() {
     let router = router();
     let endpoints =
         (0..100).map(|i| endpoint(i, &format!("web-{i}"), "shop", "web", &format!("10.42.{i}.2"))).collect();
-    router.zone.send_replace(zone(endpoints));
+    router.views.send_replace(of(endpoints));
     let address = router.address;
     let (small, whole) = client(move || {
         let name = "web.shop.droveway.internal.";
@@ -307,7 +314,7 @@ async fn a_new_zone_is_answered_from_without_a_socket_closing() {
         stream
     })
     .await;
-    router.zone.send_replace(zone(vec![endpoint(1, "db", "", "", "10.42.0.7")]));
+    router.views.send_replace(of(vec![endpoint(1, "db", "", "", "10.42.0.7")]));
     client(move || {
         stream.write_all(&framed(&query(2, "db."))).unwrap();
         assert_eq!(said(&read_frame(&mut stream)), "10.42.0.7");
@@ -373,9 +380,9 @@ async fn pair() -> (TcpStream, JoinHandle<io::Result<()>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (stream, from) = listener.accept().await.unwrap();
-    let (_, receiver) = watch::channel(zone(walk()));
+    let (_, zones) = zones();
     let desk = Desk {
-        zone: receiver,
+        zones,
         forwarder: Arc::new(Forwarder::new(Upstreams::Given(Vec::new()), Vec::new())),
         forwards: Budget::new(1, 1),
         turn: Arc::default(),

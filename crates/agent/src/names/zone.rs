@@ -1,4 +1,4 @@
-//! What a network's names are: a pure value, made anew from each view.
+//! What a network's names are: a pure value, made anew from a view.
 //!
 //! | name | answers |
 //! |---|---|
@@ -17,7 +17,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hickory_proto::op::Query;
 use hickory_proto::rr::rdata::{PTR, SOA};
@@ -68,18 +68,36 @@ pub enum Outcome {
     NotOurs,
 }
 
-/// Keeps a zone up to date for as long as it is polled and views come.
-pub async fn follow(
-    mut views: watch::Receiver<Arc<View>>,
+/// The zone of the newest view, made when someone asks: what it takes to make one grows with the network, a view comes
+/// with each attachment, and few views are asked about.
+#[derive(Debug)]
+pub struct Zones {
     network: NetworkId,
-    zones: watch::Sender<Arc<Zone>>,
-) {
-    loop {
+    newest: Mutex<(watch::Receiver<Arc<View>>, Arc<Zone>)>,
+}
+
+impl Zones {
+    /// The zones of that network.
+    pub fn new(mut views: watch::Receiver<Arc<View>>, network: NetworkId) -> Self {
         let view = Arc::clone(&views.borrow_and_update());
-        zones.send_replace(Arc::new(Zone::new(&view, &network)));
-        if views.changed().await.is_err() {
-            return;
+        let zone = Arc::new(Zone::new(&view, &network));
+        Self { network, newest: Mutex::new((views, zone)) }
+    }
+
+    /// The zone of the newest view.
+    pub fn newest(&self) -> Arc<Zone> {
+        // A thread that panicked here left a zone of some view, and the next view is seen as new.
+        let mut newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
+        let (views, zone) = &mut *newest;
+        // Not held while the zone is made: the next view would have to wait.
+        let view = {
+            let view = views.borrow_and_update();
+            view.has_changed().then(|| Arc::clone(&view))
+        };
+        if let Some(view) = view {
+            *zone = Arc::new(Zone::new(&view, &self.network));
         }
+        Arc::clone(zone)
     }
 }
 

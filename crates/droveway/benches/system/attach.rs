@@ -76,6 +76,8 @@ pub fn scale(
     counts: &[usize],
     report: &mut Report,
 ) -> Result<()> {
+    const TURNS: usize = 5;
+    // A bridge takes 1,023 ports.
     const EACH: usize = 20;
     #[derive(Serialize)]
     struct Raw {
@@ -89,15 +91,17 @@ pub fn scale(
     }
     for &present in counts {
         h1.fill(present)?;
-        h1.prepare(EACH)?;
-        let all: Vec<&Host<'_>> = [&*h1].into_iter().chain(others.iter().copied()).collect();
-        settle(lab, &all)?;
         let (mut attach, mut detach) = (Vec::new(), Vec::new());
-        for _ in 0..EACH {
-            attach.push(milliseconds(h1.attach()?.2));
-        }
-        for _ in 0..EACH {
-            detach.push(milliseconds(h1.detach()?));
+        for _ in 0..TURNS {
+            h1.prepare(EACH)?;
+            let all: Vec<&Host<'_>> = [&*h1].into_iter().chain(others.iter().copied()).collect();
+            settle(lab, &all)?;
+            for _ in 0..EACH {
+                attach.push(milliseconds(h1.attach()?.2));
+            }
+            for _ in 0..EACH {
+                detach.push(milliseconds(h1.detach()?));
+            }
         }
         let row = Raw { present, attach_ms: Samples::of(attach), detach_ms: Samples::of(detach) };
         println!("  {present:>5} endpoints: attach ms: {}", row.attach_ms);

@@ -7,6 +7,7 @@ use std::fmt;
 use std::io::Read;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use model::{JoinToken, Name, agent_api};
@@ -72,6 +73,18 @@ pub(super) struct AgentArgs {
     /// Forward names outside Droveway to this resolver; may be repeated [default: those of this machine]
     #[arg(long = "dns", value_name = "ADDRESS")]
     forwarders: Vec<IpAddr>,
+    /// The UDP port of this host's tunnels, for IKE and ESP together; open it in firewalls
+    #[arg(long, value_name = "PORT", default_value_t = model::TUNNEL_PORT, value_parser = parse::tunnel_port)]
+    tunnel_port: u16,
+    /// For tests: new keys for a tunnel's traffic after so many seconds [default: an hour]
+    #[arg(long, hide = true, env = "DROVEWAY_REKEY_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    rekey_every: Option<u64>,
+    /// For tests: new keys for a tunnel's traffic after so many bytes [default: 1 TiB]
+    #[arg(long, hide = true, env = "DROVEWAY_REKEY_BYTES", value_name = "BYTES", value_parser = clap::value_parser!(u64).range(1..))]
+    rekey_bytes: Option<u64>,
+    /// For tests: a new IKE SA after so many seconds [default: four hours]
+    #[arg(long, hide = true, env = "DROVEWAY_REKEY_IKE_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    rekey_ike_every: Option<u64>,
     #[command(flatten)]
     pub(super) log: LogArgs,
 }
@@ -99,6 +112,7 @@ pub(super) struct Settings {
     pub(super) socket: PathBuf,
     pub(super) docker: Option<PathBuf>,
     pub(super) forwarders: Vec<IpAddr>,
+    pub(super) tunnels: agent::tunnels::Settings,
 }
 
 impl AgentArgs {
@@ -120,6 +134,12 @@ impl AgentArgs {
             socket: self.socket,
             docker: (!self.no_docker).then_some(self.docker),
             forwarders: self.forwarders,
+            tunnels: agent::tunnels::Settings {
+                port: self.tunnel_port,
+                rekey_every: self.rekey_every.map(Duration::from_secs),
+                rekey_bytes: self.rekey_bytes,
+                rekey_ike_every: self.rekey_ike_every.map(Duration::from_secs),
+            },
         })
     }
 }
@@ -241,9 +261,13 @@ mod tests {
             "9.9.9.9",
             "--state-dir",
             "/s",
+            "--tunnel-port",
+            "4501",
         ];
         let settings = settle(&args, None).unwrap();
         assert_eq!(settings.server.as_deref(), Some("https://h:7443"));
+        assert_eq!(settings.tunnels.port, 4501);
+        assert!(Alone::try_parse_from(["agent", "--tunnel-port", "500"]).is_err());
         assert_eq!(settings.labels.len(), 2);
         assert_eq!(settings.forwarders, ["9.9.9.9".parse::<IpAddr>().unwrap()]);
         assert_eq!((settings.name.unwrap().as_str(), settings.state_dir), ("h1", "/s".into()));

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use model::EnvironmentId;
+use model::agent_api::SOCKET;
 use reqwest::Url;
 
 use super::exit::{Exit, Failure};
 use super::{parse, text};
-use crate::client::{Client, Settings};
+use crate::client::{AgentSocket, Client, Settings};
 
 /// The port the server listens on unless told otherwise.
 pub(super) const PORT: u16 = 7443;
@@ -51,6 +52,21 @@ impl Connection {
         let settings =
             Settings { server: self.server, key_file: self.key_file, ca_file, environment: self.environment };
         Ok(Client::open(settings)?)
+    }
+}
+
+/// How to reach the agent of this machine.
+#[derive(Debug, Clone, Args)]
+pub(super) struct LocalAgent {
+    /// The agent's socket
+    #[arg(long, global = true, env = "DROVEWAY_SOCKET", hide_env_values = true, value_name = "PATH", default_value = SOCKET)]
+    socket: PathBuf,
+}
+
+impl LocalAgent {
+    /// A client of that agent.
+    pub(super) fn open(&self) -> Result<AgentSocket, Failure> {
+        Ok(AgentSocket::open(&self.socket)?)
     }
 }
 

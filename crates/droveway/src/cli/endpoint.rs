@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 
 use clap::{Args, Subcommand};
-use model::{Endpoint, HostId, Name, NetworkId, Protocol};
+use model::{Endpoint, Name, Protocol};
 
 use super::connection::{Connection, each, unknown};
 use super::exit::Failure;
+use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
-use crate::client::Client;
 
 /// Endpoints: the attachments of containers to networks
 #[derive(Debug, Args)]
@@ -65,7 +65,7 @@ impl EndpointArgs {
                     network.as_ref().is_none_or(|id| *id == endpoint.network)
                         && host.as_ref().is_none_or(|id| *id == endpoint.host)
                 });
-                endpoints.sort_by_cached_key(|endpoint| names.order(endpoint));
+                endpoints.sort_by_cached_key(|endpoint| order(endpoint, &names));
                 output.list(
                     &endpoints,
                     |endpoints| table(endpoints, &names),
@@ -84,37 +84,9 @@ impl EndpointArgs {
     }
 }
 
-/// What networks and hosts are called.
-struct Names {
-    networks: BTreeMap<NetworkId, Name>,
-    hosts: BTreeMap<HostId, Name>,
-}
-
-impl Names {
-    async fn fetch(client: &Client) -> Result<Self, Failure> {
-        Ok(Self {
-            networks: client
-                .networks()
-                .await?
-                .into_iter()
-                .map(|network| (network.id, network.name))
-                .collect(),
-            hosts: client.hosts().await?.into_iter().map(|view| (view.host.id, view.host.name)).collect(),
-        })
-    }
-
-    fn network(&self, id: &NetworkId) -> String {
-        self.networks.get(id).map_or_else(|| id.to_string(), Name::to_string)
-    }
-
-    fn host(&self, id: &HostId) -> String {
-        self.hosts.get(id).map_or_else(|| id.to_string(), Name::to_string)
-    }
-
-    /// By network, then by address: neighbours stand together.
-    fn order(&self, endpoint: &Endpoint) -> (String, Option<std::net::IpAddr>) {
-        (self.network(&endpoint.network), endpoint.addresses.first().copied())
-    }
+/// By network, then by address: neighbours stand together.
+fn order(endpoint: &Endpoint, names: &Names) -> (String, Option<std::net::IpAddr>) {
+    (names.network(&endpoint.network), endpoint.addresses.first().copied())
 }
 
 /// The id of what is called `wanted`, or whose id that is.
@@ -217,6 +189,8 @@ fn details(endpoint: &Endpoint, names: &Names) -> Details {
 
 #[cfg(test)]
 mod tests {
+    use model::{HostId, NetworkId};
+
     use super::*;
     use crate::cli::exit::Exit;
 

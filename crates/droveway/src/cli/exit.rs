@@ -48,7 +48,7 @@ impl Exit {
             Self::Ok => "done",
             Self::Internal => "a fault of Droveway or of the machine",
             Self::Usage => "the request is wrong: an option, a value, a combination",
-            Self::NotFound => "no such network, host, endpoint or token",
+            Self::NotFound => "no such network, host, endpoint, peer, tunnel or token",
             Self::Conflict => "it exists already, overlaps, or is in use",
             Self::Denied => "no valid key or certificate, or not allowed",
             Self::Unreachable => "the server or the agent does not answer",

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand};
 use model::api::{HostPatch, HostView};
-use model::{Candidate, Source};
+use model::{Candidate, Host, Source};
 
 use super::connection::{Connection, each, suggest};
 use super::exit::Failure;
@@ -29,6 +29,9 @@ enum Verb {
   droveway host ls
   droveway host ls -o json | jq -r '.[] | select(.connected | not) | .name'
 
+ADDRESS is where other hosts reach it. \"behind NAT (A)\": the server sees it come from A, which is none of its own
+addresses. It then begins its tunnels itself; networks of --driver vxlan do not reach it.
+
 STATE is whether the host's agent is connected to the server. What runs on a host that is away goes on."
     )]
     Ls,
@@ -54,7 +57,8 @@ STATE is whether the host's agent is connected to the server. What runs on a hos
         changes: Vec<(String, Option<String>)>,
     },
     /// Remove hosts: their certificates, blocks and endpoints are no longer good
-    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host.
+    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host. Refused while it is the
+gateway of foreign peers: `droveway peer ls`.
 
 Examples:
   droveway host rm h3")]
@@ -132,7 +136,9 @@ fn table(hosts: &[HostView]) -> Table {
             view.host.name.to_string(),
             state(view).to_owned(),
             if view.connected { "now".to_owned() } else { seen(view, now) },
-            view.host.underlay().map(|candidate| candidate.address.to_string()).unwrap_or_default(),
+            behind_nat(&view.host).unwrap_or_else(|| {
+                view.host.underlay().map(|candidate| candidate.address.to_string()).unwrap_or_default()
+            }),
             view.blocks.len().to_string(),
             view.endpoints.to_string(),
             view.version.clone().unwrap_or_default(),
@@ -140,6 +146,12 @@ fn table(hosts: &[HostView]) -> Table {
         ]);
     }
     table
+}
+
+/// That a host is behind a NAT, and which.
+pub(super) fn behind_nat(host: &Host) -> Option<String> {
+    let outside = host.outside().filter(|_| host.behind_nat())?;
+    Some(format!("behind NAT ({})", outside.address))
 }
 
 fn seen(view: &HostView, now: model::UnixMillis) -> String {
@@ -162,6 +174,10 @@ fn details(view: &HostView) -> Details {
         .add("Seen", view.seen.map(text::utc).unwrap_or_default())
         .add("Agent", view.version.clone().unwrap_or_default())
         .add("Addresses", addresses(&host.candidates))
+        .add(
+            "Reached",
+            behind_nat(host).map(|nat| format!("{nat}: it begins its tunnels itself")).unwrap_or_default(),
+        )
         .add("Labels", text::labels(&host.labels))
         .add("Joined", text::utc(host.joined))
         .add("Key", format!("SHA-256 {}", host.key))
@@ -177,7 +193,7 @@ pub(super) fn addresses(candidates: &[Candidate]) -> String {
             Source::Given => "given",
             Source::Route => "on the route to the server",
             Source::Interface => "on an interface",
-            Source::Observed => "seen by the server",
+            Source::Observed => "where the server sees it come from",
         };
         let port = candidate.port.map(|port| format!(" port {port}")).unwrap_or_default();
         format!("{}{port}, MTU {}, {how}", candidate.address, candidate.mtu)
@@ -202,5 +218,23 @@ mod tests {
         assert_eq!(row, ["h1", "up", "now", "10.0.0.6", "0", "3", "0.1.0", "zone=a"]);
         assert!(details(&view).render().contains("10.0.0.6, MTU 1500, on the route to the server"));
         assert_eq!(labelled(&view), "h1: zone=a\n");
+    }
+
+    #[test]
+    fn a_host_behind_a_nat_says_so_and_where_it_comes_from() {
+        let view: HostView = serde_json::from_value(serde_json::json!({
+            "id": "h-aaaaaaaaaa", "name": "h1", "key": "00", "joined": 0,
+            "candidates": [
+                {"address": "192.168.1.5", "mtu": 1500, "source": "route"},
+                {"address": "203.0.113.7", "mtu": 1500, "source": "observed"},
+            ],
+            "connected": true, "blocks": [], "endpoints": 3, "version": "0.1.0"
+        }))
+        .unwrap();
+        let ls = table(std::slice::from_ref(&view)).render(Some(80));
+        assert!(ls.contains("behind NAT (203.0.113.7)"), "{ls}");
+        let inspect = details(&view).render();
+        assert!(inspect.contains("behind NAT (203.0.113.7): it begins its tunnels itself"), "{inspect}");
+        assert!(inspect.contains("203.0.113.7, MTU 1500, where the server sees it come from"), "{inspect}");
     }
 }

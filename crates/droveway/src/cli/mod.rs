@@ -10,15 +10,18 @@ mod exit;
 mod host;
 mod local;
 mod log;
+mod names;
 mod network;
 mod output;
 mod parse;
+mod peer;
 mod run;
 mod server;
 mod status;
 mod table;
 mod text;
 mod token;
+mod tunnel;
 
 use std::future::Future;
 use std::process::ExitCode;
@@ -72,6 +75,10 @@ enum Command {
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Endpoint(endpoint::EndpointArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
+    Tunnel(tunnel::TunnelArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Peer(peer::PeerArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
     Token(token::TokenArgs),
     Completion(completion::CompletionArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
@@ -88,6 +95,7 @@ fn long_help() -> String {
   droveway agent --server https://10.0.0.5:7443 --token-file /etc/droveway/token
   docker run -d --network managed --name db redis
   droveway endpoint ls                     # what is attached, where
+  droveway tunnel ls                       # on a host: how its tunnels are
 
 {}
 Environment:
@@ -124,6 +132,8 @@ impl Cli {
             Command::Network(args) => short_lived(args.run(output)),
             Command::Host(args) => short_lived(args.run(output)),
             Command::Endpoint(args) => short_lived(args.run(output)),
+            Command::Tunnel(args) => short_lived(args.run(output)),
+            Command::Peer(args) => short_lived(args.run(output)),
             Command::Token(args) => short_lived(args.run(output)),
             Command::Completion(args) => args.run(),
         };
@@ -188,6 +198,9 @@ mod tests {
             "host label",
             "endpoint inspect",
             "token create",
+            "tunnel ls",
+            "tunnel capture",
+            "peer create",
             "status",
             "completion",
         ] {

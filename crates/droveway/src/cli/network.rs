@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
-use model::{Driver, Endpoint, HostId, Name, Network, NetworkSpec};
+use model::{Driver, Endpoint, Host, HostId, Name, Network, NetworkSpec, Peer};
 
 use super::connection::{Connection, each, suggest};
 use super::exit::Failure;
+use super::host::behind_nat;
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
@@ -29,10 +30,14 @@ enum Verb {
     /// Networks are isolated from one another by the kernel, also where their subnets are equal. Each host gets a
     /// block of the subnet when its first container attaches.
     ///
-    /// The vxlan driver sends packets from host to host in the clear: NOT encrypted. Use it where you trust what is
-    /// between your hosts.
+    /// The ipsec driver encrypts what travels between hosts: ESP, with keys that the hosts agree on by IKEv2. It passes
+    /// NAT.
+    ///
+    /// The vxlan driver sends packets from host to host in the clear, NOT encrypted: anyone on the way can read them, and
+    /// send others. It passes no NAT. Use it only where you trust all that is between your hosts.
     #[command(after_help = "Examples:
-  droveway network create backend --subnet 10.43.0.0/16
+  droveway network create backend --subnet 10.43.0.0/16 --driver ipsec
+  droveway network create fast --subnet 10.45.0.0/16 --driver vxlan     # NOT encrypted
   droveway network create small --subnet 192.168.40.0/24 --block-size /28
   droveway network create vault --subnet 10.44.0.0/16 --internal --label team=db
   docker run -d --network backend --name db redis     # on any host")]
@@ -77,16 +82,16 @@ struct Create {
     /// Size of the block that each host gets at a time, as a prefix length from /20 to /29 [default: /26, 64 addresses]
     #[arg(long, value_name = "PREFIX", value_parser = parse::block_size)]
     block_size: Option<u8>,
-    /// How packets travel between hosts. vxlan: the kernel's VXLAN, in the clear, NOT encrypted
-    #[arg(long, default_value = "vxlan")]
+    /// How packets travel between hosts: ipsec, encrypted; or vxlan, in the clear, NOT encrypted
+    #[arg(long, value_name = "ipsec|vxlan", hide_possible_values = true, default_value = model::DRIVER_DEFAULT, value_parser = ["ipsec", "vxlan"])]
     driver: String,
-    /// VXLAN network identifier, 1 to 16777215 [default: the next free one]
+    /// With vxlan: its network identifier, 1 to 16777215 [default: the next free one]
     #[arg(long, value_name = "N")]
     vni: Option<u32>,
-    /// UDP port between hosts [default: 4789]
+    /// With vxlan: its UDP port between hosts [default: 4789]
     #[arg(long, value_name = "PORT")]
     port: Option<u16>,
-    /// MTU inside, in bytes [default: worked out from the hosts' interfaces, 1450 on 1500]
+    /// MTU inside, in bytes [default: worked out from the hosts' interfaces, on 1500: ipsec 1438, vxlan 1450]
     #[arg(long, value_name = "BYTES")]
     mtu: Option<u32>,
     /// No way out: containers reach each other and nothing else
@@ -156,7 +161,8 @@ async fn inspect(client: &Client, names: &[String], output: Output) -> Result<()
         let use_ = Use {
             blocks: client.blocks().await?,
             endpoints: client.endpoints().await?,
-            hosts: client.hosts().await?.into_iter().map(|view| (view.host.id, view.host.name)).collect(),
+            peers: client.peers().await?,
+            hosts: client.hosts().await?.into_iter().map(|view| (view.host.id.clone(), view.host)).collect(),
         };
         output.inspect(&networks, |network| details(network, &use_))?;
     }
@@ -167,7 +173,27 @@ async fn inspect(client: &Client, names: &[String], output: Output) -> Result<()
 struct Use {
     blocks: Vec<model::Block>,
     endpoints: Vec<Endpoint>,
-    hosts: BTreeMap<HostId, Name>,
+    peers: Vec<Peer>,
+    hosts: BTreeMap<HostId, Host>,
+}
+
+impl Use {
+    fn host(&self, id: &HostId) -> String {
+        self.hosts.get(id).map_or_else(|| id.to_string(), |host| host.name.to_string())
+    }
+
+    /// The hosts that a network in clear does not reach, a line each.
+    fn behind_nat(&self) -> String {
+        let hosts = self.hosts.values().filter_map(|host| Some((&host.name, behind_nat(host)?)));
+        let lines: Vec<String> = hosts.map(|(name, nat)| format!("{name} is {nat}")).collect();
+        if lines.is_empty() {
+            return String::new();
+        }
+        format!(
+            "{}\nvxlan passes no NAT: use a network of --driver ipsec there, or run the agent with an --address\nat which the others reach it",
+            lines.join("\n")
+        )
+    }
 }
 
 fn details(network: &Network, use_: &Use) -> Details {
@@ -175,9 +201,14 @@ fn details(network: &Network, use_: &Use) -> Details {
         .blocks
         .iter()
         .filter(|block| block.network == network.id)
-        .map(|block| {
-            let host = use_.hosts.get(&block.host).map_or_else(|| block.host.to_string(), Name::to_string);
-            format!("{} on {host}", block.cidr)
+        .map(|block| format!("{} on {}", block.cidr, use_.host(&block.host)))
+        .collect();
+    let peers: Vec<String> = use_
+        .peers
+        .iter()
+        .filter(|peer| peer.network == network.id)
+        .map(|peer| {
+            format!("{}: {} by way of {}", peer.name, text::list(&peer.remote_cidrs), use_.host(&peer.host))
         })
         .collect();
     let endpoints = use_.endpoints.iter().filter(|endpoint| endpoint.network == network.id).count();
@@ -190,7 +221,11 @@ fn details(network: &Network, use_: &Use) -> Details {
         .add("Driver", network.driver.name())
         .add("Encrypted", encrypted(&network.driver));
     match network.driver {
-        Driver::Vxlan { vni, port } => details.add("VNI", vni.to_string()).add("UDP port", port.to_string()),
+        Driver::Ipsec => &mut details,
+        Driver::Vxlan { vni, port } => details
+            .add("VNI", vni.to_string())
+            .add("UDP port", port.to_string())
+            .add("Not reached", use_.behind_nat()),
     };
     details
         .add("MTU", network.mtu.map_or_else(|| "worked out by each host".to_owned(), |mtu| mtu.to_string()))
@@ -199,7 +234,8 @@ fn details(network: &Network, use_: &Use) -> Details {
         .add("Created", text::utc(network.created))
         .add("Block size", format!("/{}", network.block_prefix))
         .add("Blocks", if blocks.is_empty() { "none leased".to_owned() } else { blocks.join("\n") })
-        .add("Endpoints", endpoints.to_string());
+        .add("Endpoints", endpoints.to_string())
+        .add("Foreign peers", peers.join("\n"));
     details
 }
 
@@ -211,15 +247,16 @@ fn table(networks: &[Network]) -> Table {
     );
     for network in networks {
         let (vni, port) = match network.driver {
-            Driver::Vxlan { vni, port } => (vni, port),
+            Driver::Ipsec => ("-".to_owned(), "-".to_owned()),
+            Driver::Vxlan { vni, port } => (vni.to_string(), port.to_string()),
         };
         table.row([
             network.name.to_string(),
             text::list(&network.cidrs),
             network.driver.name().to_owned(),
             encrypted(&network.driver).to_owned(),
-            vni.to_string(),
-            port.to_string(),
+            vni,
+            port,
             network.mtu.map_or_else(|| "auto".to_owned(), |mtu| mtu.to_string()),
             if network.internal { "yes" } else { "no" }.to_owned(),
             text::age(network.created, now),
@@ -230,18 +267,21 @@ fn table(networks: &[Network]) -> Table {
 
 fn encrypted(driver: &Driver) -> &'static str {
     match driver {
+        Driver::Ipsec => "yes",
         Driver::Vxlan { .. } => "no (clear)",
     }
 }
 
 fn created(network: &Network) -> String {
     let mut text = format!(
-        "Created network {} ({}, {}).\n",
+        "Created network {} ({}, driver {}, encrypted {}).\n",
         network.name,
         text::list(&network.cidrs),
-        network.driver.name()
+        network.driver.name(),
+        encrypted(&network.driver)
     );
     match network.driver {
+        Driver::Ipsec => {}
         Driver::Vxlan { .. } => text.push_str(
             "Its packets travel between hosts in the clear: they are NOT encrypted, and anyone on the way can read them.\n",
         ),
@@ -253,35 +293,79 @@ fn created(network: &Network) -> String {
 mod tests {
     use super::*;
 
-    fn network() -> Network {
-        NetworkSpec::new("red".parse().unwrap(), "10.43.0.0/16".parse().unwrap())
-            .validate(model::NetworkId::from_random([1; 8]), 7, 0)
-            .unwrap()
+    fn network(driver: &str) -> Network {
+        let mut spec = NetworkSpec::new("red".parse().unwrap(), "10.43.0.0/16".parse().unwrap());
+        spec.driver = Some(driver.to_owned());
+        spec.validate(model::NetworkId::from_random([1; 8]), 7, 0).unwrap()
+    }
+
+    fn nobody() -> Use {
+        Use { blocks: vec![], endpoints: vec![], peers: vec![], hosts: BTreeMap::new() }
+    }
+
+    fn host(candidates: &serde_json::Value) -> Host {
+        let id = HostId::from_random([2; 8]);
+        let host =
+            serde_json::json!({"id": id, "name": "h1", "key": "", "joined": 0, "candidates": candidates});
+        serde_json::from_value(host).unwrap()
     }
 
     #[test]
-    fn create_ls_and_inspect_say_that_vxlan_is_not_encrypted() {
-        assert!(created(&network()).contains("in the clear: they are NOT encrypted"));
-        let ls = table(&[network()]).render(Some(80));
+    fn create_ls_and_inspect_say_that_vxlan_is_not_encrypted_and_that_ipsec_is() {
+        let said = |driver| {
+            let network = network(driver);
+            let details = details(&network, &nobody()).render();
+            [created(&network), table(&[network]).render(Some(80)), details]
+        };
+        let [created, ls, inspect] = said("vxlan");
+        assert!(
+            created.contains("encrypted no (clear)") && created.contains("are NOT encrypted"),
+            "{created}"
+        );
         assert!(ls.contains("ENCRYPTED") && ls.contains("no (clear)"), "{ls}");
-        let use_ = Use { blocks: vec![], endpoints: vec![], hosts: BTreeMap::new() };
-        assert!(details(&network(), &use_).render().contains("Encrypted:   no (clear)"));
+        assert!(inspect.contains("Encrypted:   no (clear)"), "{inspect}");
+        let [created, ls, inspect] = said("ipsec");
+        assert_eq!(created, "Created network red (10.43.0.0/16, driver ipsec, encrypted yes).\n");
+        assert!(ls.contains("  yes  ") && inspect.contains("Encrypted:   yes"), "{ls}{inspect}");
+        assert!(!inspect.contains("VNI"), "{inspect}");
     }
 
     #[test]
-    fn inspect_names_the_hosts_of_blocks() {
-        let host = HostId::from_random([2; 8]);
+    fn a_network_in_clear_names_the_hosts_that_it_does_not_reach_and_an_encrypted_one_none() {
+        let own = serde_json::json!({"address": "192.168.1.5", "mtu": 1500, "source": "route"});
+        let seen = serde_json::json!({"address": "203.0.113.7", "mtu": 1500, "source": "observed"});
+        let hosts = |candidates| {
+            let host = host(&candidates);
+            Use { hosts: BTreeMap::from([(host.id.clone(), host)]), ..nobody() }
+        };
+        let natted = hosts(serde_json::json!([own, seen]));
+        let text = details(&network("vxlan"), &natted).render();
+        assert!(text.contains("h1 is behind NAT (203.0.113.7)\n") && text.contains("--address"), "{text}");
+        assert!(!details(&network("ipsec"), &natted).render().contains("NAT"));
+        assert!(!details(&network("vxlan"), &hosts(serde_json::json!([own]))).render().contains("NAT"));
+    }
+
+    #[test]
+    fn inspect_names_the_hosts_of_blocks_and_of_foreign_peers() {
+        let (network, host) = (network("ipsec"), host(&serde_json::json!([])));
         let block = model::Block {
-            network: network().id,
+            network: network.id.clone(),
             cidr: "10.43.16.0/26".parse().unwrap(),
-            host: host.clone(),
+            host: host.id.clone(),
             leased: model::Revision(1),
         };
+        let peer = serde_json::json!({
+            "id": model::PeerId::from_random([3; 8]), "name": "office", "network": network.id, "host": host.id,
+            "address": "192.0.2.1", "proof": {"by": "psk"}, "remote_cidrs": ["192.168.7.0/24"], "created": 0,
+        });
         let use_ = Use {
             blocks: vec![block],
-            endpoints: vec![],
-            hosts: BTreeMap::from([(host, "h1".parse().unwrap())]),
+            peers: vec![serde_json::from_value(peer).unwrap()],
+            hosts: BTreeMap::from([(host.id.clone(), host)]),
+            ..nobody()
         };
-        assert!(details(&network(), &use_).render().contains("10.43.16.0/26 on h1"));
+        let text = details(&network, &use_).render();
+        assert!(text.contains("10.43.16.0/26 on h1"), "{text}");
+        assert!(text.contains("office: 192.168.7.0/24 by way of h1"), "{text}");
     }
 }

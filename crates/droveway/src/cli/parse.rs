@@ -64,6 +64,17 @@ pub(super) fn block_size(text: &str) -> Result<u8, String> {
     }
 }
 
+/// The port of tunnels. On port 500 IKE has no marker that would tell it from ESP (RFC 7296 §2.23).
+pub(super) fn tunnel_port(text: &str) -> Result<u16, String> {
+    match text.parse() {
+        Ok(500) => {
+            Err("500 is IKE's own port, where ESP cannot be; write another, for example 4501".to_owned())
+        }
+        Ok(port @ 1..) => Ok(port),
+        Ok(0) | Err(_) => Err("write a port from 1 to 65535".to_owned()),
+    }
+}
+
 /// An address with a prefix length.
 pub(super) fn subnet(text: &str) -> Result<IpNet, String> {
     text.parse().map_err(|_| match text.parse::<IpAddr>() {

@@ -1,18 +1,16 @@
 //! `droveway status`: how the agent on this machine is.
 
-use std::path::PathBuf;
-
 use clap::Args;
-use model::agent_api::{AgentStatus, Connection, DockerStatus, RouterStatus, SOCKET};
+use model::agent_api::{AgentStatus, Connection, DockerStatus, RouterStatus};
 
+use super::connection::LocalAgent;
 use super::exit::Failure;
 use super::host::addresses;
 use super::output::Output;
 use super::table::Details;
-use super::text;
-use crate::client::AgentSocket;
+use super::{text, tunnel};
 
-/// How the agent on this machine is: its server, its routers, Docker, troubles
+/// How the agent on this machine is: its server, its routers, its tunnels, Docker, troubles
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   droveway status
@@ -20,19 +18,20 @@ use crate::client::AgentSocket;
 
 Without a server the agent goes on: what runs, runs; new containers attach.")]
 pub(super) struct StatusArgs {
-    /// The agent's socket
-    #[arg(long, env = "DROVEWAY_SOCKET", hide_env_values = true, value_name = "PATH", default_value = SOCKET)]
-    socket: PathBuf,
+    #[command(flatten)]
+    agent: LocalAgent,
 }
 
 impl StatusArgs {
     pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
-        let status = AgentSocket::open(&self.socket)?.status().await?;
-        output.object(&status, |status| details(status, text::now()).render())
+        let agent = self.agent.open()?;
+        let (status, tunnels) = (agent.status().await?, agent.tunnels().await);
+        let tunnels = tunnels.map_or_else(|error| format!("not told: {error}"), |all| tunnel::summary(&all));
+        output.object(&status, |status| details(status, tunnels, text::now()).render())
     }
 }
 
-fn details(status: &AgentStatus, now: model::UnixMillis) -> Details {
+fn details(status: &AgentStatus, tunnels: String, now: model::UnixMillis) -> Details {
     let server = match &status.connection {
         Connection::Up { since } => format!("{}, connected for {}", status.server, text::age(*since, now)),
         Connection::Down { since, why } => {
@@ -65,6 +64,7 @@ fn details(status: &AgentStatus, now: model::UnixMillis) -> Details {
                 routers.join("\n")
             },
         )
+        .add("Tunnels", tunnels)
         .add(
             "Troubles",
             if status.troubles.is_empty() { "none".to_owned() } else { status.troubles.join("\n") },
@@ -108,11 +108,13 @@ mod tests {
     #[test]
     fn a_lost_server_and_an_unfinished_router_stand_out() {
         let down = status(serde_json::json!({"state": "down", "since": 0, "why": "connection refused"}));
-        let text = details(&down, 300_000).render();
+        let text = details(&down, "1 up".to_owned(), 300_000).render();
         assert!(text.contains("NOT connected for 5m: connection refused"), "{text}");
         assert!(text.contains("managed in droveway-managed: 10.42.64.65, MTU 1450, 1 endpoint"), "{text}");
-        assert!(text.contains("NOT CONVERGED"), "{text}");
+        assert!(text.contains("NOT CONVERGED") && text.contains("Tunnels:   1 up"), "{text}");
         let up = status(serde_json::json!({"state": "up", "since": 0}));
-        assert!(details(&up, 300_000).render().contains("https://10.0.0.5:7443, connected for 5m"));
+        assert!(
+            details(&up, String::new(), 300_000).render().contains("https://10.0.0.5:7443, connected for 5m")
+        );
     }
 }

@@ -15,7 +15,14 @@ const LEAST: (usize, usize) = (3, 5);
 pub(super) struct Table {
     header: Vec<&'static str>,
     firm: &'static [&'static str],
-    rows: Vec<Vec<String>>,
+    rows: Vec<Row>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Row {
+    cells: Vec<String>,
+    /// Said below the row, in lines of its own.
+    notes: Vec<String>,
 }
 
 impl Table {
@@ -33,14 +40,21 @@ impl Table {
         debug_assert_eq!(N, self.header.len());
         let cell =
             |text: String| if text.is_empty() { "-".to_owned() } else { printable(&text).replace('\n', " ") };
-        self.rows.push(cells.map(cell).into());
+        self.rows.push(Row { cells: cells.map(cell).into(), notes: Vec::new() });
+    }
+
+    /// Says something below the last row, wrapped where it does not fit.
+    pub(super) fn note(&mut self, text: &str) {
+        if let Some(row) = self.rows.last_mut() {
+            row.notes.push(printable(text).replace('\n', " "));
+        }
     }
 
     /// The table as text, each line at most `width` characters.
     pub(super) fn render(&self, width: Option<usize>) -> String {
         let mut widths: Vec<usize> = self.header.iter().map(|text| length(text)).collect();
         for row in &self.rows {
-            for (width, cell) in widths.iter_mut().zip(row) {
+            for (width, cell) in widths.iter_mut().zip(&row.cells) {
                 *width = (*width).max(length(cell));
             }
         }
@@ -48,11 +62,12 @@ impl Table {
             let firm: Vec<bool> = self.header.iter().map(|column| self.firm.contains(column)).collect();
             shrink(&mut widths, &firm, width);
         }
-        let header: Vec<String> = self.header.iter().map(|text| (*text).to_owned()).collect();
+        let header = self.header.iter().map(|text| (*text).to_owned()).collect();
+        let header = Row { cells: header, notes: Vec::new() };
         let mut text = String::new();
         for row in std::iter::once(&header).chain(&self.rows) {
             let mut line = String::new();
-            for (cell, width) in row.iter().zip(&widths) {
+            for (cell, width) in row.cells.iter().zip(&widths) {
                 let cell = cut(cell, *width);
                 line.push_str(&cell);
                 line.extend(std::iter::repeat_n(' ', width + GAP - length(&cell)));
@@ -60,6 +75,10 @@ impl Table {
             let line = line.trim_end();
             text.push_str(&width.map_or_else(|| line.to_owned(), |width| cut(line, width)));
             text.push('\n');
+            for line in row.notes.iter().flat_map(|note| wrap(note, width)) {
+                text.push_str(&line);
+                text.push('\n');
+            }
         }
         text
     }
@@ -77,6 +96,27 @@ fn shrink(widths: &mut [usize], firm: &[bool], width: usize) {
                 Some(_) | None => break,
             }
         }
+    }
+}
+
+/// Lines of words, indented; a word that is wider than a line is cut.
+fn wrap(text: &str, width: Option<usize>) -> Vec<String> {
+    const INDENT: &str = "  ";
+    let mut lines = vec![INDENT.to_owned()];
+    for word in text.split_whitespace() {
+        let Some(line) = lines.last_mut() else { break };
+        let begun = line != INDENT;
+        let more = length(word) + usize::from(begun);
+        if begun && width.is_some_and(|width| length(line) + more > width) {
+            lines.push(format!("{INDENT}{word}"));
+        } else {
+            line.push_str(if begun { " " } else { "" });
+            line.push_str(word);
+        }
+    }
+    match width {
+        Some(width) => lines.iter().map(|line| cut(line, width)).collect(),
+        None => lines,
     }
 }
 
@@ -156,6 +196,20 @@ mod tests {
             let text = table().render(Some(width));
             assert_eq!(text.lines().count(), 3, "no row is wrapped or lost");
             assert!(text.lines().all(|line| length(line) <= width), "{width}:\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_note_stands_below_its_row_in_lines_that_fit() {
+        let mut table = table();
+        table.note("a note of some words that do not fit into one line, and averyveryverylongword");
+        assert_eq!(table.render(None).lines().count(), 4);
+        let text = table.render(Some(24));
+        let notes: Vec<&str> = text.lines().skip(3).collect();
+        assert_eq!(notes[0], "  a note of some words");
+        assert_eq!(notes.last(), Some(&"  averyveryverylongword"));
+        for width in 1..60 {
+            assert!(table.render(Some(width)).lines().all(|line| length(line) <= width), "{width}");
         }
     }
 

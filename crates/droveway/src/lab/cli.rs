@@ -11,8 +11,9 @@ use clap::{Args, Subcommand};
 use model::{Name, Protocol, PublishedPort};
 use serde::Serialize;
 
+use super::process::exit_code;
 use super::underlay::Share;
-use super::{Daemon, Lab, LabSpec, RunSpec, SERVER, default_dir};
+use super::{Daemon, Kind, Lab, LabSpec, Node, RunSpec, Together, boxes, default_dir, nat};
 use crate::cli::Format;
 
 /// Several hosts on this one machine, as namespaces, to try things
@@ -36,7 +37,10 @@ enum Verb {
 Examples:
   droveway lab up --hosts 3
   droveway lab up --docker                     # as root: each host with a Docker Engine
-  droveway lab up --lab jumbo --mtu 9000")]
+  droveway lab up --lab jumbo --mtu 9000
+  droveway lab up --nat h2                     # h2 is behind a NAT box, nat1
+  droveway lab up --nat h2,h3                  # each behind one of its own: nat1, nat2
+  droveway lab up --nat h2+h3                  # both behind one")]
     Up(Up),
     /// Run a program in an endpoint of its own: a container without an engine
     #[command(
@@ -51,9 +55,11 @@ Examples:
     /// Run a command on a host, or in a container of it
     #[command(
         after_help = "The exit status is passed on. On the node `server`, and on hosts, droveway's own verbs need no options.
+`underlay` is where the hosts' cables end.
 
 Examples:
   droveway lab exec h1 -- ip route
+  droveway lab exec underlay -- tcpdump -ni ul-h1
   droveway lab exec h1/web -- ping -c 3 db
   droveway lab exec server -- droveway host ls"
     )]
@@ -104,6 +110,42 @@ Examples:
     #[command(after_help = "Examples:
   droveway lab heal")]
     Heal,
+    /// Run a command, and say what was on the underlay meanwhile
+    #[command(
+        after_help = "Everything that a host sends is looked at, whatever it is and whomever it is for. If one of the texts is in
+it, the exit status is 1.
+
+Examples:
+  droveway lab capture -- droveway lab exec h2/me -- ping -c 3 web
+  droveway lab capture --find secret -- droveway lab exec h2/me -- wget -qO- http://web/secret"
+    )]
+    Capture {
+        /// A text that should not be seen; may be repeated
+        #[arg(long, value_name = "TEXT")]
+        find: Vec<String>,
+        /// The command, on this machine
+        #[arg(last = true, required = true, value_name = "CMD")]
+        command: Vec<String>,
+    },
+    /// Give a host another address on the underlay, as if its lease had changed
+    #[command(after_help = "Examples:
+  droveway lab move h2 10.0.0.77")]
+    Move {
+        /// The host
+        host: String,
+        /// Its new address; the old one is gone at once
+        #[arg(value_name = "ADDRESS")]
+        address: std::net::Ipv4Addr,
+    },
+    /// Have a NAT box forget its flows and take other ports for new ones
+    #[command(after_help = "Examples:
+  droveway lab rebind h2                       # the box that h2 is behind
+  droveway lab rebind nat1")]
+    Rebind {
+        /// A host behind it, or the box
+        #[arg(value_name = "HOST")]
+        host: String,
+    },
     /// Switch a host off, as if its plug were pulled; or kill one container of it
     #[command(after_help = "Examples:
   droveway lab kill h2                         # `droveway lab start h2` brings it back
@@ -141,6 +183,9 @@ struct Up {
     /// Only hosts and the underlay between them: no server, no agents
     #[arg(long)]
     bare: bool,
+    /// Put hosts behind NAT boxes: `h2,h3` each behind its own, `h2+h3` both behind one
+    #[arg(long, value_name = "HOST[+HOST][,HOST]", value_delimiter = ',')]
+    nat: Vec<Together>,
     /// The underlay's addresses [default: 10.0.0.0/24]
     #[arg(long, value_name = "CIDR")]
     underlay: Option<ipnet::Ipv4Net>,
@@ -197,6 +242,9 @@ pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
         Verb::Cut { one, other } => open()?.cut(&one, &other)?,
         Verb::Loss { one, other, share } => open()?.lose(&one, &other, share.0)?,
         Verb::Heal => open()?.heal()?,
+        Verb::Capture { find, command } => return capture(&open()?, &find, &command, format),
+        Verb::Move { host, address } => open()?.readdress(&host, address)?,
+        Verb::Rebind { host } => open()?.rebind(&host)?,
         Verb::Kill { target } => match target.split_once('/') {
             Some((host, name)) => open()?.kill_container(host, name)?,
             None => open()?.kill(&target)?,
@@ -222,6 +270,7 @@ fn bring_up(name: &str, up: Up) -> Result<()> {
     spec.docker = up.docker;
     spec.mtu = up.mtu;
     spec.bare = up.bare;
+    spec.nats = boxes(up.nat);
     spec.underlay = up.underlay.unwrap_or(spec.underlay);
     let lab = Lab::up_with(spec, &mut |line| eprintln!("{line}"))?;
     let bare = lab.spec().bare;
@@ -262,12 +311,43 @@ fn run_container(lab: &Lab, run: Run) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Runs the command with a capture around it.
+fn capture(lab: &Lab, texts: &[String], command: &[String], format: Format) -> Result<ExitCode> {
+    ensure!(
+        !texts.iter().any(String::is_empty),
+        "an empty text is in everything; give --find one that says something"
+    );
+    let (program, args) = command.split_first().context("there is no command to run")?;
+    let mut capture = lab.capture(texts)?;
+    let status = Command::new(program).args(args).env("DROVEWAY_LAB", lab.spec().name.as_str()).status();
+    let status = status.with_context(|| format!("cannot run {program}"))?;
+    let report = capture.report()?;
+    match format {
+        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+        Format::Yaml => print!("{}", serde_yaml_ng::to_string(&report)?),
+        Format::Table => {
+            print!("{report}");
+            for (i, text) in texts.iter().enumerate() {
+                let first = report.found.iter().find(|found| found.text == i);
+                let all = format!("is in none of {} frames ({} bytes)", report.frames, report.bytes);
+                println!("{text:?} {}", first.map_or(all, |found| format!("IS SEEN, first in {found}")));
+            }
+        }
+    }
+    report.clean()?;
+    Ok(ExitCode::from(exit_code(status)))
+}
+
 /// A row of `lab ls`.
 #[derive(Debug, Serialize)]
 struct HostRow {
     name: String,
+    kind: Kind,
     state: &'static str,
+    /// Of its `eth0`.
     address: String,
+    /// The NAT box that it is behind.
+    behind: Option<String>,
     pid: Option<u32>,
     /// What runs on it; in a `table`, by name.
     daemons: Vec<Daemon>,
@@ -286,7 +366,7 @@ struct ContainerRow {
 fn list(lab: &Lab, format: Format) -> Result<()> {
     let state = lab.state()?;
     let mut rows = Vec::new();
-    for (name, _) in lab.spec().nodes() {
+    for Node { name, kind, behind, .. } in lab.spec().nodes() {
         let node = state.node(&name)?;
         let running = node.running();
         let mut containers: Vec<ContainerRow> = lab
@@ -298,7 +378,7 @@ fn list(lab: &Lab, format: Format) -> Result<()> {
                 docker: false,
             })
             .collect();
-        if running.is_some() && lab.spec().docker && name != SERVER {
+        if running.is_some() && lab.spec().docker && kind == Kind::Host {
             containers.extend(docker_containers(lab, &name)?);
         }
         let others = state.faults.iter().filter_map(|fault| {
@@ -308,6 +388,8 @@ fn list(lab: &Lab, format: Format) -> Result<()> {
         rows.push(HostRow {
             state: if running.is_some() { "up" } else { "off" },
             address: node.address.to_string(),
+            kind,
+            behind: behind.map(nat::name),
             pid: running.map(|pin| pin.pid),
             daemons: node.daemons.iter().filter(|(_, pin)| pin.alive()).map(|(daemon, _)| *daemon).collect(),
             containers,
@@ -345,32 +427,40 @@ fn docker_containers(lab: &Lab, host: &str) -> Result<Vec<ContainerRow>> {
 }
 
 fn table(rows: &[HostRow]) -> String {
-    let mut text = line(["HOST", "STATE", "UNDERLAY", "RUNS", "CONTAINER", "ADDRESS", "LOSES"]);
+    let mut text = line(["HOST", "STATE", "UNDERLAY", "BEHIND", "RUNS", "CONTAINER", "ADDRESS", "LOSES"]);
     for row in rows {
-        let daemons = row.daemons.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+        let daemons = match row.kind {
+            Kind::Nat => "nat".to_owned(),
+            Kind::Server | Kind::Host | Kind::Other => {
+                row.daemons.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+            }
+        };
         let lost = row
             .lost
             .iter()
             .map(|(from, share)| format!("{share}% from {from}"))
             .collect::<Vec<_>>()
             .join(", ");
-        let mut head = [row.name.as_str(), row.state, &row.address, or_dash(&daemons)];
+        let behind = row.behind.as_deref().unwrap_or("-");
+        let mut head = [row.name.as_str(), row.state, &row.address, behind, or_dash(&daemons)];
         let mut tail = or_dash(&lost);
-        if row.containers.is_empty() {
-            text.push_str(&line([head[0], head[1], head[2], head[3], "-", "-", tail]));
-        }
-        for container in &row.containers {
+        let none = [ContainerRow { name: "-".to_owned(), addresses: Vec::new(), docker: false }];
+        let containers = if row.containers.is_empty() { &none[..] } else { &row.containers };
+        for container in containers {
             let addresses = container.addresses.join(" ");
+            let [host, state, underlay, behind, runs] = head;
+            let container = [container.name.as_str(), or_dash(&addresses), tail];
             text.push_str(&line([
-                head[0],
-                head[1],
-                head[2],
-                head[3],
-                &container.name,
-                or_dash(&addresses),
-                tail,
+                host,
+                state,
+                underlay,
+                behind,
+                runs,
+                container[0],
+                container[1],
+                container[2],
             ]));
-            (head, tail) = ([""; 4], "");
+            (head, tail) = ([""; 5], "");
         }
     }
     text
@@ -380,9 +470,10 @@ fn or_dash(text: &str) -> &str {
     if text.is_empty() { "-" } else { text }
 }
 
-fn line(cells: [&str; 7]) -> String {
-    let [host, state, underlay, runs, container, address, loses] = cells;
-    let line = format!("{host:<8}{state:<7}{underlay:<13}{runs:<15}{container:<16}{address:<16}{loses}");
+fn line(cells: [&str; 8]) -> String {
+    let [host, state, underlay, behind, runs, container, address, loses] = cells;
+    let line =
+        format!("{host:<8}{state:<7}{underlay:<16}{behind:<8}{runs:<15}{container:<16}{address:<16}{loses}");
     line.trim_end().to_owned() + "\n"
 }
 

@@ -15,10 +15,10 @@ use nix::sys::signal::Signal;
 
 use super::daemons::{DEATH_LIMIT, Daemon, outer_pin};
 use super::enter::Door;
-use super::process::{tail, tool, wait_for, wait_gone};
+use super::process::{tail, wait_for, wait_gone};
 use super::shim::{Answer, Record, RunSpec};
 use super::state::{Supervisor, lock, write_json};
-use super::{LabSpec, Pin, SERVER, State, supervisor};
+use super::{Kind, LabSpec, Node, Pin, State, UNDERLAY, nat, supervisor};
 use crate::client;
 
 /// How long the kernel may take to empty a cgroup.
@@ -144,18 +144,24 @@ impl Lab {
 
     /// Names of its hosts.
     pub fn hosts(&self) -> Vec<String> {
-        self.spec.nodes().map(|(name, _)| name).filter(|name| name != SERVER).collect()
+        self.spec.nodes().filter(|node| node.kind == Kind::Host).map(|node| node.name).collect()
     }
 
     /// The process id of a node's pid 1 (`h1`, `server`) or of a container (`h1/web`), as the caller's machine sees it:
     /// `/proc/PID/ns` and `/proc/PID/root` lead into it.
     pub fn pid_of(&self, target: &str) -> Result<u32> {
         let (node, container) = split(target);
-        let init = self.state()?.running(node)?;
+        let init = self.init_of(node)?;
         let Some(name) = container else { return Ok(init.pid) };
         let pin = self.container_init(node, init, name)?;
         let pin = pin.with_context(|| no_container(node, name))?;
         Ok(outer_pin(init, pin.pid)?.with_context(|| no_container(node, name))?.pid)
+    }
+
+    /// Pid 1 of a node, or, for [`UNDERLAY`], of the lab.
+    pub(super) fn init_of(&self, node: &str) -> Result<Pin> {
+        let state = self.state()?;
+        if node == UNDERLAY { state.init.context("the lab has no pid 1") } else { state.running(node) }
     }
 
     /// A command that runs on a node (`h1`) or in a container (`h1/web`), with its exit status; killing it kills what
@@ -173,13 +179,13 @@ impl Lab {
     ) -> Result<Command> {
         ensure!(!words.is_empty(), "give a command after --, as in `droveway lab exec {target} -- ip addr`");
         let (node, container) = split(target);
-        let init = self.state()?.running(node)?;
+        let init = self.init_of(node)?;
         let mut prefix = Vec::new();
         let door = match container {
             None => Door::of(init),
             Some(name) => match self.container_init(node, init, name)? {
                 Some(pin) => Door::inside(init, pin),
-                None if self.spec.docker && node != SERVER => {
+                None if self.spec.docker && self.spec.is_host(node) => {
                     prefix = ["docker", "exec", if terminal { "-it" } else { "-i" }, name]
                         .map(str::to_owned)
                         .to_vec();
@@ -255,11 +261,7 @@ impl Lab {
         );
         let state = self.state()?;
         let init = state.running(host)?;
-        ensure!(
-            host != SERVER,
-            "the server is no host: it has no agent; run it on one of {}",
-            self.hosts().join(", ")
-        );
+        ensure!(self.spec.is_host(host), "{host} has no agent; run it on one of {}", self.hosts().join(", "));
         let mut command = self.enter(&Door::of(init));
         if foreground {
             command.args(["lab-stage", "--"]).arg(&self.spec.program);
@@ -308,46 +310,6 @@ impl Lab {
         })
     }
 
-    /// From now on no packet gets from one node to the other, in either direction.
-    pub fn cut(&self, one: &str, other: &str) -> Result<()> {
-        self.lose(one, other, super::underlay::ALL)
-    }
-
-    /// From now on that share of packets between two nodes is lost (0.01 is 1 %).
-    pub fn loss(&self, one: &str, other: &str, share: f64) -> Result<()> {
-        let share: super::underlay::Share =
-            format!("{}%", share * 100.0).parse().map_err(anyhow::Error::msg)?;
-        self.lose(one, other, share.0)
-    }
-
-    pub(super) fn lose(&self, one: &str, other: &str, lost: u32) -> Result<()> {
-        let _lock = lock(self.dir())?;
-        let mut state = self.state()?;
-        state.node(one)?;
-        state.node(other)?;
-        ensure!(one != other, "{one} cannot be cut off from itself; name two nodes");
-        state.set_fault(one, other, lost);
-        state.save()?;
-        self.apply_faults(&state, one)?;
-        self.apply_faults(&state, other)
-    }
-
-    /// Nothing is lost any more.
-    pub fn heal(&self) -> Result<()> {
-        let _lock = lock(self.dir())?;
-        let mut state = self.state()?;
-        state.faults.clear();
-        state.save()?;
-        state.nodes.keys().try_for_each(|node| self.apply_faults(&state, node))
-    }
-
-    fn apply_faults(&self, state: &State, node: &str) -> Result<()> {
-        let Some(init) = state.node(node)?.running() else { return Ok(()) };
-        let mut command = self.enter(&Door::of(init));
-        command.args(["lab-stage", "--", "nft", "-f", "-"]);
-        tool(command, &state.fault_table(node)).with_context(|| format!("cannot change what {node} loses"))
-    }
-
     /// Switches a node off: all that runs on it is gone at once. Its disk stays.
     pub fn kill(&self, node: &str) -> Result<()> {
         let _lock = lock(self.dir())?;
@@ -373,12 +335,13 @@ impl Lab {
     }
 
     fn daemons_of(&self, node: &str) -> Vec<Daemon> {
-        match (self.spec.bare, node == SERVER, self.spec.docker) {
-            (true, _, false) | (true, true, true) => vec![],
-            (true, false, true) => vec![Daemon::Docker],
-            (false, true, _) => vec![Daemon::Server],
-            (false, false, false) => vec![Daemon::Agent],
-            (false, false, true) => vec![Daemon::Docker, Daemon::Agent],
+        let kind = self.spec.node(node).map_or(Kind::Other, |node| node.kind);
+        match (kind, self.spec.bare, self.spec.docker) {
+            (Kind::Nat | Kind::Other, _, _) | (Kind::Server, true, _) | (Kind::Host, true, false) => vec![],
+            (Kind::Host, true, true) => vec![Daemon::Docker],
+            (Kind::Server, false, _) => vec![Daemon::Server],
+            (Kind::Host, false, false) => vec![Daemon::Agent],
+            (Kind::Host, false, true) => vec![Daemon::Docker, Daemon::Agent],
         }
     }
 
@@ -407,10 +370,13 @@ impl Lab {
         let pin = pin.with_context(|| format!("{node} does not start{}", tail(&log)))?;
         if let Some(entry) = state.nodes.get_mut(node) {
             entry.init = Some(pin);
+            entry.address = self.spec.node(node)?.address;
             entry.daemons.clear();
         }
         state.save()?;
-        self.apply_faults(&state, node)
+        self.apply_tables(&state, node)?;
+        // Its address may be another than before.
+        state.at_fault_with(node).try_for_each(|other| self.apply_tables(&state, other))
     }
 
     /// What goes through the given namespaces; the verb that is to run there has to be added.
@@ -436,9 +402,12 @@ impl Lab {
 
     fn populate(&self, progress: &mut dyn FnMut(&str)) -> Result<()> {
         let spec = &self.spec;
-        for (node, address) in spec.nodes() {
-            self.power_on(&node)?;
-            progress(&format!("{node}: {address} on the underlay"));
+        for Node { name, address, behind, .. } in spec.nodes() {
+            self.power_on(&name)?;
+            progress(&match behind {
+                None => format!("{name}: {address} on the underlay"),
+                Some(nat) => format!("{name}: {address} behind {}", nat::name(nat)),
+            });
         }
         let hosts = self.hosts();
         if spec.docker {

@@ -69,17 +69,21 @@ impl Daemon {
                 command.extend_from_slice(&spec.agent_args);
                 command
             }
-            Self::Docker => words(&[
-                "dockerd",
-                "--data-root",
-                &path(spec.docker_root().join(node)),
-                "--exec-root=/run/docker-exec",
-                "--pidfile=/run/dockerd.pid",
-                "--host=unix:///run/docker.sock",
-                &format!("--cgroup-parent={}/{node}", spec.cgroup()),
-                "--exec-opt=native.cgroupdriver=cgroupfs",
-                "--log-level=warn",
-            ]),
+            Self::Docker => {
+                let mut command = words(&[
+                    "dockerd",
+                    "--data-root",
+                    &path(spec.docker_root().join(node)),
+                    "--exec-root=/run/docker-exec",
+                    "--pidfile=/run/dockerd.pid",
+                    "--host=unix:///run/docker.sock",
+                    &format!("--cgroup-parent={}/{node}", spec.cgroup()),
+                    "--exec-opt=native.cgroupdriver=cgroupfs",
+                    "--log-level=warn",
+                ]);
+                command.extend_from_slice(&spec.docker_args);
+                command
+            }
         }
     }
 }

@@ -8,8 +8,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Subcommand;
+use nix::sys::signal::SigSet;
 
-use super::{enter, node, shim, supervisor};
+use super::{capture, enter, node, shim, supervisor};
 
 /// The verbs.
 #[derive(Debug, Subcommand)]
@@ -79,6 +80,16 @@ pub enum Hidden {
         /// What to run, as JSON.
         spec: String,
     },
+    /// Takes all frames of the underlay.
+    #[command(hide = true)]
+    LabCapture {
+        /// The server's port.
+        #[arg(long)]
+        control_port: u16,
+        /// What to search for, in hexadecimal.
+        #[arg(last = true)]
+        texts: Vec<String>,
+    },
     /// Becomes a program once it is attached.
     #[command(hide = true)]
     LabBox {
@@ -99,6 +110,9 @@ pub enum Hidden {
 
 /// Does what a verb says.
 pub fn main(verb: Hidden) -> Result<ExitCode> {
+    // Whoever started us may hold signals for itself, and what we become or start would hold them for ever: a daemon could
+    // not be asked to end.
+    SigSet::empty().thread_set_mask()?;
     let done = |()| ExitCode::SUCCESS;
     match verb {
         Hidden::LabInit { inner: true, dir, .. } => supervisor::inner(&dir).map(done),
@@ -112,6 +126,7 @@ pub fn main(verb: Hidden) -> Result<ExitCode> {
             let spec = serde_json::from_str(&spec).context("the container's description cannot be read")?;
             shim::shim(&dir, foreground, &spec)
         }
+        Hidden::LabCapture { control_port, texts } => capture::main(control_port, &texts).map(done),
         Hidden::LabBox { ready, go, name, command } => shim::inside(ready, go, &name, &command),
     }
 }

@@ -17,12 +17,14 @@
 //! No step forks by hand: a namespace of process ids is unshared and the program starts itself in it, by the verbs in
 //! [`hidden`], which therefore must run in a process that has one thread.
 
+pub mod capture;
 pub mod cli;
 mod control;
 mod daemons;
 mod enter;
 pub mod hidden;
 mod mounts;
+mod nat;
 mod node;
 mod process;
 mod shim;
@@ -33,6 +35,7 @@ mod underlay;
 
 pub use control::{Container, Lab};
 pub use daemons::Daemon;
+pub use nat::{Nat, Together, boxes};
 pub use shim::RunSpec;
-pub use spec::{HOSTS_MAX, LabSpec, SERVER, default_dir};
+pub use spec::{HOSTS_MAX, Kind, LabSpec, Node, SERVER, UNDERLAY, default_dir};
 pub use state::{Fault, NodeState, Pin, State};

@@ -1,6 +1,8 @@
 //! One node: the process that makes its namespaces and plugs it in, and its pid 1.
 
+use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Stdio;
 
@@ -9,8 +11,10 @@ use nix::unistd::{dup2_stdout, sethostname};
 
 use super::process::{hold_sigchld, ip, ourselves, put_down, reap_forever, spawn_as_pid_1};
 use super::supervisor::{die_with_parent, own_surroundings, say, spec};
-use super::{LabSpec, mounts};
+use super::{Kind, LabSpec, Node, mounts, nat};
 
+/// The bridge that all nodes are on but those behind a NAT box.
+pub(super) const UNDERLAY_BRIDGE: &str = "ul0";
 /// The inner process has its network namespace.
 const UNPLUGGED: &str = "unplugged";
 /// The outer process has put `eth0` into it.
@@ -30,9 +34,10 @@ pub(super) fn outer(dir: &Path, node: &str) -> Result<()> {
     };
     let mut from = BufReader::new(from);
     let pid = child.id();
+    let planned = spec.node(node)?;
     let mut bring_up = || -> Result<()> {
         expect(&mut from, UNPLUGGED)?;
-        plug(&spec, node, pid)?;
+        plug(&spec, &planned, pid)?;
         writeln!(to, "{PLUGGED}")?;
         expect(&mut from, READY)
     };
@@ -47,25 +52,49 @@ pub(super) fn outer(dir: &Path, node: &str) -> Result<()> {
     Ok(())
 }
 
-/// A cable from the underlay bridge to the node.
-fn plug(spec: &LabSpec, node: &str, pid: u32) -> Result<()> {
-    let (mtu, port) = (spec.mtu, port(node));
-    // What is left of a node that was powered off a moment ago: the kernel takes its time.
-    let _ = ip(&format!("link del {port}\n"));
-    let [_, _, c, d] = address_of(spec, node)?.octets();
-    ip(&format!(
-        "link add {port} mtu {mtu} type veth peer name eth0 mtu {mtu} address 02:00:0a:00:{c:02x}:{d:02x} netns {pid}\n\
-         link set {port} master ul0 up\n"
-    ))
+/// A cable between a bridge of the underlay and a node.
+struct Cable {
+    /// Its end at the bridge.
+    port: String,
+    bridge: String,
+    /// Its end at the node.
+    device: &'static str,
+    address: Ipv4Addr,
 }
 
-fn port(node: &str) -> String {
+/// The cables of a node: one, and a second where it is a NAT box.
+fn cables(spec: &LabSpec, node: &Node) -> Vec<Cable> {
+    let Node { name, kind, address, behind } = node;
+    let bridge = behind.map_or_else(|| UNDERLAY_BRIDGE.to_owned(), nat::bridge);
+    let mut cables = vec![Cable { port: port(name), bridge, device: "eth0", address: *address }];
+    let inside = spec.nats.iter().enumerate().filter(|(i, _)| *kind == Kind::Nat && nat::name(*i) == *name);
+    cables.extend(inside.map(|(i, nat)| Cable {
+        port: format!("ln-{name}"),
+        bridge: nat::bridge(i),
+        device: "lan0",
+        address: nat.gateway(),
+    }));
+    cables
+}
+
+/// Lays the node's cables.
+fn plug(spec: &LabSpec, node: &Node, pid: u32) -> Result<()> {
+    let mtu = spec.mtu;
+    for Cable { port, bridge, device, address } in cables(spec, node) {
+        // What is left of a node that was powered off a moment ago: the kernel takes its time.
+        let _ = ip(&format!("link del {port}\n"));
+        let [_, _, c, d] = address.octets();
+        ip(&format!(
+            "link add {port} mtu {mtu} type veth peer name {device} mtu {mtu} address 02:00:0a:00:{c:02x}:{d:02x} netns {pid}\n\
+             link set {port} master {bridge} up\n"
+        ))?;
+    }
+    Ok(())
+}
+
+/// The bridge's end of a node's `eth0`.
+pub(super) fn port(node: &str) -> String {
     format!("ul-{node}")
-}
-
-fn address_of(spec: &LabSpec, node: &str) -> Result<std::net::Ipv4Addr> {
-    let found = spec.nodes().find(|(name, _)| name == node);
-    found.map(|(_, address)| address).with_context(|| format!("the lab has no node {node}"))
 }
 
 /// Pid 1 of the node.
@@ -83,11 +112,15 @@ pub(super) fn inner(dir: &Path, node: &str) -> Result<()> {
     mounts::replace_file("/etc/resolv.conf", "resolv.conf", &spec.resolv_conf())?;
     mounts::replace_file("/etc/hosts", "hosts", &spec.hosts_file())?;
     expect(&mut io::stdin().lock(), PLUGGED)?;
-    let address = spec.on_link(address_of(&spec, node)?);
-    ip(&format!(
-        "link set lo up\naddr add {address} dev eth0\nlink set eth0 up\nroute add default via {}\n",
-        spec.gateway()
-    ))?;
+    let node = spec.node(node)?;
+    for Cable { device, address, .. } in cables(&spec, &node) {
+        ip(&format!("addr add {} dev {device}\nlink set {device} up\n", spec.on_link(address)))?;
+    }
+    let gateway = node.behind.map_or(spec.gateway(), |nat| spec.nats[nat].gateway());
+    ip(&format!("link set lo up\nroute add default via {gateway}\n"))?;
+    if node.kind == Kind::Nat {
+        fs::write("/proc/sys/net/ipv4/ip_forward", "1").context("cannot make the NAT box forward")?;
+    }
     say(READY)?;
     dup2_stdout(io::stderr())?;
     reap_forever(&sigchld)

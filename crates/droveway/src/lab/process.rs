@@ -122,7 +122,8 @@ pub(super) fn tail(log: &Path) -> String {
     format!("\n  the end of {}:\n  | {}", log.display(), lines.join("\n  | "))
 }
 
-/// Blocks `SIGCHLD` for this thread: [`reap_forever`] takes it from there. Programs started later do not inherit that.
+/// Blocks `SIGCHLD` for this thread: [`reap_forever`] takes it from there. What is started later begins
+/// with [`super::hidden::main`], which lets go of it.
 pub(super) fn hold_sigchld() -> Result<SigSet> {
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);

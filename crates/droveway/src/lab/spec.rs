@@ -8,14 +8,48 @@ use ipnet::{IpNet, Ipv4Net};
 use model::Name;
 use serde::{Deserialize, Serialize};
 
+use super::nat::Nat;
+
 /// The most hosts a lab can have.
 pub const HOSTS_MAX: u32 = 50;
 /// The node on which the server runs.
 pub const SERVER: &str = "server";
+/// Where the nodes' cables end: no node, but commands run there, captures for example.
+pub const UNDERLAY: &str = "underlay";
 /// Port of the server.
 pub(super) const SERVER_PORT: u16 = 7443;
 /// Below it, dockerd keeps images and containers: it cannot on a tmpfs.
 const DOCKER_ROOT: &str = "/var/lib/droveway-lab";
+
+/// The longest name that a node's port can carry (`IFNAMSIZ` less `ul-`).
+const NODE_NAME_MAX: usize = 12;
+
+/// What a node is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Runs the server.
+    Server,
+    /// Runs an agent.
+    Host,
+    /// Is between the underlay and those behind it, and gives its address for theirs.
+    Nat,
+    /// Runs nothing of Droveway.
+    Other,
+}
+
+/// A node as it shall be.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Node {
+    /// Its name.
+    pub name: String,
+    /// What it is for.
+    pub kind: Kind,
+    /// The address of its `eth0`.
+    pub address: Ipv4Addr,
+    /// The NAT box that it is behind, by its number from 0.
+    pub(super) behind: Option<usize>,
+}
 
 /// What a lab shall be.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -34,14 +68,24 @@ pub struct LabSpec {
     pub dir: PathBuf,
     /// The droveway program.
     pub program: PathBuf,
-    /// The underlay. `.1` is the bridge, `.2` the server, `.5` host `h1`.
+    /// The underlay. `.1` is the bridge, `.2` the server, `.5` host `h1`, `.101` the NAT box `nat1`, `.201` the first of
+    /// `others`.
     pub underlay: Ipv4Net,
+    /// NAT boxes, `nat1` and so on, each with those who are behind it.
+    #[serde(default)]
+    pub nats: Vec<Nat>,
+    /// Names of more nodes, on which nothing of Droveway runs: for gateways of another make.
+    #[serde(default)]
+    pub others: Vec<Name>,
     /// Text of `/etc/resolv.conf` on each node; a nameserver that refuses quickly if left out.
     #[serde(default)]
     pub resolv_conf: Option<String>,
     /// More arguments for each agent.
     #[serde(default)]
     pub agent_args: Vec<String>,
+    /// More arguments for each Docker Engine.
+    #[serde(default)]
+    pub docker_args: Vec<String>,
     /// More arguments for the server.
     #[serde(default)]
     pub server_args: Vec<String>,
@@ -59,8 +103,11 @@ impl LabSpec {
             dir: default_dir(&name),
             program: std::env::current_exe().context("cannot find the droveway program")?,
             underlay: Ipv4Net::new(Ipv4Addr::new(10, 0, 0, 0), 24)?,
+            nats: Vec::new(),
+            others: Vec::new(),
             resolv_conf: None,
             agent_args: Vec::new(),
+            docker_args: Vec::new(),
             server_args: Vec::new(),
             name,
         })
@@ -92,19 +139,102 @@ impl LabSpec {
             "lab {name}: directory {} is not an absolute path",
             self.dir.display()
         );
+        self.validate_others()?;
+        self.validate_nats()
+    }
+
+    fn validate_others(&self) -> Result<()> {
+        let name = &self.name;
+        ensure!(
+            self.others.len() <= HOSTS_MAX as usize,
+            "lab {name}: {} other nodes are not possible; ask for at most {HOSTS_MAX}",
+            self.others.len()
+        );
+        for other in &self.others {
+            let same = self.nodes().filter(|node| node.name == other.as_str()).count();
+            ensure!(
+                same == 1 && other.as_str() != UNDERLAY,
+                "lab {name}: the name {other} is taken; give that node another"
+            );
+            ensure!(
+                other.as_str().len() <= NODE_NAME_MAX,
+                "lab {name}: the name {other} is too long for a device; give one of at most {NODE_NAME_MAX} characters"
+            );
+        }
         Ok(())
     }
 
-    /// The names of all nodes, in the order in which they start.
-    pub(super) fn nodes(&self) -> impl Iterator<Item = (String, Ipv4Addr)> + '_ {
-        let server = (SERVER.to_owned(), self.address(2));
-        let hosts = (1..=self.hosts).map(|i| (format!("h{i}"), self.address(4 + i)));
-        std::iter::once(server).chain(hosts)
+    fn validate_nats(&self) -> Result<()> {
+        let lab = &self.name;
+        ensure!(
+            self.nats.len() <= HOSTS_MAX as usize,
+            "lab {lab}: {} NAT boxes are not possible; ask for at most {HOSTS_MAX}",
+            self.nats.len()
+        );
+        let mut seen = std::collections::BTreeSet::new();
+        for (i, nat) in self.nats.iter().enumerate() {
+            let lan = nat.lan;
+            let others = self.nats[..i].iter().map(|nat| nat.lan).chain([self.underlay]);
+            for other in others {
+                ensure!(
+                    !lan.contains(&other) && !other.contains(&lan),
+                    "lab {lab}: {lan} behind a NAT box overlaps {other}; choose another"
+                );
+            }
+            ensure!(
+                lan.prefix_len() <= 24,
+                "lab {lab}: {lan} behind a NAT box is too small; give a /24 or larger"
+            );
+            for name in &nat.behind {
+                let known = self
+                    .nodes()
+                    .any(|node| node.name == *name && matches!(node.kind, Kind::Host | Kind::Other));
+                ensure!(
+                    known,
+                    "lab {lab}: there is no host {name} to put behind a NAT; it has h1 to h{}",
+                    self.hosts
+                );
+                ensure!(
+                    seen.insert(name),
+                    "lab {lab}: {name} is to be behind two NATs; write each host once, as in --nat h2,h3 (a NAT \
+                     each) or --nat h2+h3 (both behind one)"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// All nodes, in the order in which they start.
+    pub(super) fn nodes(&self) -> impl Iterator<Item = Node> + '_ {
+        let node = |name: String, kind, number: u32| {
+            let behind = self.nats.iter().position(|nat| nat.behind.contains(&name));
+            let net = behind.map_or(self.underlay, |nat| self.nats[nat].lan);
+            Node { name, kind, address: nth(net, number), behind }
+        };
+        let nats =
+            (0..).zip(&self.nats).map(move |(i, _)| node(super::nat::name(i as usize), Kind::Nat, 101 + i));
+        let hosts = (1..=self.hosts).map(move |i| node(format!("h{i}"), Kind::Host, 4 + i));
+        let others = (201..).zip(&self.others).map(move |(i, name)| node(name.to_string(), Kind::Other, i));
+        std::iter::once(node(SERVER.to_owned(), Kind::Server, 2)).chain(nats).chain(hosts).chain(others)
+    }
+
+    /// A node by name.
+    pub(super) fn node(&self, name: &str) -> Result<Node> {
+        let found = self.nodes().find(|node| node.name == name);
+        found.with_context(|| {
+            let known: Vec<String> = self.nodes().map(|node| node.name).collect();
+            format!("lab {} has no host {name:?}; it has {}", self.name, known.join(", "))
+        })
+    }
+
+    /// Whether it is a node that runs an agent.
+    pub(super) fn is_host(&self, name: &str) -> bool {
+        self.node(name).is_ok_and(|node| node.kind == Kind::Host)
     }
 
     /// Address number `n` of the underlay.
     pub(super) fn address(&self, n: u32) -> Ipv4Addr {
-        Ipv4Addr::from(u32::from(self.underlay.network()) + n)
+        nth(self.underlay, n)
     }
 
     /// The bridge's address: the nodes' default gateway, behind which nothing is.
@@ -112,9 +242,11 @@ impl LabSpec {
         self.address(1)
     }
 
-    /// An address with the underlay's prefix length.
+    /// An address with the prefix length of the net that it is in.
     pub(super) fn on_link(&self, address: Ipv4Addr) -> IpNet {
-        IpNet::new_assert(IpAddr::V4(address), self.underlay.prefix_len())
+        let mut nets = self.nats.iter().map(|nat| nat.lan);
+        let net = nets.find(|lan| lan.contains(&address)).unwrap_or(self.underlay);
+        IpNet::new_assert(IpAddr::V4(address), net.prefix_len())
     }
 
     pub(super) fn node_dir(&self, node: &str) -> PathBuf {
@@ -159,7 +291,7 @@ impl LabSpec {
     /// `/etc/hosts` of every node: they know one another by name.
     pub(super) fn hosts_file(&self) -> String {
         let mut lines = vec!["127.0.0.1 localhost".to_owned(), "::1 localhost ip6-localhost".to_owned()];
-        lines.extend(self.nodes().map(|(name, address)| format!("{address} {name}")));
+        lines.extend(self.nodes().map(|node| format!("{} {}", node.address, node.name)));
         lines.join("\n") + "\n"
     }
 
@@ -188,6 +320,11 @@ impl LabSpec {
     }
 }
 
+/// Address number `n` of a net.
+pub(super) fn nth(net: Ipv4Net, n: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(net.network()) + n)
+}
+
 /// Where a lab keeps its things unless told otherwise: gone after a reboot, and private to the user.
 pub fn default_dir(name: &Name) -> PathBuf {
     let uid = nix::unistd::geteuid();
@@ -209,8 +346,35 @@ mod tests {
     fn hosts_are_numbered_from_address_five_and_the_server_is_two() {
         let mut spec = LabSpec::new("t").unwrap();
         spec.hosts = 2;
-        let nodes: Vec<_> = spec.nodes().map(|(name, address)| format!("{name} {address}")).collect();
+        let nodes: Vec<_> = spec.nodes().map(|node| format!("{} {}", node.name, node.address)).collect();
         assert_eq!(nodes, ["server 10.0.0.2", "h1 10.0.0.5", "h2 10.0.0.6"]);
+    }
+
+    fn boxes(text: &str) -> Vec<Nat> {
+        let together = text.split(',').map(|together| together.parse().unwrap());
+        super::super::nat::boxes(together.collect())
+    }
+
+    #[test]
+    fn those_behind_a_nat_keep_their_number_in_a_net_of_its_own() {
+        let mut spec = LabSpec::new("t").unwrap();
+        spec.nats = boxes("h2,h1+gw");
+        spec.others = vec!["gw".parse().unwrap()];
+        spec.validate().unwrap();
+        let nodes: Vec<_> = spec.nodes().map(|node| format!("{} {}", node.name, node.address)).collect();
+        assert_eq!(
+            nodes,
+            [
+                "server 10.0.0.2",
+                "nat1 10.0.0.101",
+                "nat2 10.0.0.102",
+                "h1 192.168.102.5",
+                "h2 192.168.101.6",
+                "h3 10.0.0.7",
+                "gw 192.168.102.201"
+            ]
+        );
+        assert_eq!(spec.on_link("192.168.102.5".parse().unwrap()).to_string(), "192.168.102.5/24");
     }
 
     #[test]
@@ -221,6 +385,16 @@ mod tests {
             (LabSpec { hosts: 0, ..good.clone() }, "1 to 50"),
             (LabSpec { hosts: 51, ..good.clone() }, "1 to 50"),
             (LabSpec { mtu: 100, ..good.clone() }, "576"),
+            (LabSpec { others: vec!["h1".parse().unwrap()], ..good.clone() }, "is taken"),
+            (LabSpec { others: vec!["underlay".parse().unwrap()], ..good.clone() }, "is taken"),
+            (LabSpec { others: vec!["much-too-long".parse().unwrap()], ..good.clone() }, "12 characters"),
+            (LabSpec { nats: boxes("h9"), ..good.clone() }, "no host h9"),
+            (LabSpec { nats: boxes("server"), ..good.clone() }, "no host server"),
+            (LabSpec { nats: boxes("h1,h1+h2"), ..good.clone() }, "write each host once"),
+            (
+                LabSpec { underlay: "192.168.0.0/16".parse().unwrap(), nats: boxes("h1"), ..good.clone() },
+                "overlaps",
+            ),
             (LabSpec { underlay: "10.0.0.0/28".parse().unwrap(), ..good.clone() }, "/24"),
         ] {
             let error = bad.validate().unwrap_err().to_string();

@@ -77,10 +77,13 @@ fn read_stat(proc_dir: &Path) -> io::Result<(u8, u64)> {
 /// A node.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct NodeState {
-    /// Its underlay address.
+    /// The address of its `eth0`.
     pub address: Ipv4Addr,
     /// Its pid 1, as the caller's machine sees it; none while it is powered off.
     pub init: Option<Pin>,
+    /// How often a NAT box was told to forget.
+    #[serde(default)]
+    pub rebinds: u16,
     /// What was started on it.
     #[serde(default)]
     pub daemons: BTreeMap<Daemon, Pin>,
@@ -121,8 +124,8 @@ pub struct State {
 impl State {
     /// A lab in which nothing runs yet.
     pub(super) fn new(spec: LabSpec) -> Self {
-        let node = |(name, address)| (name, NodeState { address, init: None, daemons: BTreeMap::new() });
-        let nodes = spec.nodes().map(node).collect();
+        let fresh = |address| NodeState { address, init: None, rebinds: 0, daemons: BTreeMap::new() };
+        let nodes = spec.nodes().map(|node| (node.name, fresh(node.address))).collect();
         Self { spec, init: None, nodes, faults: Vec::new() }
     }
 

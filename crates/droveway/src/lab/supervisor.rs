@@ -18,9 +18,10 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::{dup2_stdout, getegid, geteuid, sethostname, setsid};
 
+use super::node::UNDERLAY_BRIDGE;
 use super::process::{hold_sigchld, ip, ourselves, put_down, reap_forever};
 use super::state::{Supervisor, read_json};
-use super::{LabSpec, Pin, control, mounts};
+use super::{LabSpec, Pin, control, mounts, nat};
 
 /// What the inner process prints when the underlay is there.
 pub(super) const READY: &str = "ready";
@@ -133,11 +134,17 @@ pub(super) fn inner(dir: &Path) -> Result<()> {
     // Absent unless the machine has br_netfilter: then the underlay must not pass through its rules.
     let _ = fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0");
     ip(&format!(
-        "link set lo up\nlink add ul0 address 02:00:0a:ff:ff:01 mtu {} type bridge\naddr add {} dev ul0\nlink set ul0 up\n",
+        "link set lo up\nlink add {UNDERLAY_BRIDGE} address 02:00:0a:ff:ff:01 mtu {} type bridge\n\
+         addr add {} dev {UNDERLAY_BRIDGE}\nlink set {UNDERLAY_BRIDGE} up\n",
         spec.mtu,
         spec.on_link(spec.gateway()),
     ))
     .context("cannot make the underlay")?;
+    for i in 0..spec.nats.len() {
+        let (bridge, mtu) = (nat::bridge(i), spec.mtu);
+        ip(&format!("link add {bridge} mtu {mtu} type bridge\nlink set {bridge} up\n"))
+            .context("cannot make the net behind a NAT box")?;
+    }
     say(READY)?;
     dup2_stdout(io::stderr())?;
     reap_forever(&sigchld)

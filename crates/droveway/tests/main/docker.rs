@@ -30,12 +30,18 @@ static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
 
 /// A lab of two hosts with engines that have the image; nothing where there can be none.
 fn harbour() -> Option<Lab> {
+    harbour_with(&[])
+}
+
+/// The same with more arguments for the engines.
+fn harbour_with(docker_args: &[&str]) -> Option<Lab> {
     let engine = std::process::Command::new("dockerd").arg("--version").stdout(Stdio::null()).status();
     if !nix::unistd::geteuid().is_root() || !engine.is_ok_and(|status| status.success()) {
         println!("passed over: this needs root and dockerd");
         return None;
     }
-    let lab = Lab::up(LabSpec { docker: true, ..spec(2) }).unwrap();
+    let lab =
+        Lab::up(LabSpec { docker: true, docker_args: lines(&docker_args.join("\n")), ..spec(2) }).unwrap();
     for host in lab.hosts() {
         let mut import = lab.spawn(&host, &["docker", "import", "-", IMAGE]).unwrap();
         import.stdin.take().unwrap().write_all(&ARCHIVE).unwrap();
@@ -317,6 +323,100 @@ fn agent_and_engine_come_back_in_either_order_and_traffic_never_stops() {
     }
     nothing_is_left_but(&lab, "far");
     assert!(ttl(&lab, "h1", "10.0.0.6").is_some());
+}
+
+#[test]
+fn an_engine_that_is_killed_and_keeps_its_containers_alive_finds_them_attached() {
+    let Some(lab) = harbour_with(&["--live-restore"]) else { return };
+    run(&lab, "h1", "near", &["--stop-timeout", "1"]);
+    run(&lab, "h2", "far", &[]);
+    let (near, far) = (address(&lab, "h1", "near", "managed"), address(&lab, "h2", "far", "managed"));
+    until(LIMIT, "across hosts", || reaches(&lab, "h1", "near", &far.to_string()));
+    let pid = docker(&lab, "h1", &["inspect", "-f", "{{.State.Pid}}", "near"]);
+    let inside = ["nsenter", "-t", &pid, "-n"];
+    let steady = Steady::start_with(&lab, "h1", &inside, &far.to_string());
+    for order in [[Daemon::Docker, Daemon::Agent], [Daemon::Agent, Daemon::Docker]] {
+        lab.kill_daemon("h1", Daemon::Docker).unwrap();
+        lab.kill_agent("h1").unwrap();
+        for daemon in order {
+            lab.start_daemon("h1", daemon).unwrap();
+        }
+        lab.wait_connected("h1").unwrap();
+        let name = format!("after-{}", order[0]);
+        until(LIMIT, "docker run works again", || {
+            let _ = lab.exec("h1", &["docker", "rm", "-f", &name]).unwrap();
+            let words =
+                ["docker", "run", "-d", "--network", "managed", "--name", &name, "--stop-timeout", "1"];
+            succeeds(&lab, "h1", &[&words[..], &[IMAGE, "sleep", "1000"]].concat())
+        });
+        until(LIMIT, "by name", || reaches(&lab, "h1", &name, "near") && reaches(&lab, "h1", &name, "far"));
+        docker(&lab, "h1", &["rm", "-f", &name]);
+    }
+    let (sent, received) = steady.end_at(&lab, "h1");
+    assert_eq!(sent, received, "while engine and agent were killed and started");
+    assert_eq!(address(&lab, "h1", "near", "managed"), near);
+    assert_eq!(lab.endpoints("h1").unwrap().len(), 1);
+    docker(&lab, "h1", &["rm", "-f", "near"]);
+    nothing_is_left_but(&lab, "far");
+}
+
+#[test]
+fn containers_of_an_engine_that_was_killed_are_started_again_and_attached_anew() {
+    let Some(lab) = harbour() else { return };
+    run(&lab, "h1", "near", &["--stop-timeout", "1", "--restart", "always"]);
+    run(&lab, "h1", "once", &["--stop-timeout", "1"]);
+    run(&lab, "h2", "far", &[]);
+    lab.kill_daemon("h1", Daemon::Docker).unwrap();
+    lab.start_daemon("h1", Daemon::Docker).unwrap();
+    until(LIMIT, "it reaches the other host again", || reaches(&lab, "h1", "near", "far"));
+    until(LIMIT, "and is reached", || reaches(&lab, "h2", "far", "near"));
+    until(LIMIT, "what was not started again is gone", || lab.endpoints("h1").unwrap().len() == 1);
+    docker(&lab, "h1", &["rm", "-f", "near", "once"]);
+    nothing_is_left_but(&lab, "far");
+}
+
+#[test]
+fn names_resolve_on_an_internal_network_and_nothing_else_does() {
+    let Some(lab) = harbour() else { return };
+    let create = ["droveway", "network", "create", "vault", "--subnet", "10.50.0.0/16", "--internal"];
+    lab.check("server", &create).unwrap();
+    for (host, name) in [("h1", "near"), ("h2", "far")] {
+        until(LIMIT, "vault appears", || docker(&lab, host, &["network", "ls"]).contains("vault"));
+        docker(&lab, host, &["run", "-d", "--network", "vault", "--name", name, IMAGE, "sleep", "1000"]);
+    }
+    until(LIMIT, "by name", || reaches(&lab, "h1", "near", "far") && reaches(&lab, "h2", "far", "near"));
+    let outside = says(&lab, "h1", &["docker", "exec", "near", "nslookup", "example.com"]);
+    assert!(outside.contains("REFUSED"), "{outside}");
+    // Elsewhere Docker's own resolver stays.
+    run(&lab, "h1", "plain", &[]);
+    assert!(docker(&lab, "h1", &["exec", "plain", "cat", "/etc/resolv.conf"]).contains("127.0.0.11"));
+}
+
+#[test]
+fn a_container_on_two_networks_asks_the_first_ones_router_and_the_others_by_its_gateway() {
+    let Some(lab) = harbour() else { return };
+    lab.check("server", &["droveway", "network", "create", "red", "--subnet", "10.50.0.0/16"]).unwrap();
+    for host in ["h1", "h2"] {
+        until(LIMIT, "red appears", || docker(&lab, host, &["network", "ls"]).contains("red"));
+    }
+    run(&lab, "h1", "both", &[]);
+    docker(&lab, "h1", &["network", "connect", "red", "both"]);
+    run(&lab, "h2", "first", &[]);
+    docker(&lab, "h2", &["run", "-d", "--network", "red", "--name", "second", IMAGE, "sleep", "1000"]);
+    let looked_up =
+        |words: &[&str]| says(&lab, "h1", &[&["docker", "exec", "both", "nslookup"], words].concat());
+    let (first, second) = (
+        address(&lab, "h2", "first", "managed").to_string(),
+        address(&lab, "h2", "second", "red").to_string(),
+    );
+    until(LIMIT, "a name of the first", || looked_up(&["first.droveway.internal"]).contains(&first));
+    until(LIMIT, "a name of the other, asked there", || {
+        looked_up(&["second.droveway.internal", "10.50.0.1"]).contains(&second)
+    });
+    assert!(!looked_up(&["second.droveway.internal"]).contains(&second), "docs/names.md says otherwise");
+    until(LIMIT, "both are reached", || {
+        reaches(&lab, "h1", "both", &first) && reaches(&lab, "h1", "both", &second)
+    });
 }
 
 #[track_caller]

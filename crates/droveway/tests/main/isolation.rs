@@ -7,7 +7,7 @@ use droveway::lab::{Container, Lab, RunSpec};
 use crate::frame::{Arp, BROADCAST, Mac, echo, ipv4, mac, packet, tcp_syn, udp, vxlan};
 use crate::probe;
 use crate::support::{
-    Capture, LIMIT, Look, idle_in, in_router, lab, meet, router, silent, succeeds, ttl, until,
+    Capture, LIMIT, Look, idle_in, in_router, lab, meet, router, run_soon, silent, succeeds, ttl, until,
 };
 
 const SPACE: &str = "10.50.0.0/16";
@@ -26,20 +26,13 @@ struct Side {
     own: Container,
 }
 
-fn side(lab: &Lab, network: &str) -> Side {
-    lab.check("server", &["droveway", "network", "create", network, "--subnet", SPACE]).unwrap();
+fn side(lab: &Lab, network: &str, driver: &str) -> Side {
+    let create = ["droveway", "network", "create", network, "--subnet", SPACE, "--driver", driver];
+    lab.check("server", &create).unwrap();
     let run = |host: &str, name: &str, address: Option<Ipv4Addr>| {
         let run =
             RunSpec { address: address.map(Into::into), ..idle_in(network, &format!("{network}-{name}")) };
-        let mut answer = lab.run(host, &run);
-        // The host may not have heard of its network yet.
-        until(LIMIT, &format!("{network} is known on {host}"), || {
-            if answer.is_err() {
-                answer = lab.run(host, &run);
-            }
-            answer.is_ok()
-        });
-        answer.unwrap()
+        run_soon(lab, host, &run)
     };
     let one = Ipv4Addr::new(10, 50, 0, if network == "red" { 66 } else { 77 });
     let side = Side {
@@ -78,36 +71,47 @@ fn vni(lab: &Lab, network: &str) -> u32 {
 }
 
 #[test]
-fn networks_of_equal_cidr_on_the_same_hosts_cannot_reach_each_other_by_any_packet() {
-    let lab = lab(2);
-    let (red, blue) = (side(&lab, "red"), side(&lab, "blue"));
+fn encrypted_networks_of_equal_cidr_on_the_same_hosts_cannot_reach_each_other_by_any_packet() {
+    equal_cidrs(&lab(2), "ipsec");
+}
+
+#[test]
+fn vxlans_of_equal_cidr_on_the_same_hosts_cannot_reach_each_other_by_any_packet() {
+    equal_cidrs(&lab(2), "vxlan");
+}
+
+fn equal_cidrs(lab: &Lab, driver: &str) {
+    let (red, blue) = (side(lab, "red", driver), side(lab, "blue", driver));
+    let overlay = match driver {
+        "vxlan" => overlay_mac(lab, "h2", "blue"),
+        // A TUN device has none; the far bridge's stands in.
+        _ => gateway_mac(lab, "h2", "blue"),
+    };
     assert_eq!(red.twin.ip(), blue.twin.ip());
     let attacker = &red.own;
     let at = attacker.path();
     let victims =
         [(&blue.near, &blue.far), (&blue.far, &blue.near), (&blue.twin, &blue.near), (&blue.own, &blue.far)];
-    let captures = victims
-        .map(|(victim, _)| Capture::start(&lab, &victim.path(), &["env"], "eth0", "ip or arp or vlan"));
+    let captures =
+        victims.map(|(victim, _)| Capture::start(lab, &victim.path(), &["env"], "eth0", "ip or arp or vlan"));
     let uplinks =
-        ["h1", "h2"].map(|host| Capture::in_router(&lab, host, "blue", "up0", &format!("net {SPACE}")));
+        ["h1", "h2"].map(|host| Capture::in_router(lab, host, "blue", "up0", &format!("net {SPACE}")));
 
     // The same address in both: one's own is reached.
-    let own = Capture::start(&lab, &red.twin.path(), &["env"], "eth0", "icmp");
-    assert_eq!(ttl(&lab, &at, &TWIN.to_string()), Some(62));
+    let own = Capture::start(lab, &red.twin.path(), &["env"], "eth0", "icmp");
+    assert_eq!(ttl(lab, &at, &TWIN.to_string()), Some(62));
     own.sees(&format!("{} > {TWIN}", attacker.ip()));
     // By the ordinary way.
     let to = blue.own.ip().to_string();
-    assert!(silent(&lab, &at, &to));
-    assert!(!succeeds(&lab, &at, &["arping", "-c", "1", "-w", "1", "-I", "eth0", &to]));
+    assert!(silent(lab, &at, &to));
+    assert!(!succeeds(lab, &at, &["arping", "-c", "1", "-w", "1", "-I", "eth0", &to]));
     // Byte by byte: to their MACs, to everyone, to the gateway.
     let me = (mac(&attacker.mac()), attacker.ip());
-    let gateway = gateway_mac(&lab, "h1", "red");
+    let gateway = gateway_mac(lab, "h1", "red");
     let mut frames = Vec::new();
     for (victim, _) in victims {
         let (there, address) = (mac(&victim.mac()), victim.ip());
-        for to in
-            [there, BROADCAST, gateway, gateway_mac(&lab, "h1", "blue"), overlay_mac(&lab, "h2", "blue")]
-        {
+        for to in [there, BROADCAST, gateway, gateway_mac(lab, "h1", "blue"), overlay] {
             frames.push(packet(to, me.0, &ipv4(me.1, address, 1, &echo(b"attack"))));
             frames.push(packet(to, me.0, &ipv4(me.1, address, 17, &udp(MARK, MARK, b"attack"))));
             let syn = tcp_syn((me.1, MARK), (address, 80));
@@ -121,15 +125,15 @@ fn networks_of_equal_cidr_on_the_same_hosts_cannot_reach_each_other_by_any_packe
         frames.push(packet(gateway, me.0, &ipv4(me.1, transit, 17, &udp(MARK, 53, b"attack"))));
         frames.push(packet(gateway, me.0, &ipv4(me.1, transit, 1, &echo(b"attack"))));
     }
-    probe::send(&lab, &at, &frames);
-    let own_router = in_router(&lab, "h1", "red", &["ip", "-o", "-4", "addr", "show", "dev", "up0"]);
-    let other_router = in_router(&lab, "h1", "blue", &["ip", "-o", "-4", "addr", "show", "dev", "up0"]);
+    probe::send(lab, &at, &frames);
+    let own_router = in_router(lab, "h1", "red", &["ip", "-o", "-4", "addr", "show", "dev", "up0"]);
+    let other_router = in_router(lab, "h1", "blue", &["ip", "-o", "-4", "addr", "show", "dev", "up0"]);
     let transit = |text: &str| text.split("inet ").nth(1).unwrap().split('/').next().unwrap().to_owned();
     assert_ne!(transit(&own_router), transit(&other_router));
-    assert!(silent(&lab, &at, &transit(&other_router)), "the other network's router does not answer");
+    assert!(silent(lab, &at, &transit(&other_router)), "the other network's router does not answer");
 
     for (capture, (victim, friend)) in captures.iter().zip(victims) {
-        let lines = came_in(&lab, capture, victim, friend);
+        let lines = came_in(lab, capture, victim, friend);
         let foreign = [attacker.ip().to_string(), attacker.mac()];
         let foreign = lines.iter().filter(|line| foreign.iter().any(|sign| line.contains(sign)));
         assert_eq!(foreign.collect::<Vec<_>>(), Vec::<&String>::new(), "at {}", victim.path());
@@ -143,7 +147,7 @@ fn networks_of_equal_cidr_on_the_same_hosts_cannot_reach_each_other_by_any_packe
 #[test]
 fn nobody_but_a_peer_can_put_a_frame_into_the_overlay() {
     let lab = lab(2);
-    let (red, blue) = (side(&lab, "red"), side(&lab, "blue"));
+    let (red, blue) = (side(&lab, "red", "vxlan"), side(&lab, "blue", "vxlan"));
     let victim = &blue.far;
     let capture = Capture::start(&lab, &victim.path(), &["env"], "eth0", "udp");
     let inner = |mark: u16, payload: &[u8]| {

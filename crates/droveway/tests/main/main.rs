@@ -6,12 +6,21 @@
 
 mod api;
 mod away;
+mod charon;
 mod docker;
 mod drift;
+mod faults;
+mod foreign_charon;
+mod foreign_kernel;
 mod frame;
+mod gateway;
+mod guest;
+mod interop;
+mod ipsec;
 mod isolation;
 mod lab;
 mod lab_bare;
+mod nat;
 mod outside;
 mod probe;
 mod refused;
@@ -19,3 +28,4 @@ mod spoof;
 mod steady;
 mod support;
 mod walk;
+mod watch;

@@ -1,6 +1,6 @@
 //! Programs that tests run inside containers and on nodes: this very binary, started there with a role in its environment.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -34,6 +34,8 @@ fn a_probe() {
         ["page", at] => println!("PAGE {}", get(at, "/").unwrap_or_default()),
         ["abuse-api", data] => api::abuse(Path::new(data)),
         ["resolver", at] => resolver(&UdpSocket::bind(at).unwrap()),
+        ["mirror", at] => mirror(&UdpSocket::bind(at).unwrap()),
+        ["look", from, to] => look(from, to),
         _ => panic!("no such role: {role}"),
     }
     println!("PROBE DONE");
@@ -95,6 +97,20 @@ pub fn resolver_at(lab: &Lab, target: &str, at: SocketAddr) -> Child {
     lab.spawn(target, &words(&format!("resolver {at}"))).unwrap()
 }
 
+/// Tells each who sends it a datagram from where that came, until the child is killed. Comes back when it listens.
+pub fn mirror_at(lab: &Lab, target: &str, at: SocketAddr) -> Child {
+    let mut child = lab.spawn(target, &words(&format!("mirror {at}"))).unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line.contains("LISTENS")), "the mirror ended");
+    child
+}
+
+/// As which address and port a [`mirror_at`] sees a socket of that local port; none if no answer comes back.
+pub fn seen_as(lab: &Lab, target: &str, from: u16, mirror: SocketAddr) -> Option<SocketAddr> {
+    let said = lab.check(target, &words(&format!("look 0.0.0.0:{from} {mirror}"))).unwrap();
+    said.split("SEEN ").nth(1).unwrap().split_whitespace().next().unwrap().parse().ok()
+}
+
 fn raw(interface: &str, frames: &[&str]) {
     let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), None).unwrap();
     let mut interfaces = getifaddrs().unwrap().filter(|found| found.interface_name == interface);
@@ -151,6 +167,24 @@ fn resolver(socket: &UdpSocket) {
         }
         socket.send_to(&answer, from).unwrap();
     }
+}
+
+fn mirror(socket: &UdpSocket) {
+    println!("LISTENS");
+    let mut some = [0; 64];
+    loop {
+        let (_, from) = socket.recv_from(&mut some).unwrap();
+        socket.send_to(from.to_string().as_bytes(), from).unwrap();
+    }
+}
+
+fn look(from: &str, to: &str) {
+    let socket = UdpSocket::bind(from).unwrap();
+    socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+    socket.send_to(b"who am I", to).unwrap();
+    let mut answer = [0; 64];
+    let seen = socket.recv(&mut answer).map(|length| String::from_utf8_lossy(&answer[..length]).into_owned());
+    println!("SEEN {} .", seen.unwrap_or_else(|_| "nothing".to_owned()));
 }
 
 fn hex(bytes: &[u8]) -> String {

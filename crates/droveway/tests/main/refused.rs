@@ -19,8 +19,11 @@ struct Town {
 
 static TOWN: LazyLock<Town> = LazyLock::new(|| {
     let lab = Lab::up(LabSpec { agent_args: vec!["--label".into(), "town=1".into()], ..spec(2) }).unwrap();
+    crate::support::network_in_clear(&lab, "clear", "10.61.0.0/16");
     let (near, far) = (lab.run("h1", &idle("near")).unwrap(), lab.run("h2", &idle("far")).unwrap());
     meet(&lab, &near, &far);
+    // One that nobody has attached.
+    lab.check("h1", &["ip", "netns", "add", "spare"]).unwrap();
     until(LIMIT, "the server knows both", || {
         let text = says(&lab, "server", &["droveway", "endpoint", "ls"]);
         text.contains("near") && text.contains("far")
@@ -47,7 +50,7 @@ impl Town {
             let status = lab.agent_status(&host).unwrap();
             lines.push(format!("{:?} {} {:?}", status.routers, status.revision, status.troubles));
             lines.push(format!("{:?}", lab.endpoints(&host).unwrap()));
-            lines.push(kernel(lab, &host));
+            lines.push(kernel(lab, &host, "managed"));
         }
         lines.join("\n")
     }
@@ -123,8 +126,10 @@ fn a_network_that_cannot_be_is_refused_with_the_remedy() {
         create(&["Bad Name", "--subnet", "10.60.0.0/16"], 2, &["use 1 to 63 of"]);
         create(&[&"x".repeat(40), "--subnet", "10.60.0.0/16"], 2, &["shorter"]);
         create(&["red"], 2, &["--subnet"]);
-        create(&["red", "--subnet", "10.60.0.0/16", "--vni", "16777216"], 2, &["choose 1 to 16777215"]);
-        create(&["red", "--subnet", "10.60.0.0/16", "--vni", "1"], 4, &["VNI 1", "managed"]);
+        let clear = |vni| ["red", "--subnet", "10.60.0.0/16", "--driver", "vxlan", "--vni", vni];
+        create(&clear("16777216"), 2, &["choose 1 to 16777215"]);
+        create(&clear("1"), 4, &["VNI 1", "clear"]);
+        create(&["red", "--subnet", "10.60.0.0/16", "--vni", "7"], 2, &["--driver vxlan"]);
         create(&["red", "--subnet", "10.60.0.0/16", "--driver", "gre"], 2, &["vxlan"]);
         create(&["red", "--subnet", "10.60.0.0/16", "--mtu", "100"], 2, &["576"]);
         create(&["red", "--subnet", "10.60.0.0/16", "--block-size", "31"], 2, &["--block-size"]);
@@ -289,31 +294,42 @@ fn the_agents_socket_refuses_garbage_and_goes_on() {
             "{}",
             "\"x\"",
             r#"{"network":"managed"}"#,
-            r#"{"network":"managed","netns":"/proc/1/ns/net","surprise":1}"#,
-            r#"{"network":7,"netns":"/proc/1/ns/net"}"#,
-            r#"{"network":"managed","netns":"/proc/1/ns/net","address":"10.42"}"#,
-            r#"{"network":"managed","netns":"/proc/1/ns/net","name":"Bad Name"}"#,
+            r#"{"network":"managed","netns":"/run/netns/spare","surprise":1}"#,
+            r#"{"network":7,"netns":"/run/netns/spare"}"#,
+            r#"{"network":"managed","netns":"/run/netns/spare","address":"10.42"}"#,
+            r#"{"network":"managed","netns":"/run/netns/spare","name":"Bad Name"}"#,
             &"[".repeat(100_000),
         ] {
             is_refusal(&attach(body), 400..=422);
         }
         for (what, body) in [
-            ("no such network", r#"{"network":"nosuch","netns":"/proc/1/ns/net"}"#),
+            ("no such network", r#"{"network":"nosuch","netns":"/run/netns/spare"}"#),
             ("no such namespace", r#"{"network":"managed","netns":"/no/such"}"#),
             ("a file that is none", r#"{"network":"managed","netns":"/etc/passwd"}"#),
             ("another kind of namespace", r#"{"network":"managed","netns":"/proc/1/ns/uts"}"#),
             (
                 "a name that is too long",
-                r#"{"network":"managed","netns":"/proc/1/ns/net","ifname":"eth0123456789abcdef"}"#,
+                r#"{"network":"managed","netns":"/run/netns/spare","ifname":"eth0123456789abcdef"}"#,
             ),
-            ("a path for a name", r#"{"network":"managed","netns":"/proc/1/ns/net","ifname":"../x"}"#),
-            ("no name", r#"{"network":"managed","netns":"/proc/1/ns/net","ifname":""}"#),
-            ("one that is there", r#"{"network":"managed","netns":"/proc/1/ns/net","ifname":"lo"}"#),
-            ("the gateway", r#"{"network":"managed","netns":"/proc/1/ns/net","address":"10.42.0.1"}"#),
+            ("a path for a name", r#"{"network":"managed","netns":"/run/netns/spare","ifname":"../x"}"#),
+            ("no name", r#"{"network":"managed","netns":"/run/netns/spare","ifname":""}"#),
+            ("one that is there", r#"{"network":"managed","netns":"/run/netns/spare","ifname":"lo"}"#),
+            ("the gateway", r#"{"network":"managed","netns":"/run/netns/spare","address":"10.42.0.1"}"#),
         ] {
             let answer = attach(body);
             println!("{what}: {answer:?}");
             is_refusal(&answer, 400..=499);
+        }
+        for (netns, whose) in [
+            ("/proc/1/ns/net", "this host's own network namespace"),
+            ("/run/netns/droveway-managed", "a router of Droveway"),
+        ] {
+            let (status, text) = attach(&format!(r#"{{"network":"managed","netns":"{netns}"}}"#));
+            assert_eq!(status, 400, "{text}");
+            assert!(
+                text.contains(netns) && text.contains(whose) && text.contains("attach a container's"),
+                "{text}"
+            );
         }
         let large = format!(r#"{{"network":"{}"}}"#, "x".repeat(300 << 10));
         is_refusal(&attach(&large), 413..=413);

@@ -100,7 +100,7 @@ fn no_forged_frame_of_a_container_reaches_anyone_and_its_neighbours_traffic_goes
         Capture::start(lab, &container.path(), &["env"], "eth0", &filter)
     };
     let (at_bystander, at_victim) = (at(bystander), at(victim));
-    let overlay = Capture::in_router(lab, "h1", "managed", "vxlan0", "ip or arp or vlan");
+    let overlay = Capture::in_router(lab, "h1", "managed", "tun0", "ip or arp or vlan");
     let forgeries = street.forgeries();
     for some in forgeries.chunks(100) {
         probe::send(lab, &attacker.path(), some);

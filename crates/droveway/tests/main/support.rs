@@ -1,6 +1,6 @@
 //! What scenarios share: labs, containers, waiting, captures.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::net::Ipv4Addr;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -26,6 +26,18 @@ pub fn lab(hosts: u32) -> Lab {
     Lab::up(spec(hosts)).unwrap()
 }
 
+/// Says that the test that calls cannot be made here, and why: to the terminal, past the harness that keeps what passing
+/// tests say, and to the list that `scripts/test.sh` counts.
+pub fn skipped(why: &str) {
+    let test = std::thread::current().name().unwrap_or_default().to_owned();
+    let line = format!("skipped: {test}: {why}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(list) = std::env::var_os("DROVEWAY_SKIPPED") {
+        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(list).unwrap();
+        file.write_all(line.as_bytes()).unwrap();
+    }
+}
+
 /// Waits until it is so, and says how long that took.
 #[track_caller]
 pub fn until(limit: Duration, what: &str, mut done: impl FnMut() -> bool) -> Duration {
@@ -45,6 +57,24 @@ pub fn idle(name: &str) -> RunSpec {
 /// [`idle`] in a network.
 pub fn idle_in(network: &str, name: &str) -> RunSpec {
     RunSpec { network: network.to_owned(), ..idle(name) }
+}
+
+/// A network whose packets travel as VXLAN.
+pub fn network_in_clear(lab: &Lab, name: &str, subnet: &str) {
+    let words = ["droveway", "network", "create", name, "--subnet", subnet, "--driver", "vxlan"];
+    lab.check("server", &words).unwrap();
+}
+
+/// Runs a container in a network that its host may not have heard of yet.
+pub fn run_soon(lab: &Lab, host: &str, run: &RunSpec) -> Container {
+    let mut answer = lab.run(host, run);
+    until(LIMIT, &format!("{} is known on {host}", run.network), || {
+        if answer.is_err() {
+            answer = lab.run(host, run);
+        }
+        answer.is_ok()
+    });
+    answer.unwrap()
 }
 
 pub trait Look {
@@ -201,7 +231,7 @@ impl Drop for Capture {
 const ROUTER: &str = "
     ip -o -4 addr | sed 's/^[0-9]*: //'
     ip -4 route show table main; ip -4 rule
-    bridge fdb show dev vxlan0 | grep permanent | sed 's/link-netnsid.*//'
+    bridge fdb show dev vxlan0 2>/dev/null | grep permanent | sed 's/link-netnsid.*//'
     ip neigh show nud permanent
     bridge link | sed 's/^[0-9]*: //; s/@[^:]*//; s/<.*> mtu/mtu/'
     ip -br link | sed 's/@/ /' | cut -d' ' -f1
@@ -213,9 +243,9 @@ const HOST: &str = "
     ip -br link | sed 's/@/ /' | cut -d' ' -f1
     nft -s list ruleset; ls /run/netns";
 
-/// What the kernel has of a host and of its router for `managed`, line by line, in order.
-pub fn kernel(lab: &Lab, host: &str) -> String {
-    let router = router_words("managed", &["sh", "-c", ROUTER]);
+/// What the kernel has of a host and of its router for a network, line by line, in order.
+pub fn kernel(lab: &Lab, host: &str, network: &str) -> String {
+    let router = router_words(network, &["sh", "-c", ROUTER]);
     let router: Vec<&str> = router.iter().map(String::as_str).collect();
     let text = says(lab, host, &router) + &says(lab, host, &["sh", "-c", HOST]);
     let mut lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();

@@ -68,6 +68,8 @@ pub struct SaView {
     pub nat: (bool, bool),
     /// Its suite, once agreed.
     pub suite: Option<IkeSuite>,
+    /// When the peer last sent something on it, or on one of its children, that only the peer can send.
+    pub heard: Instant,
     /// Its children.
     pub children: Vec<ChildView>,
 }
@@ -145,26 +147,32 @@ impl Endpoint {
         self.change(peer, now, |config| config.children = children);
     }
 
-    /// Sets where a peer may be, and who begins.
-    pub fn set_addresses(
-        &mut self,
-        peer: PeerId,
-        addresses: Vec<SocketAddr>,
-        initiate: crate::Initiate,
-        now: Instant,
-    ) {
+    /// Sets the ways to where a peer may be, and who begins. An SA that is there keeps its path.
+    pub fn set_paths(&mut self, peer: PeerId, paths: Vec<Path>, initiate: crate::Initiate, now: Instant) {
         self.change(peer, now, |config| {
-            config.addresses = addresses;
+            config.paths = paths;
             config.initiate = initiate;
         });
     }
 
-    /// Our own address towards a peer is another from now on.
+    /// The SAs with a peer are at another address of ours from now on; see [`Self::set_paths`] for those to come.
     pub fn set_local(&mut self, peer: PeerId, local: SocketAddr, now: Instant) {
         for spi in self.sas_of(peer) {
             self.with_sa(spi, now, |sa, cx| sa.set_local(local, cx));
         }
-        self.change(peer, now, |config| config.local = local);
+        self.settle(now);
+    }
+
+    /// Traffic to this peer gets no answer: asks at once whether it lives and knows our SAs.
+    pub fn doubt(&mut self, peer: PeerId, now: Instant) {
+        for spi in self.sas_of(peer) {
+            self.with_sa(spi, now, |sa, cx| {
+                if sa.is_up() {
+                    sa.hurry(cx);
+                }
+            });
+        }
+        self.settle(now);
     }
 
     fn change(&mut self, peer: PeerId, now: Instant, how: impl FnOnce(&mut PeerConfig)) {
@@ -342,7 +350,7 @@ impl Endpoint {
             Verdict::Drop => return,
         }
         let config =
-            self.configs.values().find(|it| it.addresses.iter().any(|at| at.ip() == path.remote.ip()));
+            self.configs.values().find(|it| it.paths.iter().any(|at| at.remote.ip() == path.remote.ip()));
         let config = config.cloned();
         let mut cx = Cx {
             now,
@@ -440,6 +448,7 @@ impl Endpoint {
             path: sa.path,
             nat: (sa.facts.nat_here, sa.facts.nat_there),
             suite: sa.suite(),
+            heard: sa.last_heard(),
             children: sa
                 .children
                 .values()

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Endpoint, Timer};
 use crate::chance;
 use crate::config::{ChildId, Initiate, PeerConfig, PeerId, Timing};
-use crate::event::{Event, Failure, Path, Slot, Status};
+use crate::event::{Event, Failure, Slot, Status};
 use crate::sa::{CreateChild, Phase, Sa, Shared, Stage, Task};
 use crate::wire::{EspSpi, IkeSpi};
 
@@ -198,7 +198,7 @@ impl Endpoint {
             return None;
         }
         let state = self.peers.get_mut(&peer)?;
-        let address = *config.addresses.get(state.tries % config.addresses.len().max(1))?;
+        let path = *config.paths.get(state.tries % config.paths.len().max(1))?;
         let at = match config.initiate {
             Initiate::First => state.not_before,
             Initiate::Second => state.not_before.max(state.idle_since + self.config.timing.patience),
@@ -209,7 +209,7 @@ impl Endpoint {
         }
         state.tries = state.tries.wrapping_add(1);
         state.last_try = Some(now);
-        self.initiate(peer, Path { local: config.local, remote: address }, None, now);
+        self.initiate(peer, path, None, now);
         None
     }
 

@@ -480,6 +480,11 @@ impl Sa {
         }
     }
 
+    /// When the peer last sent something that only it can send.
+    pub(crate) fn last_heard(&self) -> Instant {
+        self.last_heard
+    }
+
     /// The peer sent something that only it can send.
     pub(crate) fn heard(&mut self, now: Instant) {
         self.last_heard = self.last_heard.max(now);

@@ -15,7 +15,7 @@ use super::auth::Auth;
 use super::body::need;
 use super::{Body, Cx, IKE_PORT, Opening, Phase, Sa, Task};
 use crate::auth::{SUPPORTED_HASHES, Trust};
-use crate::config::{PeerConfig, PeerId, PeerKind};
+use crate::config::{ESP_PORT, PeerConfig, PeerId, PeerKind};
 use crate::crypto::{Group, IkeKeys, KeyPair, nat_detection_hash};
 use crate::error::{Error, Incompatible, Misbehaved};
 use crate::event::{Failure, Path};
@@ -130,6 +130,7 @@ impl Sa {
                     Ok(()) => {
                         self.hint = None;
                         self.window.answered(0);
+                        self.float(cx);
                         self.phase = Phase::Auth;
                         self.push(Task::Auth(Box::<Auth>::default()));
                     }
@@ -169,6 +170,18 @@ impl Sa {
             nr,
         });
         Ok(())
+    }
+
+    /// What began at port 500 goes on where ESP goes too (RFC 7296 §2.23).
+    fn float(&mut self, cx: &mut Cx<'_>) {
+        let Path { mut local, mut remote } = self.path;
+        if local.port() == IKE_PORT {
+            local.set_port(cx.config.port);
+            if remote.port() == IKE_PORT {
+                remote.set_port(ESP_PORT);
+            }
+            self.set_path(Path { local, remote }, cx);
+        }
     }
 
     /// What the peer's first message says of it.

@@ -8,9 +8,11 @@ use ike::auth::{Credential, Trust};
 use ike::crypto::{Group, Secret};
 use ike::proposal::{IkeOffer, Pfs};
 use ike::wire::IpSelector;
-use ike::{ChildConfig, ChildId, Failure, Initiate, Limits, PeerKind, Slot, Status, Timing};
+use ike::{
+    ChildConfig, ChildId, Config, Endpoint, Failure, Initiate, Limits, Path, PeerKind, Slot, Status, Timing,
+};
 
-use crate::harness::{FAIR, PEER, Pair, address, child};
+use crate::harness::{FAIR, PEER, Pair, address, child, peer_config};
 
 const SECOND: Duration = Duration::from_secs(1);
 const GAP: Duration = Duration::from_millis(10);
@@ -266,7 +268,7 @@ fn behind_nat(seed: u64, kind: PeerKind) -> Pair {
         config.kind = kind;
         if host == 1 {
             config.initiate = Initiate::Never;
-            config.addresses.clear();
+            config.paths.clear();
         }
     });
     pair.hosts[0].public = Some("198.51.100.9:1024".parse().unwrap());
@@ -316,6 +318,64 @@ fn a_host_that_moves_tells_its_peer_at_once() {
     pair.expect_settled(&[1]);
     assert_eq!(pair.hosts[1].endpoint.sas(PEER)[0].path.remote, new);
     assert_eq!(pair.hosts[0].downs + pair.hosts[1].downs, 0);
+}
+
+#[test]
+fn a_peer_that_forgot_everything_is_found_out_as_soon_as_its_silence_is_doubted() {
+    let mut pair = Pair::new(31);
+    pair.up();
+    pair.restart(1, &[1]);
+    pair.act(0, |it, now| it.doubt(PEER, now));
+    // Neither liveness nor the other side's patience is over by then.
+    pair.run(SECOND / 2);
+    assert!(pair.hosts[1].up, "{}", pair.story());
+    pair.run(60 * SECOND);
+    pair.expect_settled(&[1]);
+    pair.act(0, |it, now| it.doubt(PEER, now));
+    pair.run(SECOND);
+    pair.expect_settled(&[1]);
+    assert_eq!(pair.hosts[1].downs, 0, "doubt alone does no harm");
+}
+
+#[test]
+fn what_begins_at_port_500_goes_on_at_the_port_that_esp_shares() {
+    let at =
+        |host: usize, port: u16| -> SocketAddr { format!("192.0.2.{}:{port}", host + 1).parse().unwrap() };
+    let now = std::time::Instant::now();
+    let mut ends: Vec<Endpoint> = (0..2)
+        .map(|host| {
+            let mut config = peer_config(host, [at(0, 500), at(1, 500)], &[1]);
+            config.kind = PeerKind::Foreign;
+            if host == 1 {
+                config.initiate = Initiate::Never;
+            }
+            let ours = Config { port: if host == 0 { 4501 } else { 4500 }, ..Config::default() };
+            let mut endpoint = Endpoint::new(ours, &[host as u8; 32], now, 0);
+            endpoint.add_peer(PEER, config, now);
+            endpoint
+        })
+        .collect();
+    let mut paths = Vec::new();
+    loop {
+        let mut quiet = true;
+        for host in 0..2 {
+            while let Some(transmit) = ends[host].poll_transmit() {
+                quiet = false;
+                let Path { local, remote } = transmit.path;
+                paths.push((local, remote));
+                let there = Path { local: remote, remote: local };
+                ends[1 - host].handle_datagram(&transmit.bytes, there, now);
+            }
+        }
+        if quiet {
+            break;
+        }
+    }
+    assert_eq!(paths[..2], [(at(0, 500), at(1, 500)), (at(1, 500), at(0, 500))]);
+    assert_eq!(paths[2..], [(at(0, 4501), at(1, 4500)), (at(1, 4500), at(0, 4501))]);
+    for (host, end) in ends.iter().enumerate() {
+        assert_eq!(end.sas(PEER)[0].children.len(), 1, "host {host}");
+    }
 }
 
 #[test]

@@ -31,7 +31,7 @@ fn schedule(seed: u64) {
     let nat = dice.percent(30);
     if nat {
         pair.hosts[0].public = Some("198.51.100.1:1024".parse().unwrap());
-        pair.act(1, |it, now| it.set_addresses(PEER, vec![], ike::Initiate::Never, now));
+        pair.act(1, |it, now| it.set_paths(PEER, vec![], ike::Initiate::Never, now));
     }
     pair.weather = Weather { loss: dice.below(61), repeat: dice.below(30), delay: (1, 1 + dice.below(400)) };
     for _ in 0..dice.below(14) {

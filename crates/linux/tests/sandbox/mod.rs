@@ -1,15 +1,18 @@
 //! Where the tests run: each in network and mount namespaces of its own, as root or in a user namespace.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use linux::Kernel;
 use linux::netns::Netns;
+use linux::tun::{self, Queue};
 use model::{Mac, NetworkId, Protocol};
 use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sched::{CloneFlags, unshare};
 use plan::object::{
     ContainerEnd, Family, Field, Ifname, Link, LinkKind, Peer, Route, RouteKind, Rule, Set, TABLE_MAIN, Table,
@@ -294,4 +297,47 @@ pub(crate) fn await_drift(kernel: &mut Kernel, desired: &State) -> BTreeSet<(Pla
         assert!(!left.is_zero(), "no drift was seen");
         kernel.wait(Some(left)).unwrap();
     }
+}
+
+/// Waits for something to read.
+pub(crate) fn await_readable(fd: impl AsFd) {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut fds, 5_000_u16), Ok(1), "nothing came");
+}
+
+/// The next packet from a queue: its header and itself.
+pub(crate) fn next_packet(queue: &Queue) -> ([u8; tun::HEADER], Vec<u8>) {
+    let mut buffer = vec![0; 70_000];
+    await_readable(queue);
+    let length = queue.read(&mut buffer).unwrap().unwrap();
+    let (header, packet) = buffer[..length].split_at(tun::HEADER);
+    (header.try_into().unwrap(), packet.to_vec())
+}
+
+/// An IPv4 packet with a UDP datagram, without the latter's checksum (RFC 768).
+pub(crate) fn udp_packet(from: &str, to: &str, bytes: &[u8]) -> Vec<u8> {
+    let (from, to): (SocketAddrV4, SocketAddrV4) = (from.parse().unwrap(), to.parse().unwrap());
+    let ports = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+    let length = ((bytes.len() + 8) as u16).to_be_bytes();
+    ip_packet(17, *from.ip(), *to.ip(), &[&ports, &length[..], &[0, 0], bytes].concat())
+}
+
+/// An IPv4 packet.
+pub(crate) fn ip_packet(protocol: u8, from: Ipv4Addr, to: Ipv4Addr, bytes: &[u8]) -> Vec<u8> {
+    let length = ((bytes.len() + 20) as u16).to_be_bytes();
+    let start = [&[0x45, 0], &length[..], &[0, 0, 0, 0, 64, protocol, 0, 0]].concat();
+    let mut packet = [&start[..], &from.octets(), &to.octets()].concat();
+    let sum = checksum(&packet);
+    packet[10..12].copy_from_slice(&sum);
+    packet.extend(bytes);
+    packet
+}
+
+/// The Internet checksum (RFC 1071) of an even number of bytes.
+pub(crate) fn checksum(bytes: &[u8]) -> [u8; 2] {
+    let mut sum: u32 = bytes.chunks(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    (!(sum as u16)).to_be_bytes()
 }

@@ -20,7 +20,7 @@ use crate::store::{Compare, Op, Txn};
     params(("environment" = String, Path)),
     responses((status = 200, body = Vec<Endpoint>), (status = "default", body = ApiError)))]
 pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<Endpoint>>> {
-    Ok(Json(app.read(&person.environment, |env| Ok(env.catalog.endpoints.values().cloned().collect()))?))
+    Ok(Json(app.read(&person.environment, |env| Ok(env.catalog.endpoints().cloned().collect()))?))
 }
 
 /// Looks at an endpoint.
@@ -30,7 +30,7 @@ pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<E
 pub(super) async fn get(State(app): Shared, person: Person, Item(id): Item) -> Reply<Json<Endpoint>> {
     let id = parse(&id)?;
     Ok(Json(app.read(&person.environment, |env| {
-        env.catalog.endpoints.get(&id).cloned().ok_or_else(|| {
+        env.catalog.endpoint(&id).cloned().ok_or_else(|| {
             refuse(
                 ErrorCode::NotFound,
                 format!("no endpoint {id}; `droveway endpoint ls` lists those there are"),
@@ -72,7 +72,7 @@ pub(super) async fn put(
             let key = keys.endpoint(&id);
             let mut compares =
                 vec![Compare::Present(keys.host(&agent.host)), Compare::Present(keys.network(&network.id))];
-            match env.catalog.endpoints.get(&id) {
+            match env.catalog.endpoint(&id) {
                 None => compares.push(Compare::Absent(key.clone())),
                 Some(old) if old.host != agent.host => return Err(foreign(env, old, &agent)),
                 Some(old) if *old == endpoint => return Ok(Plan::Nothing(None)),
@@ -178,7 +178,7 @@ pub(super) async fn remove(State(app): Shared, agent: Agent, Item(id): Item) -> 
     let id = parse(&id)?;
     let key = Keys(&agent.environment).endpoint(&id);
     let (removed, _) = app
-        .change(&agent.environment, |env, _| match env.catalog.endpoints.get(&id) {
+        .change(&agent.environment, |env, _| match env.catalog.endpoint(&id) {
             None => Ok(Plan::Nothing(false)),
             Some(endpoint) if endpoint.host != agent.host => Err(foreign(env, endpoint, &agent)),
             Some(_) => {

@@ -2,6 +2,7 @@
 
 use std::any::type_name;
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -54,6 +55,8 @@ pub(super) struct Agent {
     pub(super) environment: EnvironmentId,
     pub(super) host: HostId,
     pub(super) name: String,
+    /// Where it comes from, as far as that says how the host is reached ([`Peer::outside`]).
+    pub(super) outside: Option<IpAddr>,
 }
 
 impl fmt::Display for Person {
@@ -159,7 +162,10 @@ impl FromRequestParts<Arc<App>> for Agent {
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
         let Caller { environment, who } = Caller::from_request_parts(parts, app).await?;
         match who {
-            Who::Agent(host, name) => Ok(Self { environment, host, name }),
+            Who::Agent(host, name) => {
+                let outside = parts.extensions.get::<Peer>().and_then(Peer::outside);
+                Ok(Self { environment, host, name, outside })
+            }
             Who::Person(_) => {
                 let message = "this is for agents: it needs the client certificate of a host, not a key";
                 Err(refuse(ErrorCode::Forbidden, message).into())
@@ -228,6 +234,24 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for Json<T> {
     }
 }
 
+/// A body in JSON that holds a secret: what is wrong with it is told without a word of it.
+pub(super) struct SecretJson<T>(pub(super) T);
+
+impl<T: DeserializeOwned> FromRequest<Arc<App>> for SecretJson<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, _: &Arc<App>) -> Result<Self, Refusal> {
+        let body = read(request, BODY_MAX).await?;
+        Ok(Self(serde_json::from_slice(&body).map_err(|error| {
+            let (what, line, column) = (schema::<T>(), error.line(), error.column());
+            let message = format!(
+                "the body is not a {what} in JSON: line {line} column {column} is not as /openapi.json has it"
+            );
+            refuse(ErrorCode::Invalid, message)
+        })?))
+    }
+}
+
 /// A body in JSON from someone who has shown no credentials: it is smaller, and few are read at a time, so strangers can
 /// neither fill the memory nor stop anybody but those who join.
 pub(super) struct StrangersJson<T>(pub(super) T);
@@ -242,10 +266,14 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for StrangersJson<T> {
 }
 
 fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
-    // The last part of the type's path is what OpenAPI calls it.
-    let what = type_name::<T>().rsplit("::").next().unwrap_or_default();
+    let what = schema::<T>();
     serde_json::from_slice(bytes)
         .map_err(|error| refuse(ErrorCode::Invalid, format!("the body is not a {what} in JSON: {error}")))
+}
+
+/// What OpenAPI calls a type: the last part of its path.
+fn schema<T>() -> &'static str {
+    type_name::<T>().rsplit("::").next().unwrap_or_default()
 }
 
 async fn read(request: Request<HttpBody>, most: usize) -> Result<Vec<u8>, ApiError> {

@@ -1,20 +1,24 @@
 //! Hosts: looked at, labelled, removed by people; described by their own agents.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use model::api::{ApiError, ErrorCode, HostPatch, HostReport, HostRoute, HostView};
-use model::{Candidate, Host};
+use model::{Candidate, Host, Source};
 
 use super::extract::{self, Agent, Item, Person};
 use super::networks::collision;
-use super::{Reply, Shared, refuse};
+use super::{Reply, Shared, peers, refuse};
 use crate::app::{App, Plan, Presence, put};
 use crate::keys::{Keys, Report};
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
+
+/// The MTU, bytes, of a link of which nothing is known.
+const ETHERNET: u32 = 1500;
 
 /// Lists the hosts.
 #[utoipa::path(get, path = "/v1/environments/{environment}/hosts", tag = "hosts",
@@ -94,8 +98,8 @@ pub(super) async fn report(
     check_report(&report.candidates, &report.routes, &report.version)?;
     let ((host, changed), _) = app
         .change(&agent.environment, |env, _| {
-            let host =
-                Host { candidates: report.candidates.clone(), ..find(env, agent.host.as_str())?.clone() };
+            let candidates = reached_at(&report.candidates, agent.outside);
+            let host = Host { candidates, ..find(env, agent.host.as_str())?.clone() };
             let new = Report { routes: report.routes.clone(), version: report.version.clone() };
             Ok(match update(&Keys(&agent.environment), env, &host, Some(&new))? {
                 None => Plan::Nothing((host, false)),
@@ -120,8 +124,48 @@ fn warn_of_collisions(app: &App, agent: &Agent, routes: &[HostRoute]) -> Result<
                 );
             }
         }
+        for peer in env.catalog.peers.values() {
+            if let Some((cidr, route)) = collision(&peer.remote_cidrs, routes) {
+                tracing::warn!(
+                    peer = %peer.name, %cidr, route = %route.cidr, device = route.device, host = %agent.name,
+                    "what is behind a foreign peer overlaps a host's own route; containers there reach the peer's alone"
+                );
+            }
+        }
         Ok(())
     })
+}
+
+/// Keeps true what is known of a NAT before the agent's host: its connection may come from elsewhere than when it last
+/// reported.
+pub(super) async fn notice(app: &App, agent: &Agent) -> Result<(), ApiError> {
+    let (changed, _) = app
+        .change(&agent.environment, |env, _| {
+            let host = find(env, agent.host.as_str())?;
+            let host = Host { candidates: reached_at(&host.candidates, agent.outside), ..host.clone() };
+            Ok(match update(&Keys(&agent.environment), env, &host, None)? {
+                None => Plan::Nothing(false),
+                Some(txn) => Plan::Commit(txn, true),
+            })
+        })
+        .await?;
+    if changed {
+        tracing::info!(environment = %agent.environment, host = %agent.name, from = ?agent.outside, "host comes from elsewhere");
+    }
+    Ok(())
+}
+
+/// Where a host can be reached, given where it says so and where it was seen to come from. An address that is none of its
+/// own is that of a NAT, unless its owner said where it is reached.
+pub(super) fn reached_at(said: &[Candidate], outside: Option<IpAddr>) -> Vec<Candidate> {
+    let own = said.iter().filter(|candidate| candidate.source != Source::Observed);
+    let mut candidates: Vec<Candidate> = own.cloned().collect();
+    let known = |address| candidates.iter().any(|it| it.source == Source::Given || it.address == address);
+    if let Some(address) = outside.filter(|address| !known(*address)) {
+        let mtu = candidates.first().map_or(ETHERNET, |candidate| candidate.mtu);
+        candidates.push(Candidate { address, port: None, mtu, source: Source::Observed });
+    }
+    candidates
 }
 
 /// A transaction that makes the host, and what it reported, as given; `None` if they are so already.
@@ -149,7 +193,7 @@ fn update(
 }
 
 /// Removes a host with its blocks, claims and endpoints. Its certificate is worthless from then on, its watch ends.
-/// A host that is connected can be removed, too.
+/// A host that is connected can be removed, too; one that speaks to foreign peers only after these.
 #[utoipa::path(delete, path = "/v1/environments/{environment}/hosts/{id}", tag = "hosts",
     params(("environment" = String, Path), ("id" = String, Path, description = "Name or id.")),
     responses((status = 204), (status = "default", body = ApiError)))]
@@ -159,6 +203,8 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
     let (host, _) = app
         .change(&person.environment, |env, revision| {
             let host = find(env, &id)?;
+            let peers = env.catalog.peers.values().filter(|peer| peer.host == host.id);
+            peers::refuse_if_any(peers, &format!("host \"{}\" speaks to", host.name))?;
             let mut deletes = vec![
                 Op::Delete(keys.host(&host.id)),
                 Op::Delete(keys.host_name(&host.name)),
@@ -176,6 +222,7 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Compare::NonePutSince(keys.all_blocks(), revision),
                 Compare::NonePutSince(keys.all_claims(), revision),
                 Compare::NonePutSince(keys.endpoints(), revision),
+                Compare::NonePutSince(keys.peers(), revision),
             ];
             Ok(Plan::Commit(Txn::new(compares, deletes), host.clone()))
         })

@@ -12,7 +12,7 @@ use model::api::{ApiError, ErrorCode, JoinAnswer, JoinRequest};
 use model::{Host, HostId, JoinToken};
 
 use super::extract::{Environment, StrangersJson};
-use super::hosts::{check_labels, check_report};
+use super::hosts::{check_labels, check_report, reached_at};
 use super::networks::{collision, random};
 use super::{Reply, Shared, refuse};
 use crate::app::{App, Plan, now, put};
@@ -49,7 +49,7 @@ pub(super) async fn join(
     let host = Host {
         id: HostId::from_random(random()?),
         name: asked.name.clone(),
-        candidates: asked.candidates.clone(),
+        candidates: reached_at(&asked.candidates, peer.outside()),
         labels: asked.labels.clone(),
         key: request.key().to_string(),
         joined: now(),
@@ -71,6 +71,7 @@ pub(super) async fn join(
                 Compare::Modified(token_key.clone(), env.modified(&token_key).unwrap_or_default()),
                 Compare::Absent(keys.host_name(&host.name)),
                 Compare::Absent(keys.host_key(&host.key)),
+                Compare::Absent(keys.peer_name(&host.name)),
                 Compare::NonePutSince(keys.networks(), revision),
             ];
             let puts = vec![
@@ -138,6 +139,10 @@ fn check(env: &state::Environment, host: &Host, asked: &JoinRequest) -> Result<(
         let message = format!(
             "host \"{name}\" is there already; choose another --name, or remove the old one with `droveway host rm {name}`"
         );
+        return Err(refuse(ErrorCode::Conflict, message));
+    }
+    if env.peer(name).is_some() {
+        let message = format!("host \"{name}\": a foreign peer is called so; choose another --name");
         return Err(refuse(ErrorCode::Conflict, message));
     }
     if let Some(id) = env.by_key.get(&host.key) {

@@ -4,14 +4,16 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use model::api::{ApiError, ClaimRequest, ErrorCode, GiveBack, LeaseRequest, ReleaseClaim};
-use model::{Block, Claim, Revision};
+use model::{Block, Claim, Driver, Network, Revision};
 
 use super::extract::{self, Agent, Caller};
+use super::hosts::find as find_host;
 use super::networks::find;
 use super::{Reply, Shared, refuse};
 use crate::app::{Plan, put};
 use crate::ipam::{self, Lease};
 use crate::keys::Keys;
+use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
 
 /// Lists the leased blocks.
@@ -40,6 +42,7 @@ pub(super) async fn lease(
                 Lease::Held(block) => return Ok(Plan::Nothing((block, network.name.clone()))),
                 Lease::Free(cidr) => cidr,
             };
+            passes_nat(env, network, &agent)?;
             let block = Block {
                 network: network.id.clone(),
                 cidr,
@@ -65,6 +68,27 @@ pub(super) async fn lease(
         tracing::info!(%environment, %host, network = %name, block = %block.cidr, "block leased");
     }
     Ok((StatusCode::CREATED, Json(block)))
+}
+
+/// Refuses a host behind a NAT on a network whose packets pass none. What it holds already it keeps.
+fn passes_nat(env: &Environment, network: &Network, agent: &Agent) -> Result<(), ApiError> {
+    match network.driver {
+        Driver::Ipsec => return Ok(()),
+        Driver::Vxlan { .. } => {}
+    }
+    let host = find_host(env, agent.host.as_str())?;
+    match host.outside().filter(|_| host.behind_nat()) {
+        None => Ok(()),
+        Some(outside) => {
+            let message = format!(
+                "network \"{}\" is vxlan, whose packets pass no NAT, and {agent} is behind one: it comes from {}, which is \
+                 not its own; use a network of --driver ipsec, or run its agent with the --address at which others \
+                 reach it",
+                network.name, outside.address
+            );
+            Err(refuse(ErrorCode::Conflict, message))
+        }
+    }
 }
 
 /// Gives a block back. One that nobody holds is no error: an answer may have been lost.
@@ -145,6 +169,7 @@ pub(super) async fn claim(
             if !ipam::claim(env, network, &claim)? {
                 return Ok(Plan::Nothing((claim, None)));
             }
+            passes_nat(env, network, &agent)?;
             let key = keys.claim(&network.id, &claim.address);
             let compares = vec![
                 Compare::Absent(key.clone()),

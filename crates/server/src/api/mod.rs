@@ -8,8 +8,12 @@ mod hosts;
 mod join;
 mod leases;
 mod networks;
+mod peers;
 mod tokens;
 mod watch;
+
+#[cfg(test)]
+mod nat_tests;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -100,6 +104,8 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(endpoints::get, endpoints::put, endpoints::remove))
         .routes(routes!(leases::list, leases::lease, leases::give_back))
         .routes(routes!(leases::claim, leases::release))
+        .routes(routes!(peers::list, peers::create))
+        .routes(routes!(peers::get, peers::remove))
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::remove))
 }
@@ -185,6 +191,8 @@ mod tests {
             (&format!("{base}/endpoints/{{id}}"), &["get", "put", "delete"]),
             (&format!("{base}/blocks"), &["get", "post", "delete"]),
             (&format!("{base}/claims"), &["post", "delete"]),
+            (&format!("{base}/peers"), &["get", "post"]),
+            (&format!("{base}/peers/{{id}}"), &["get", "delete"]),
             (&format!("{base}/tokens"), &["get", "post"]),
             (&format!("{base}/tokens/{{id}}"), &["delete"]),
         ] {

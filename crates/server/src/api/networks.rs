@@ -11,7 +11,7 @@ use model::{Driver, Network, NetworkId, NetworkSpec, VXLAN_PORT};
 
 use super::extract::{self, Caller, Item, Person};
 use super::hosts::check_labels;
-use super::{Reply, Shared, refuse};
+use super::{Reply, Shared, peers, refuse};
 use crate::app::{Plan, now, put};
 use crate::keys::Keys;
 use crate::state::Environment;
@@ -54,17 +54,16 @@ pub(super) async fn create(
     let (network, _) = app
         .change(&person.environment, |env, revision| {
             let network = plan(env, &spec, &id, created)?;
-            let Driver::Vxlan { vni, port } = network.driver;
-            let compares = vec![
+            let mut compares = vec![
                 Compare::Absent(keys.network_name(&network.name)),
-                Compare::Absent(keys.vni(port, vni)),
                 Compare::NonePutSince(keys.reports(), revision),
             ];
-            let puts = vec![
-                put(keys.network(&id), &network)?,
-                put(keys.network_name(&network.name), &id)?,
-                put(keys.vni(port, vni), &id)?,
-            ];
+            let mut puts =
+                vec![put(keys.network(&id), &network)?, put(keys.network_name(&network.name), &id)?];
+            if let Driver::Vxlan { vni, port } = network.driver {
+                compares.push(Compare::Absent(keys.vni(port, vni)));
+                puts.push(put(keys.vni(port, vni), &id)?);
+            }
             Ok(Plan::Commit(Txn::new(compares, puts), network))
         })
         .await?;
@@ -87,6 +86,7 @@ fn plan(env: &Environment, spec: &NetworkSpec, id: &NetworkId, created: u64) -> 
         .networks
         .values()
         .filter_map(|network| match network.driver {
+            Driver::Ipsec => None,
             Driver::Vxlan { vni, port: other } => (other == port).then_some((vni, network)),
         })
         .collect();
@@ -100,8 +100,9 @@ fn plan(env: &Environment, spec: &NetworkSpec, id: &NetworkId, created: u64) -> 
         let message = format!("network \"{name}\" is there already; choose another name, or remove it first");
         return Err(refuse(ErrorCode::Conflict, message));
     }
-    let Driver::Vxlan { vni, port } = network.driver;
-    if let Some(other) = taken.get(&vni) {
+    if let Driver::Vxlan { vni, port } = network.driver
+        && let Some(other) = taken.get(&vni)
+    {
         let message = format!(
             "network \"{name}\": VNI {vni} on port {port} is that of network \"{}\"; choose another --vni, or leave it out",
             other.name
@@ -156,18 +157,22 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 );
                 return Err(refuse(ErrorCode::InUse, message));
             }
-            let Driver::Vxlan { vni, port } = network.driver;
+            let peers = env.catalog.peers.values().filter(|peer| peer.network == network.id);
+            peers::refuse_if_any(peers, &format!("network \"{}\" is joined to", network.name))?;
             let compares = vec![
                 Compare::Present(keys.network(&network.id)),
                 Compare::NonePutSince(keys.endpoints(), revision),
+                Compare::NonePutSince(keys.peers(), revision),
             ];
-            let deletes = vec![
+            let mut deletes = vec![
                 Op::DeletePrefix(keys.blocks(&network.id)),
                 Op::DeletePrefix(keys.claims(&network.id)),
                 Op::Delete(keys.network(&network.id)),
                 Op::Delete(keys.network_name(&network.name)),
-                Op::Delete(keys.vni(port, vni)),
             ];
+            if let Driver::Vxlan { vni, port } = network.driver {
+                deletes.push(Op::Delete(keys.vni(port, vni)));
+            }
             Ok(Plan::Commit(Txn::new(compares, deletes), network.name.clone()))
         })
         .await?;

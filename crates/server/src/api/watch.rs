@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::extract::{Agent, Asked};
-use super::{Reply, Shared, refuse};
+use super::{Reply, Shared, hosts, refuse};
 use crate::app::{App, Watching};
 use crate::view::{Cursor, Step};
 
@@ -40,6 +40,7 @@ pub(super) struct Resume {
     params(("environment" = String, Path), Resume),
     responses((status = 200, body = model::Watch, content_type = "application/x-ndjson"), (status = "default", body = ApiError)))]
 pub(super) async fn watch(State(app): Shared, agent: Agent, Asked(resume): Asked<Resume>) -> Reply<Response> {
+    hosts::notice(&app, &agent).await?;
     let revisions = app.shared.subscribe();
     let epoch = app.store.epoch();
     let (cursor, first) = {

@@ -6,5 +6,6 @@ mod edges;
 mod enrolment;
 mod harness;
 mod networks;
+mod peers;
 mod starting;
 mod watching;

@@ -14,16 +14,20 @@ async fn a_network_is_made_looked_at_and_removed() {
     let server = Server::start().await;
     let admin = server.admin();
     let red = admin.make_network(json!({ "name": "red", "cidrs": ["10.50.0.0/16"] })).await.unwrap();
-    assert_eq!(red.driver, Driver::Vxlan { vni: 2, port: 4789 }, "managed has VNI 1");
-    let twin =
-        json!({ "name": "twin", "cidrs": ["10.50.0.0/16"], "internal": true, "mtu": 1400, "port": 9999 });
+    assert_eq!(red.driver, Driver::Ipsec, "encrypted unless someone says otherwise");
+    let clear = json!({ "name": "clear", "cidrs": ["10.52.0.0/16"], "driver": "vxlan" });
+    let clear = admin.make_network(clear).await.unwrap();
+    assert_eq!(clear.driver, Driver::Vxlan { vni: 1, port: 4789 });
+    let twin = json!({
+        "name": "twin", "cidrs": ["10.50.0.0/16"], "internal": true, "mtu": 1400, "driver": "vxlan", "port": 9999,
+    });
     let twin = admin.make_network(twin).await.unwrap();
     assert_eq!(
         twin.driver,
         Driver::Vxlan { vni: 1, port: 9999 },
         "networks are isolated: equal pools are fine"
     );
-    assert_eq!(names(&admin).await, ["managed", "red", "twin"]);
+    assert_eq!(names(&admin).await, ["clear", "managed", "red", "twin"]);
     for id in ["red", red.id.as_str()] {
         assert_eq!(admin.get::<Network>(&format!("{DEFAULT}/networks/{id}")).await.unwrap(), red);
     }
@@ -32,9 +36,13 @@ async fn a_network_is_made_looked_at_and_removed() {
     admin.delete(&format!("{DEFAULT}/networks/red")).await.unwrap();
     admin.delete(&format!("{DEFAULT}/networks/{}", twin.id)).await.unwrap();
     admin.delete(&format!("{DEFAULT}/networks/managed")).await.unwrap();
+    admin.delete(&format!("{DEFAULT}/networks/clear")).await.unwrap();
     assert!(names(&admin).await.is_empty());
     assert!(admin.get::<Vec<serde_json::Value>>(&format!("{DEFAULT}/blocks")).await.unwrap().is_empty());
-    let again = admin.make_network(json!({ "name": "red", "cidrs": ["10.51.0.0/16"] })).await.unwrap();
+    let again = admin
+        .make_network(json!({ "name": "red", "cidrs": ["10.51.0.0/16"], "driver": "vxlan" }))
+        .await
+        .unwrap();
     assert_ne!(again.id, red.id);
     assert_eq!(again.driver, Driver::Vxlan { vni: 1, port: 4789 }, "a name and a VNI are free again");
 }
@@ -43,6 +51,8 @@ async fn a_network_is_made_looked_at_and_removed() {
 async fn what_cannot_be_is_refused_with_the_remedy_and_nothing_changes() {
     let server = Server::start().await;
     let admin = server.admin();
+    let clear = json!({ "name": "clear", "cidrs": ["10.52.0.0/16"], "driver": "vxlan" });
+    admin.make_network(clear).await.unwrap();
     let host = server.host("h2").await;
     let route = HostRoute { cidr: "10.60.8.0/24".parse().unwrap(), device: "eth1".into() };
     let default = HostRoute { cidr: "0.0.0.0/0".parse().unwrap(), device: "eth0".into() };
@@ -78,12 +88,26 @@ async fn what_cannot_be_is_refused_with_the_remedy_and_nothing_changes() {
         ),
         (json!({ "name": "managed", "cidrs": ["10.43.0.0/16"] }), ErrorCode::Conflict, "choose another name"),
         (
-            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "vni": 1 }),
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "vxlan", "vni": 1 }),
             ErrorCode::Conflict,
             "choose another --vni",
         ),
-        (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "vni": 0 }), ErrorCode::Invalid, "VNI"),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "vxlan", "vni": 0 }),
+            ErrorCode::Invalid,
+            "VNI",
+        ),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "gre" }), ErrorCode::Invalid, "vxlan"),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "ipsec", "vni": 7 }),
+            ErrorCode::Invalid,
+            "--vni belongs to --driver vxlan",
+        ),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "ipsec", "port": 4500 }),
+            ErrorCode::Invalid,
+            "--tunnel-port",
+        ),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "mtu": 100 }), ErrorCode::Invalid, "576"),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "colour": "red" }), ErrorCode::Invalid, "colour"),
         (
@@ -136,17 +160,19 @@ async fn only_one_of_two_that_make_the_same_network_at_once_gets_it() {
         .map(|i| admin.make_network(json!({ "name": "red", "cidrs": [format!("10.{}.0.0/16", 50 + i)] })));
     let made: Vec<Result<Network, ApiError>> = futures_util::future::join_all(makes).await;
     assert_eq!(made.iter().filter(|made| made.is_ok()).count(), 1);
-    let makes =
-        (0..8).map(|i| admin.make_network(json!({ "name": format!("n{i}"), "cidrs": ["10.50.0.0/16"] })));
+    let makes = (0..8).map(|i| {
+        admin.make_network(json!({ "name": format!("n{i}"), "cidrs": ["10.50.0.0/16"], "driver": "vxlan" }))
+    });
     let mut vnis: Vec<u32> = futures_util::future::join_all(makes)
         .await
         .into_iter()
-        .map(|made| match made.unwrap().driver {
-            Driver::Vxlan { vni, .. } => vni,
+        .filter_map(|made| match made.unwrap().driver {
+            Driver::Ipsec => None,
+            Driver::Vxlan { vni, .. } => Some(vni),
         })
         .collect();
     vnis.sort_unstable();
-    assert_eq!(vnis, (3..11).collect::<Vec<u32>>());
+    assert_eq!(vnis, (1..9).collect::<Vec<u32>>());
 }
 
 #[tokio::test]

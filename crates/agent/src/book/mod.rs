@@ -1,0 +1,357 @@
+//! What the agent keeps books of: the snapshot, its endpoints and their addresses, in memory and in the ledger alike.
+//!
+//! Nothing here touches the kernel. A request is checked, written to the ledger, then done in memory; a refused one has
+//! changed nothing. Here is what the server says; the rest by concern: which [`addresses`] are given, the [`endpoints`],
+//! their published [`ports`], and what the plan has to know of them ([`local`]).
+//!
+//! Invariant: memory holds what the ledger holds. Of the snapshot, which the server has, memory may hold more while the
+//! disk takes nothing.
+
+mod addresses;
+mod endpoints;
+mod local;
+mod ports;
+
+pub(crate) use endpoints::inode;
+pub(crate) use local::handed;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use model::api::{ApiError, ErrorCode};
+use model::{
+    Candidate, Catalog, Endpoint, EndpointId, Epoch, HostId, Key, Name, Network, NetworkId, Object, Revision,
+    UnixMillis, Watch,
+};
+
+use crate::control::LocalEndpoint;
+use crate::ledger::{Ledger, LedgerError, Record};
+
+/// The books.
+pub(crate) struct Book {
+    ledger: Ledger,
+    pub(crate) host: HostId,
+    pub(crate) host_name: Name,
+    pub(crate) domain: String,
+    pub(crate) epoch: Option<Epoch>,
+    pub(crate) revision: Revision,
+    pub(crate) catalog: Catalog,
+    pub(crate) candidates: Vec<Candidate>,
+    records: BTreeMap<EndpointId, Record>,
+    foreign: BTreeMap<String, EndpointId>,
+    reservations: BTreeSet<(NetworkId, IpAddr)>,
+    used: BTreeMap<NetworkId, BTreeSet<IpAddr>>,
+    released: BTreeMap<(NetworkId, IpAddr), UnixMillis>,
+    slots: BTreeMap<NetworkId, u16>,
+    /// The ledger missed something of the snapshot: it is written whole as soon as that can be done.
+    behind: bool,
+    /// Blocks and claims that the server is being given back, and may have: no address is given from them.
+    leaving: BTreeSet<Key>,
+    /// This host's endpoints that the catalog does not have like this, or has and should not.
+    differing: BTreeSet<EndpointId>,
+    /// Endpoints by the namespace and interface that they were attached to.
+    attached: BTreeMap<(Inode, String), EndpointId>,
+}
+
+/// What tells a namespace from others: device and inode of its file.
+type Inode = (u64, u64);
+
+impl Book {
+    pub(crate) fn open(ledger: Ledger, host: HostId, host_name: Name) -> Result<Self, LedgerError> {
+        let contents = ledger.load()?;
+        let mut book = Self {
+            ledger,
+            host,
+            host_name,
+            domain: contents.domain.unwrap_or_else(|| model::DEFAULT_DOMAIN.to_owned()),
+            epoch: contents.epoch,
+            revision: contents.revision,
+            catalog: contents.catalog,
+            candidates: Vec::new(),
+            records: BTreeMap::new(),
+            foreign: BTreeMap::new(),
+            reservations: BTreeSet::new(),
+            used: BTreeMap::new(),
+            released: contents.released,
+            slots: contents.slots,
+            behind: false,
+            leaving: BTreeSet::new(),
+            differing: BTreeSet::new(),
+            attached: BTreeMap::new(),
+        };
+        for record in contents.records {
+            book.remember(record);
+        }
+        for (network, address) in contents.reservations {
+            book.used.entry(network.clone()).or_default().insert(address);
+            book.reservations.insert((network, address));
+        }
+        book.compare_all();
+        Ok(book)
+    }
+
+    // ---- what others ask ----
+
+    pub(crate) fn records(&self) -> impl Iterator<Item = &Record> {
+        self.records.values()
+    }
+
+    pub(crate) fn record(&self, id: &EndpointId) -> Option<&Record> {
+        self.records.get(id)
+    }
+
+    /// This host's endpoints of which the server has to be told: it does not know them like this, or they are gone.
+    pub(crate) fn differing(&self) -> impl Iterator<Item = &EndpointId> {
+        self.differing.iter()
+    }
+
+    pub(crate) fn by_foreign(&self, foreign: &str) -> Option<&EndpointId> {
+        self.foreign.get(foreign)
+    }
+
+    pub(crate) fn reservations(&self) -> Vec<(NetworkId, IpAddr)> {
+        self.reservations.iter().cloned().collect()
+    }
+
+    pub(crate) fn list(&self) -> Vec<LocalEndpoint> {
+        let tell = |record: &Record| LocalEndpoint {
+            endpoint: Endpoint::clone(&record.endpoint),
+            foreign: record.foreign.clone(),
+            sandbox: record.sandbox.as_ref().map(|sandbox| sandbox.path.clone()),
+        };
+        self.records.values().map(tell).collect()
+    }
+
+    /// Whether the network has endpoints here.
+    pub(crate) fn has_endpoints(&self, network: &NetworkId) -> bool {
+        self.records.values().any(|record| record.endpoint.network == *network)
+    }
+
+    /// Whether any address of the network is in use or promised here.
+    pub(crate) fn uses_addresses(&self, network: &NetworkId) -> bool {
+        self.used.get(network).is_some_and(|used| !used.is_empty())
+    }
+
+    pub(crate) fn is_used(&self, network: &NetworkId, address: IpAddr) -> bool {
+        self.used.get(network).is_some_and(|used| used.contains(&address))
+    }
+
+    pub(crate) fn network(&self, name_or_id: &str) -> Result<&Network, ApiError> {
+        let found = match name_or_id.parse::<NetworkId>() {
+            Ok(id) => self.catalog.networks.get(&id),
+            Err(_) => self.catalog.network_named(name_or_id),
+        };
+        found.ok_or_else(|| {
+            let names: Vec<&str> =
+                self.catalog.networks.values().map(|network| network.name.as_str()).collect();
+            let known = if names.is_empty() { "none yet".to_owned() } else { names.join(", ") };
+            let message = format!(
+                "network {name_or_id:?} does not exist; this host knows: {known} (droveway network ls)"
+            );
+            ApiError::new(ErrorCode::NotFound, message)
+        })
+    }
+
+    // ---- the server's side ----
+
+    /// Takes in a message of the watch stream. A ledger that cannot be written is told, and is behind until it can: the
+    /// stream says each change once, so it is taken in all the same.
+    pub(crate) fn watch(&mut self, message: Watch) -> Result<(), LedgerError> {
+        match message {
+            Watch::Snapshot { epoch, revision, domain, objects, .. } => {
+                self.catalog = Catalog::from_objects(objects);
+                self.epoch = Some(epoch);
+                self.revision = revision;
+                self.domain = domain;
+                self.behind = true;
+                self.compare_all();
+            }
+            Watch::Delta { revision, changes } => {
+                let written = if self.behind { Ok(()) } else { self.ledger.apply(revision, &changes) };
+                self.revision = revision;
+                for change in changes {
+                    let endpoint = match change.key() {
+                        Key::Endpoint(id) => Some(id),
+                        Key::Host(_) | Key::Network(_) | Key::Block(..) | Key::Claim(..) | Key::Peer(_) => {
+                            None
+                        }
+                    };
+                    self.catalog.apply(change);
+                    if let Some(id) = endpoint {
+                        self.compare(&id);
+                    }
+                }
+                self.behind |= written.is_err();
+                written?;
+            }
+            Watch::Heartbeat { .. } => {}
+        }
+        let catalog = &self.catalog;
+        self.leaving.retain(|key| match key {
+            Key::Block(network, cidr) => catalog.blocks.contains_key(&(network.clone(), *cidr)),
+            Key::Claim(network, address) => catalog.claims.contains_key(&(network.clone(), *address)),
+            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
+        });
+        self.catch_up()
+    }
+
+    /// Writes the snapshot whole, if the ledger missed something of it.
+    fn catch_up(&mut self) -> Result<(), LedgerError> {
+        if let Some(epoch) = self.epoch.as_ref().filter(|_| self.behind) {
+            self.ledger.set_snapshot(epoch, self.revision, &self.domain, &self.catalog)?;
+            self.behind = false;
+        }
+        Ok(())
+    }
+
+    /// Takes in what the server answered to a lease or claim: addresses may be given from it at once.
+    pub(crate) fn granted(&mut self, object: Object) -> Result<(), LedgerError> {
+        self.ledger.put_object(&object)?;
+        self.leaving.remove(&object.key());
+        self.catalog.put(object);
+        Ok(())
+    }
+
+    /// Lets go of a block or claim before the server is told: whether no address of it is used here. From now on none is
+    /// given from it, unless the server grants it again; a ledger that is opened again does not know it.
+    pub(crate) fn let_go(&mut self, key: &Key) -> Result<bool, LedgerError> {
+        let idle = match key {
+            Key::Block(network, _) => {
+                !self.uses_addresses(network) && !self.catalog.gateway_of(&self.host).any(|id| id == network)
+            }
+            Key::Claim(network, address) => !self.is_used(network, *address),
+            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
+        };
+        if idle {
+            self.ledger.delete_object(key)?;
+            self.leaving.insert(key.clone());
+        }
+        Ok(idle)
+    }
+
+    /// Forgets what is kept of networks that are gone.
+    pub(crate) fn forget_gone_networks(&mut self) -> Result<(), LedgerError> {
+        if self.epoch.is_none() {
+            return Ok(());
+        }
+        let gone: Vec<NetworkId> = self
+            .slots
+            .keys()
+            .filter(|id| !self.catalog.networks.contains_key(*id) && !self.has_endpoints(id))
+            .cloned()
+            .collect();
+        for network in gone {
+            self.ledger.forget_network(&network)?;
+            self.slots.remove(&network);
+            self.reservations.retain(|(id, _)| *id != network);
+            self.released.retain(|(id, _), _| *id != network);
+            self.used.remove(&network);
+        }
+        Ok(())
+    }
+
+    /// The transit slot of a network, chosen when it is first needed.
+    pub(crate) fn slot(&mut self, network: &NetworkId) -> Result<u16, ApiError> {
+        if let Some(slot) = self.slots.get(network) {
+            return Ok(*slot);
+        }
+        let taken: BTreeSet<u16> = self.slots.values().copied().collect();
+        let slot = (0..plan::transit::SLOTS).find(|slot| !taken.contains(slot)).ok_or_else(|| {
+            ApiError::new(
+                ErrorCode::Exhausted,
+                "this host has a router in 2048 networks already; detach from some",
+            )
+        })?;
+        self.ledger.set_slot(network, slot).map_err(unwritten)?;
+        self.slots.insert(network.clone(), slot);
+        Ok(slot)
+    }
+
+    fn update(&mut self, id: &EndpointId, change: impl FnOnce(&mut Record)) -> Result<(), ApiError> {
+        let Some(record) = self.records.get(id) else {
+            return Err(ApiError::new(
+                ErrorCode::NotFound,
+                format!("endpoint {id} does not exist on this host"),
+            ));
+        };
+        let mut changed = record.clone();
+        change(&mut changed);
+        if changed != *record {
+            self.ledger.put_record(&changed).map_err(unwritten)?;
+            self.remember(changed);
+        }
+        Ok(())
+    }
+
+    fn remember(&mut self, record: Record) {
+        let endpoint = &record.endpoint;
+        let used = self.used.entry(endpoint.network.clone()).or_default();
+        for address in &endpoint.addresses {
+            used.insert(*address);
+            self.reservations.remove(&(endpoint.network.clone(), *address));
+        }
+        let id = endpoint.id.clone();
+        if let Some(foreign) = &record.foreign {
+            self.foreign.insert(foreign.clone(), id.clone());
+        }
+        if let Some(place) = self.records.get(&id).and_then(attached_to) {
+            self.attached.remove(&place);
+        }
+        if let Some(place) = attached_to(&record) {
+            self.attached.insert(place, id.clone());
+        }
+        self.records.insert(id.clone(), record);
+        self.compare(&id);
+    }
+
+    /// Notes whether the catalog has an endpoint as this host has it.
+    fn compare(&mut self, id: &EndpointId) {
+        let differs = match (self.records.get(id), self.catalog.endpoints.get_mut(id)) {
+            (Some(record), Some(known)) => {
+                let same = record.endpoint == *known;
+                if same {
+                    // One copy is enough.
+                    known.clone_from(&record.endpoint);
+                }
+                !same
+            }
+            (Some(_), None) => true,
+            (None, Some(known)) => known.host == self.host,
+            (None, None) => false,
+        };
+        if differs {
+            self.differing.insert(id.clone());
+        } else {
+            self.differing.remove(id);
+        }
+    }
+
+    fn compare_all(&mut self) {
+        self.differing.clear();
+        let all: Vec<EndpointId> =
+            self.records.keys().chain(self.catalog.endpoints.keys()).cloned().collect();
+        for id in all {
+            self.compare(&id);
+        }
+    }
+
+    fn unuse(&mut self, network: &NetworkId, address: IpAddr) {
+        if let Some(used) = self.used.get_mut(network) {
+            used.remove(&address);
+        }
+    }
+}
+
+/// The namespace and interface that an endpoint was attached to by the socket.
+fn attached_to(record: &Record) -> Option<(Inode, String)> {
+    let sandbox = record.sandbox.as_ref()?;
+    Some((sandbox.inode?, sandbox.ifname.clone()?))
+}
+
+/// A ledger that could not be written refuses the request and changes nothing.
+pub(crate) fn unwritten(error: LedgerError) -> ApiError {
+    ApiError::new(ErrorCode::Internal, error.to_string())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,153 @@
+//! The books against a disk that takes nothing, and while addresses go back to the server.
+
+use std::path::Path;
+
+use model::{Block, Change, EndpointKind, Mac, NetworkSpec, PublishedPort};
+
+use super::*;
+use crate::control::Refusal;
+
+fn network() -> Network {
+    let spec = NetworkSpec::new("managed".parse().unwrap(), "10.42.0.0/16".parse().unwrap());
+    spec.validate(NetworkId::from_random([1; 8]), 1, 0).unwrap()
+}
+
+fn host() -> HostId {
+    HostId::from_random([2; 8])
+}
+
+fn block(cidr: &str) -> Block {
+    let network = network().id;
+    Block { network, cidr: cidr.parse().unwrap(), host: host(), leased: Revision(1) }
+}
+
+fn open(directory: &Path) -> Book {
+    Book::open(Ledger::open(directory).unwrap(), host(), "h1".parse().unwrap()).unwrap()
+}
+
+fn book(directory: &Path) -> Book {
+    let mut book = open(directory);
+    let objects = vec![Object::Network(network()), Object::Block(block("10.42.64.0/26"))];
+    book.watch(Watch::Snapshot {
+        epoch: "abcdefghij".parse().unwrap(),
+        revision: Revision(1),
+        environment: "default".parse().unwrap(),
+        host: host(),
+        domain: "droveway.internal".to_owned(),
+        objects,
+    })
+    .unwrap();
+    book
+}
+
+fn put(revision: u64, cidr: &str) -> Watch {
+    Watch::Delta { revision: Revision(revision), changes: vec![Change::Put(Object::Block(block(cidr)))] }
+}
+
+#[test]
+fn a_change_that_the_disk_does_not_take_is_not_lost() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    book.ledger.refuse_writes(true);
+    book.watch(put(2, "10.42.64.64/26")).unwrap_err();
+    book.ledger.refuse_writes(false);
+    book.watch(put(3, "10.42.64.128/26")).unwrap();
+
+    assert_eq!(book.catalog.blocks.len(), 3);
+    let known = book.catalog.clone();
+    drop(book);
+    let again = open(directory.path());
+    assert_eq!((again.catalog, again.revision), (known, Revision(3)));
+}
+
+#[test]
+fn no_address_is_given_from_a_block_that_goes_back_until_it_is_granted_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let (network, leased) = (network().id, block("10.42.64.0/26"));
+    let key = Key::Block(network.clone(), leased.cidr);
+
+    let address = book.reserve(&network, None).unwrap();
+    assert!(!book.let_go(&key).unwrap(), "it is in use");
+    book.unreserve(&network, address).unwrap();
+    assert!(book.let_go(&key).unwrap());
+    assert!(matches!(book.reserve(&network, None), Err(Refusal::NeedBlock { held: 0, .. })));
+    let wish = Some("10.42.64.9".parse().unwrap());
+    assert!(matches!(book.reserve(&network, wish), Err(Refusal::NeedBlock { held: 0, .. })));
+    assert!(open_copy(directory.path()).catalog.blocks.is_empty(), "a restart does not bring it back");
+
+    book.granted(Object::Block(leased)).unwrap();
+    book.reserve(&network, None).unwrap();
+}
+
+#[test]
+fn a_gateway_to_a_foreign_peer_fetches_its_first_block_and_keeps_it_until_the_peer_goes() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let chores = |book: &Book| crate::chores::Chores::of(book, &BTreeMap::new(), |_| false);
+    let (network, leased) = (network().id, block("10.42.64.0/26"));
+    let key = Key::Block(network.clone(), leased.cidr);
+    assert_eq!(chores(&book).give_back, std::slice::from_ref(&leased), "nobody needs it");
+
+    let peer: model::Peer = serde_json::from_value(serde_json::json!({
+        "id": model::PeerId::from_random([7; 8]), "name": "office", "network": network, "host": host(),
+        "address": "192.0.2.1", "proof": {"by": "psk"}, "remote_cidrs": ["192.168.7.0/24"], "created": 0,
+    }))
+    .unwrap();
+    let delta = |revision, change| Watch::Delta { revision: Revision(revision), changes: vec![change] };
+    book.watch(delta(2, Change::Put(Object::Peer(peer.clone())))).unwrap();
+    assert_eq!(chores(&book), crate::chores::Chores::default());
+    assert!(!book.let_go(&key).unwrap());
+
+    book.watch(delta(3, Change::Delete(key.clone()))).unwrap();
+    assert_eq!(chores(&book).lease, [(network, 0)]);
+    book.granted(Object::Block(leased.clone())).unwrap();
+    assert_eq!(chores(&book).lease, []);
+
+    book.watch(delta(4, Change::Delete(Key::Peer(peer.id)))).unwrap();
+    assert_eq!(chores(&book).give_back, [leased]);
+    assert!(book.let_go(&key).unwrap());
+}
+
+#[test]
+fn the_server_is_told_of_endpoints_until_its_state_shows_them_and_of_no_others() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let differing = |book: &Book| book.differing().cloned().collect::<Vec<_>>();
+    let address = book.reserve(&network().id, None).unwrap();
+    let made = book.create(&network().id, "docker-1", address, None).unwrap();
+    let own = [made.id.clone()];
+    assert_eq!(differing(&book), own);
+
+    let delta = |changes| Watch::Delta { revision: Revision(2), changes };
+    let shown = Change::Put(Object::Endpoint(made.clone()));
+    book.watch(delta(vec![shown])).unwrap();
+    assert_eq!(differing(&book), []);
+    book.set_ports(&made.id, vec![PublishedPort { protocol: model::Protocol::Tcp, host_port: 0, port: 80 }])
+        .unwrap();
+    assert_eq!(differing(&book), own, "it changed");
+
+    let elsewhere = Endpoint {
+        id: EndpointId::from_random([9; 8]),
+        host: HostId::from_random([9; 8]),
+        kind: EndpointKind::Socket,
+        mac: Mac([2; 6]),
+        ..made.clone()
+    };
+    book.watch(delta(vec![Change::Put(Object::Endpoint(elsewhere))])).unwrap();
+    assert_eq!(differing(&book), own, "another host's is none of ours");
+    book.forget(&made.id, false).unwrap();
+    assert_eq!(differing(&book), own, "it is gone and still shown");
+    assert_eq!(differing(&open_copy(directory.path())), own, "a restart changes nothing");
+    book.watch(delta(vec![Change::Delete(Key::Endpoint(made.id))])).unwrap();
+    assert_eq!(differing(&book), []);
+}
+
+/// The ledger as an agent would find it after a loss of power.
+fn open_copy(directory: &Path) -> Book {
+    let copy = tempfile::tempdir().unwrap();
+    for file in std::fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
+    }
+    open(copy.path())
+}

@@ -1,0 +1,167 @@
+//! What control tells the threads: an immutable state, replaced whole.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use esp::{Published, SaTable};
+use linux::{tun, udp};
+
+use crate::dataplane::capture::Tap;
+use crate::dataplane::count::{Counts, Drops, Reason};
+use crate::dataplane::limit::EverySecond;
+use crate::dataplane::route::Routes;
+use crate::dataplane::{DeviceIndex, PeerIndex, Signal, Sockets};
+
+/// Octets at the start of an echo's data by which an answer to a probe is known.
+pub const PROBE_MAGIC_LEN: usize = 8;
+/// IKE's own port, where nothing is before the message (RFC 7296 §2.23).
+pub(super) const IKE_PORT: u16 = 500;
+
+/// What both threads and control have in common.
+pub(super) struct Shared {
+    pub state: Arc<Published<State>>,
+    pub inbound: Arc<Published<SaTable<Origin>>>,
+    pub ports: Ports,
+    /// Hands a signal to control; false if there is no room, or nobody listens.
+    pub signals: Box<dyn Fn(Signal) -> bool + Send + Sync>,
+    /// What belongs to no peer.
+    pub drops: Drops,
+    pub probe: [u8; PROBE_MAGIC_LEN],
+}
+
+/// The sockets of a port, as [`Sockets`] has them.
+#[derive(Default)]
+pub(super) struct Ports {
+    pub v4: Option<Arc<udp::Socket>>,
+    pub v6: Option<Arc<udp::Socket>>,
+}
+
+/// Devices, routes and peers.
+#[derive(Clone, Default)]
+pub(super) struct State {
+    pub devices: HashMap<DeviceIndex, Arc<Device>>,
+    pub routes: HashMap<DeviceIndex, Arc<Routes>>,
+    pub peers: HashMap<PeerIndex, Arc<Peer>>,
+    /// Port 500, while it is open.
+    pub ike: Arc<Ports>,
+}
+
+/// A TUN device.
+pub(super) struct Device {
+    pub index: DeviceIndex,
+    pub queue: tun::Queue,
+}
+
+/// How a peer is reached.
+#[derive(Clone)]
+pub(super) struct Peer {
+    pub index: PeerIndex,
+    pub path: Option<udp::Path>,
+    /// The largest inner packet in bytes; without it, what the device lets through.
+    pub mtu: Option<u32>,
+    pub tap: Option<Tap>,
+    pub outbound: BTreeMap<DeviceIndex, Arc<esp::Outbound>>,
+    /// What outlives a change of the rest.
+    pub lasting: Arc<Lasting>,
+}
+
+/// What a peer keeps while control changes other things of it.
+pub(super) struct Lasting {
+    pub drops: Drops,
+    pub moved: EverySecond,
+    pub too_big: EverySecond,
+}
+
+/// Whose packets an inbound security association brings.
+#[derive(Clone)]
+pub(super) struct Origin {
+    pub peer: PeerIndex,
+    pub device: DeviceIndex,
+}
+
+impl Shared {
+    /// Tells control, or counts that it did not listen.
+    pub fn signal(&self, signal: Signal, counts: &Counts) {
+        if !(self.signals)(signal) {
+            counts.add(Reason::SignalFull, 1);
+        }
+    }
+}
+
+impl State {
+    /// A state in which this peer, made if need be, is changed.
+    #[must_use]
+    pub fn with_peer(&self, index: PeerIndex, change: impl FnOnce(&mut Peer)) -> Self {
+        let mut state = self.clone();
+        let mut peer = state.peers.get(&index).map_or_else(|| Peer::new(index), |peer| Peer::clone(peer));
+        change(&mut peer);
+        state.peers.insert(index, Arc::new(peer));
+        state
+    }
+
+    /// A peer with the security association for packets of a device, and the path. `None` while one of them is missing.
+    #[inline]
+    pub fn way(
+        &self,
+        (peer, device): (PeerIndex, DeviceIndex),
+    ) -> Option<(&Peer, &esp::Outbound, udp::Path)> {
+        let peer = self.peers.get(&peer)?;
+        Some((peer, peer.outbound.get(&device)?, peer.path?))
+    }
+
+    /// Where drops of a peer that the sending thread notices are counted: with those of none for one that is not known.
+    pub fn transmit_counts<'a>(&'a self, shared: &'a Shared, peer: PeerIndex) -> &'a Counts {
+        self.peers.get(&peer).map_or(&shared.drops.transmit, |peer| &peer.lasting.drops.transmit)
+    }
+}
+
+impl Peer {
+    fn new(index: PeerIndex) -> Self {
+        Self {
+            index,
+            path: None,
+            mtu: None,
+            tap: None,
+            outbound: BTreeMap::new(),
+            lasting: Arc::new(Lasting {
+                drops: Drops::default(),
+                moved: EverySecond::new(),
+                too_big: EverySecond::new(),
+            }),
+        }
+    }
+}
+
+impl From<Sockets> for Ports {
+    fn from(sockets: Sockets) -> Self {
+        let Sockets { v4, v6 } = sockets;
+        Self { v4: v4.map(Arc::new), v6: v6.map(Arc::new) }
+    }
+}
+
+impl Ports {
+    /// All of them.
+    pub fn sockets(&self) -> impl Iterator<Item = &Arc<udp::Socket>> {
+        self.v4.iter().chain(&self.v6)
+    }
+
+    /// The socket for a path. `None` where its family has none.
+    #[inline]
+    pub fn of(&self, path: &udp::Path) -> Option<&udp::Socket> {
+        match path.remote {
+            SocketAddr::V4(_) => self.v4.as_deref(),
+            SocketAddr::V6(_) => self.v6.as_deref(),
+        }
+    }
+}
+
+/// A device in the hands of a thread that watches it.
+pub(super) struct Watched(pub Arc<Device>);
+
+impl AsFd for Watched {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.queue.as_fd()
+    }
+}

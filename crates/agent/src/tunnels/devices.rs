@@ -1,0 +1,113 @@
+//! The TUN devices of this host's routers, opened for the packet path as the view shows them.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use ipnet::IpNet;
+use linux::netns::Netns;
+use linux::tun::Queue;
+use model::NetworkId;
+
+use crate::NETNS_DIR;
+use crate::dataplane::{Dataplane, DeviceIndex, PeerIndex};
+use crate::view::View;
+
+/// Devices by network. A network keeps its number.
+#[derive(Default)]
+pub(super) struct Devices {
+    all: BTreeMap<NetworkId, Device>,
+    next: u32,
+}
+
+struct Device {
+    index: DeviceIndex,
+    opened: Option<Opened>,
+    routes: Vec<(IpNet, PeerIndex)>,
+    /// It could not be opened, and that was logged.
+    told: bool,
+}
+
+/// What it takes for an open queue to be the right one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Opened {
+    netns: String,
+    generation: u64,
+    tun: u64,
+}
+
+impl Devices {
+    /// The number of a network's device, whether it is there or not.
+    pub(super) fn index(&mut self, network: &NetworkId) -> DeviceIndex {
+        let next = &mut self.next;
+        let device = self.all.entry(network.clone()).or_insert_with(|| {
+            *next += 1;
+            Device { index: DeviceIndex(*next), opened: None, routes: Vec::new(), told: false }
+        });
+        device.index
+    }
+
+    /// Opens, closes and opens again what the view shows otherwise than before. False: something could not be opened
+    /// yet, and is to be tried again.
+    pub(super) fn apply(&mut self, view: &View, dataplane: &Dataplane) -> bool {
+        let wanted: BTreeMap<&NetworkId, Opened> = view
+            .routers
+            .iter()
+            .filter_map(|(network, router)| {
+                let opened =
+                    Opened { netns: router.netns.clone(), generation: router.generation, tun: router.tun? };
+                Some((network, opened))
+            })
+            .collect();
+        for (network, device) in &mut self.all {
+            if device.opened.is_some() && device.opened.as_ref() != wanted.get(network) {
+                device.opened = None;
+                device.routes.clear();
+                dataplane.remove_device(device.index);
+            }
+        }
+        let mut all = true;
+        for (network, opened) in wanted {
+            let index = self.index(network);
+            let Some(device) = self.all.get_mut(network).filter(|device| device.opened.is_none()) else {
+                continue;
+            };
+            match queue(&opened.netns) {
+                Ok(queue) => {
+                    dataplane.add_device(index, queue);
+                    device.opened = Some(opened);
+                    device.told = false;
+                }
+                Err(error) => {
+                    all = false;
+                    if !device.told {
+                        tracing::warn!(
+                            netns = opened.netns,
+                            "the tunnel device cannot be opened yet: {error}"
+                        );
+                        device.told = true;
+                    }
+                }
+            }
+        }
+        all
+    }
+
+    /// Sets which peer each destination goes to; only for devices that are open.
+    pub(super) fn route(
+        &mut self,
+        mut routes: BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>>,
+        dataplane: &Dataplane,
+    ) {
+        for (network, device) in self.all.iter_mut().filter(|(_, device)| device.opened.is_some()) {
+            let routes = routes.remove(network).unwrap_or_default();
+            if device.routes != routes {
+                device.routes.clone_from(&routes);
+                dataplane.set_routes(device.index, routes);
+            }
+        }
+    }
+}
+
+fn queue(netns: &str) -> Result<Queue, linux::Error> {
+    Queue::open(&Netns::open(&Path::new(NETNS_DIR).join(netns))?, plan::TUN)
+}

@@ -1,0 +1,233 @@
+//! What a changed view comes to: peers that come, change and go, devices, routes and policies.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+use model::{HostId, NetworkId};
+use plan::{Far, Inside, Tunnel};
+
+use super::engine::{Engine, PATHS_EACH, Port500};
+use super::peer::{Peer, Slot};
+use super::wanted;
+use crate::dataplane::{PeerIndex, Sockets};
+
+impl Engine {
+    /// Takes in the latest view.
+    pub(super) fn apply(&mut self, now: Instant) {
+        let view = self.views.borrow_and_update().clone();
+        let tunnels_changed = !Arc::ptr_eq(&view.tunnels, &self.view.tunnels);
+        self.view = view;
+        if tunnels_changed {
+            self.apply_tunnels(now);
+        }
+        self.devices_open = self.devices.apply(&self.view, &self.dataplane);
+        self.route();
+    }
+
+    fn apply_tunnels(&mut self, now: Instant) {
+        let wanted = self.view.tunnels.clone();
+        let gone: Vec<Far> = self.peers.keys().filter(|far| !wanted.contains_key(far)).cloned().collect();
+        for far in gone {
+            self.remove(&far, now);
+        }
+        for (far, tunnel) in wanted.iter() {
+            if self.peers.get(far).is_none_or(|peer| peer.tunnel != *tunnel) {
+                self.configure(far, tunnel, now);
+            }
+        }
+        self.open_port_500();
+    }
+
+    /// Port 500 is open while there are foreign peers.
+    fn open_port_500(&mut self) {
+        let wanted = self.peers.keys().any(|far| matches!(far, Far::Peer(_)));
+        match (&self.port_500, wanted) {
+            (Port500::Closed, false) | (Port500::Open, true) => {}
+            (Port500::Open | Port500::Refused(_), false) => {
+                self.dataplane.set_ike_sockets(Sockets::default());
+                self.port_500 = Port500::Closed;
+            }
+            (Port500::Closed | Port500::Refused(_), true) => {
+                let opened = super::sockets(wanted::IKE_PORT);
+                let now = match opened {
+                    Ok(sockets) => {
+                        self.dataplane.set_ike_sockets(sockets);
+                        Port500::Open
+                    }
+                    Err(error) => Port500::Refused(error.to_string()),
+                };
+                if let Port500::Refused(why) = &now
+                    && now != self.port_500
+                {
+                    tracing::warn!("foreign peers cannot be reached: {why}");
+                }
+                self.port_500 = now;
+            }
+        }
+    }
+
+    /// The peer is none any more: it is told, and nothing goes to it or is taken from it from now on.
+    fn remove(&mut self, far: &Far, now: Instant) {
+        let Some(peer) = self.peers.get(far) else { return };
+        let (id, index) = (peer.id(), peer.index());
+        tracing::info!(peer = %peer.tunnel.name, "the tunnel is wanted no more");
+        self.endpoint.remove_peer(id, now);
+        self.drain(now);
+        self.dataplane.remove_peer(index);
+        self.peers.remove(far);
+        self.by_number.remove(&id.0);
+    }
+
+    /// A peer that is new, or of which something is.
+    fn configure(&mut self, far: &Far, tunnel: &Tunnel, now: Instant) {
+        let known = self.peers.get(far).map(|peer| peer.tunnel.proof.clone());
+        let number = match self.peers.get(far) {
+            Some(peer) => peer.number,
+            None => {
+                self.last_number += 1;
+                self.by_number.insert(self.last_number, far.clone());
+                self.peers.insert(far.clone(), Peer::new(self.last_number, tunnel.clone()));
+                self.last_number
+            }
+        };
+        self.fill_slots(far, tunnel);
+        let paths = wanted::paths(&tunnel.addresses, self.settings.port, linux::host::source_for);
+        let ours = paths.first().map(|path| path.local.ip());
+        let Some(peer) = self.peers.get_mut(far) else { return };
+        peer.tunnel.clone_from(tunnel);
+        let children: Result<Vec<_>, String> =
+            peer.slots.values().map(|slot| wanted::child(slot.child, far, &slot.inside)).collect();
+        let id = peer.id();
+        match wanted::who(&self.own, far, tunnel, ours).and_then(|who| Ok((who, children?))) {
+            Ok((who, children)) => {
+                peer.identity = who.id.to_string();
+                peer.impossible = None;
+                peer.paths.clone_from(&paths);
+                self.endpoint.add_peer(id, who.config(paths, &tunnel.begins, children), now);
+                match known {
+                    // Keys that were agreed with another proof are worth nothing.
+                    Some(proof) if proof != tunnel.proof => self.endpoint.reset(id, now),
+                    Some(_) => {}
+                    // Peers that had tunnels with us before we began wait for nobody's turn.
+                    None if self.begun_lately(now) => self.endpoint.poke(id, now),
+                    None => {}
+                }
+            }
+            Err(why) => {
+                tracing::warn!(peer = %tunnel.name, number, "there can be no tunnel: {why}");
+                peer.impossible = Some(why);
+                self.endpoint.remove_peer(id, now);
+            }
+        }
+        self.drain(now);
+    }
+
+    /// A slot for each network that is to be inside; those that go take their associations along.
+    fn fill_slots(&mut self, far: &Far, tunnel: &Tunnel) {
+        let Some(peer) = self.peers.get_mut(far) else { return };
+        let index = peer.index();
+        let gone: Vec<NetworkId> =
+            peer.slots.keys().filter(|network| !tunnel.inside.contains_key(*network)).cloned().collect();
+        for network in gone {
+            if let Some(slot) = peer.slots.remove(&network) {
+                self.dataplane.remove_outbound(index, slot.device);
+            }
+            let nothing = Slot::policy_of(&Inside { label: None, theirs: Vec::new(), ours: Vec::new() });
+            self.dataplane.set_policy(index, self.devices.index(&network), nothing);
+        }
+        for (network, inside) in &tunnel.inside {
+            let known = peer.slots.get(network).filter(|slot| wanted::same_child(far, &slot.inside, inside));
+            let child = known.map(|slot| slot.child);
+            let device = self.devices.index(network);
+            if child.is_none() {
+                self.last_child += 1;
+                self.dataplane.remove_outbound(index, device);
+            }
+            let child = child.unwrap_or(ike::ChildId(self.last_child));
+            let policy = Slot::policy_of(inside);
+            self.dataplane.set_policy(index, device, policy.clone());
+            let before = peer.slots.remove(network).filter(|slot| slot.child == child);
+            let (sending, ends, probes) =
+                before.map_or((None, None, None), |slot| (slot.sending, slot.ends, slot.probes));
+            let slot = Slot { child, inside: inside.clone(), device, policy, sending, ends, probes };
+            peer.slots.insert(network.clone(), slot);
+        }
+    }
+
+    /// Which peer each destination goes to.
+    fn route(&mut self) {
+        let mut routes: BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>> = BTreeMap::new();
+        for peer in self.peers.values() {
+            for (network, slot) in &peer.slots {
+                let to = slot.inside.theirs.iter().map(|net| (*net, peer.index()));
+                routes.entry(network.clone()).or_default().extend(to);
+            }
+        }
+        self.devices.route(routes, &self.dataplane);
+    }
+
+    /// Looks again which of our addresses lead to the peers: paths to try, and paths in use.
+    pub(super) fn follow_addresses(&mut self, now: Instant) {
+        self.open_port_500();
+        let port = self.settings.port;
+        for peer in self.peers.values_mut().filter(|peer| peer.impossible.is_none()) {
+            let paths = wanted::paths(&peer.tunnel.addresses, port, linux::host::source_for);
+            if peer.paths != paths {
+                peer.paths.clone_from(&paths);
+                self.endpoint.set_paths(peer.id(), paths, wanted::initiate(&peer.tunnel.begins), now);
+            }
+            let Some(ike::Status::Up { path, .. }) = self.endpoint.status(peer.id()) else { continue };
+            let source = linux::host::source_for(path.remote.ip());
+            if let Some(source) = source.filter(|source| *source != path.local.ip()) {
+                tracing::info!(peer = %peer.tunnel.name, from = %path.local.ip(), to = %source, "we moved");
+                let local = std::net::SocketAddr::new(source, path.local.port());
+                self.endpoint.set_local(peer.id(), local, now);
+            }
+        }
+    }
+
+    /// Whether one of the next few paths in use should leave from another address of ours.
+    pub(super) fn have_moved(&mut self) -> bool {
+        let count = self.peers.len().min(PATHS_EACH);
+        let next: Vec<ike::PeerId> =
+            self.peers.values().cycle().skip(self.checked).take(count).map(Peer::id).collect();
+        self.checked = (self.checked + count) % self.peers.len().max(1);
+        next.into_iter().any(|id| match self.endpoint.status(id) {
+            Some(ike::Status::Up { path, .. }) => {
+                linux::host::source_for(path.remote.ip()).is_some_and(|source| source != path.local.ip())
+            }
+            Some(ike::Status::Waiting | ike::Status::Connecting | ike::Status::Failed { .. }) | None => false,
+        })
+    }
+
+    /// Between which routers probes may go: those that are there on both sides. A host without an endpoint in a network
+    /// has none.
+    pub(super) fn find_ends(&mut self, now: Instant) {
+        let view = &self.view;
+        let populated: BTreeSet<(&NetworkId, &HostId)> =
+            view.catalog.endpoints.values().map(|endpoint| (&endpoint.network, &endpoint.host)).collect();
+        for (far, peer) in &mut self.peers {
+            for (network, slot) in &mut peer.slots {
+                slot.ends = match far {
+                    Far::Peer(_) => None,
+                    Far::Host(host) => {
+                        let ours = view.routers.get(network).filter(|router| router.tun.is_some());
+                        let ours = ours.and_then(|router| router.address);
+                        let theirs = populated
+                            .contains(&(network, host))
+                            .then(|| view.catalog.router_address(network, host))
+                            .flatten();
+                        match (ours, theirs) {
+                            (Some(IpAddr::V4(ours)), Some(IpAddr::V4(theirs))) => Some((ours, theirs)),
+                            (Some(_) | None, Some(_) | None) => None,
+                        }
+                    }
+                };
+                slot.arrange_probes(now);
+            }
+        }
+    }
+}
