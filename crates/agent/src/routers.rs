@@ -4,7 +4,7 @@
 //! Invariant: a changed zone never closes a socket.
 
 use std::collections::BTreeMap;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{TcpListener, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use model::{NetworkId, SERVICE_ADDRESS};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::names::{Forwarder, Udp, Zones};
+use crate::names::{Forwarder, Zones};
 use crate::view::View;
 use crate::{Control, NETNS_DIR, metadata, names};
 
@@ -67,17 +67,10 @@ impl Running {
         views: &watch::Receiver<Arc<View>>,
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let netns = Netns::open(&std::path::Path::new(NETNS_DIR).join(netns))?;
-        let dns = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 53);
-        let udp = Udp {
-            socket: linux::socket::udp_transparent(&netns, dns)?,
-            receive: |socket, buffer| {
-                let (length, from, to) = linux::socket::recv_with_destination(socket, buffer)?;
-                Ok((length, from, to.ip()))
-            },
-            send: linux::socket::send_from,
-        };
-        let tcp = linux::socket::tcp_listener_transparent(&netns, dns)?;
-        let http = netns.run(|| std::net::TcpListener::bind((SERVICE_ADDRESS, 80)))??;
+        // Queries to other addresses come here too, by the router's NAT.
+        let udp = netns.run(|| UdpSocket::bind((SERVICE_ADDRESS, 53)))??;
+        let tcp = netns.run(|| TcpListener::bind((SERVICE_ADDRESS, 53)))??;
+        let http = netns.run(|| TcpListener::bind((SERVICE_ADDRESS, 80)))??;
         let zones = Arc::new(Zones::new(views.clone(), id.clone()));
         let names = names::serve(udp, tcp, zones, forwarder.clone());
         let metadata = metadata::serve(http, id.clone(), views.clone());

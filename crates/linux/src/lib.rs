@@ -21,7 +21,6 @@ pub mod netns;
 mod nft;
 mod parse;
 mod route;
-pub mod socket;
 mod sysctl;
 pub mod tun;
 pub mod udp;

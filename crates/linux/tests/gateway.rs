@@ -191,6 +191,72 @@ fn what_is_neither_of_the_pool_nor_behind_a_peer_gets_nowhere() {
 }
 
 #[test]
+fn a_query_goes_to_the_routers_own_service_whoever_is_asked() {
+    sandbox::run("a_query_goes_to_the_routers_own_service_whoever_is_asked", |dir| {
+        let (kernel, inside, _socket, queue) = made(dir);
+        let router = kernel.router_netns(&network()).unwrap();
+        let patient = |socket: UdpSocket| {
+            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            socket
+        };
+        let service = patient(router.run(|| UdpSocket::bind("169.254.169.250:53").unwrap()).unwrap());
+        for asked in [BEHIND_PEER, ELSEWHERE, "10.42.0.1", "169.254.169.250", "192.0.2.1"] {
+            let client = patient(inside.run(|| UdpSocket::bind((CONTAINER, 0)).unwrap()).unwrap());
+            client.connect((asked, 53)).unwrap();
+            client.send(asked.as_bytes()).unwrap();
+            let mut buffer = [0; 64];
+            let (length, from) = service.recv_from(&mut buffer).expect(asked);
+            assert_eq!(&buffer[..length], asked.as_bytes());
+            assert_eq!(from, client.local_addr().unwrap());
+            service.send_to(b"answer", from).unwrap();
+            // A connected socket takes answers only from whom it asked.
+            assert_eq!(client.recv(&mut buffer).expect(asked), 6);
+        }
+        // What comes by a tunnel is for whom it says.
+        let server = patient(inside.run(|| UdpSocket::bind((CONTAINER, 53)).unwrap()).unwrap());
+        for far in [BEHIND_PEER, ELSEWHERE] {
+            bring(&queue, &udp_packet(&format!("{far}:9"), &format!("{CONTAINER}:53"), b"question"));
+            assert_eq!(heard(&server), (far.to_owned(), "question".to_owned()));
+            server.send_to(b"answer", (far, 9)).unwrap();
+            assert_eq!(left(&queue).1, far);
+        }
+    });
+}
+
+#[test]
+fn what_stays_within_the_network_and_its_peers_is_not_tracked() {
+    sandbox::run("what_stays_within_the_network_and_its_peers_is_not_tracked", |dir| {
+        let (kernel, _inside, socket, queue) = made(dir);
+        in_router(
+            &kernel,
+            "nft 'table ip seen {
+               counter tracked { }
+               chain c {
+                 type filter hook forward priority -400;
+                 ct state != untracked counter name tracked
+               }
+             }'",
+        );
+        for far in [BEHIND_PEER, ELSEWHERE] {
+            bring(&queue, &datagram(far, CONTAINER, "question"));
+            assert_eq!(heard(&socket).0, far);
+            socket.send_to(b"answer", (far, 9)).unwrap();
+            assert_eq!(left(&queue).1, far);
+            bring(&queue, &datagram(far, if far == ELSEWHERE { BEHIND_PEER } else { ELSEWHERE }, "on"));
+            assert_eq!(left(&queue).0, far);
+        }
+        let tracked = in_router(&kernel, "nft list counter ip seen tracked");
+        assert!(tracked.contains("packets 0 "), "{tracked}");
+        // Such as this one.
+        socket.send_to(b"hello", ("192.0.2.1", 9)).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while in_router(&kernel, "nft list counter ip seen tracked").contains("packets 0 ") {
+            assert!(Instant::now() < deadline, "a packet to the world is tracked");
+        }
+    });
+}
+
+#[test]
 fn nothing_for_a_foreign_peer_leaves_in_clear_nor_comes_in_its_name() {
     sandbox::run("nothing_for_a_foreign_peer_leaves_in_clear_nor_comes_in_its_name", |dir| {
         let (kernel, inside, socket, _queue) = made(dir);

@@ -8,13 +8,13 @@ use std::path::PathBuf;
 
 use ipnet::{IpNet, Ipv4Net};
 use model::{
-    Candidate, Catalog, Driver, EndpointId, HostId, Mac, Network, NetworkId, Protocol, PublishedPort,
-    SERVICE_ADDRESS, esp_mtu, vxlan_mtu,
+    Candidate, Catalog, Driver, EndpointId, HostId, Mac, Network, NetworkId, PublishedPort, SERVICE_ADDRESS,
+    esp_mtu, vxlan_mtu,
 };
 
 use crate::object::{
     ContainerEnd, Family, Field, HOST_DEVICE_PREFIX, Ifname, Key, Link, LinkKind, Object, Peer, Place, Route,
-    RouteKind, Rule, Set, State, TABLE_MAIN,
+    RouteKind, Set, State, TABLE_MAIN,
 };
 use crate::{firewall, hash, transit};
 
@@ -26,11 +26,6 @@ pub const ROUTER_PREFIX: &str = "droveway-";
 /// same on both ends of each veth pair, on the bridge and on the overlay device, so that none cuts up what the next would
 /// take whole, and none hands on more than the overlay can take.
 const GSO_MAX_SIZE: u32 = 65_536;
-/// The routing table that takes captured queries in.
-const TABLE_CAPTURE: u32 = 53;
-/// Priorities of the rules that capture queries.
-const RULE_UDP: u32 = 530;
-const RULE_TCP: u32 = 531;
 
 /// What this host is and has, apart from what the server knows.
 #[derive(Debug, Clone)]
@@ -170,7 +165,6 @@ impl<'a> Router<'a> {
         let mut draw = Drawing { place: Place::Router(self.network.id.clone()), state };
         draw.put(Key::Netns, Object::Netns { name: format!("{ROUTER_PREFIX}{}", self.network.name) });
         self.bridge(&mut draw);
-        capture(&mut draw);
         if !self.network.internal {
             self.way_out(&mut draw);
         }
@@ -195,6 +189,8 @@ impl<'a> Router<'a> {
 
         for (path, value) in [
             ("ipv4/ip_forward", "1"),
+            // Nearly all that comes is handed on: no socket need be looked for before that.
+            ("ipv4/ip_early_demux", "0"),
             ("ipv4/icmp_ratelimit", "0"),
             // Frames that are only bridged are the guard's business alone.
             ("bridge/bridge-nf-call-iptables", "0"),
@@ -323,17 +319,6 @@ impl<'a> Router<'a> {
     fn unicast(&self, dev: &str, via: Option<IpAddr>) -> Route {
         Route { kind: RouteKind::Unicast, via, dev: Some(Ifname::new(dev)), src: self.address, metric: 0 }
     }
-}
-
-/// Queries to port 53 of any address are taken in, whoever was asked.
-fn capture(draw: &mut Drawing<'_>) {
-    for (priority, protocol) in [(RULE_UDP, Protocol::Udp), (RULE_TCP, Protocol::Tcp)] {
-        let rule = Rule { iif: Ifname::new("br0"), protocol, dport: 53, table: TABLE_CAPTURE };
-        draw.put(Key::Rule(priority), Object::Rule(rule));
-    }
-    let local =
-        Route { kind: RouteKind::Local, via: None, dev: Some(Ifname::new("lo")), src: None, metric: 0 };
-    draw.put(Key::Route(TABLE_CAPTURE, IpNet::V4(Ipv4Net::default())), Object::Route(local));
 }
 
 /// The device, guard entries and published ports of one attachment.

@@ -1,4 +1,4 @@
-use model::{Block, Host, NetworkSpec, Object as Thing, Revision, Source};
+use model::{Block, Host, NetworkSpec, Object as Thing, Protocol, Revision, Source};
 
 use super::*;
 use crate::{Scope, Step, diff};
@@ -35,6 +35,7 @@ fn block(network: &NetworkId, cidr: &str, seed: [u8; 8], leased: u64) -> Thing {
 fn scene(internal: bool) -> (Catalog, Local, EndpointId) {
     let spec = NetworkSpec {
         internal,
+        driver: Some("vxlan".to_owned()),
         ..NetworkSpec::new("managed".parse().unwrap(), "10.42.0.0/16".parse().unwrap())
     };
     let network = spec.validate(NetworkId::from_random([9; 8]), 7, 0).unwrap();

@@ -7,6 +7,8 @@ use std::fmt::Write;
 
 use ipnet::IpNet;
 
+use model::SERVICE_ADDRESS;
+
 use crate::object::{Family, HOST_DEVICE_PREFIX, TABLE, Table};
 use crate::transit;
 
@@ -25,11 +27,16 @@ pub(crate) struct Router<'a> {
 /// The router's filter and NAT: nothing of the pool, or of what is behind foreign peers, leaves by `up0` or comes by it,
 /// and nothing else comes by the overlay. Foreign peers reach the pool, and not each other.
 ///
-/// What conntrack finds invalid (a reset or a reply without a connection) or does not track (what is for the overlay, but
-/// was not routed there) is not masqueraded: the last chain, which sees packets after NAT, drops it.
+/// By `up0` goes what NAT gives the router's address: a connection that begins now (not yet confirmed) or one that has been
+/// translated. What conntrack finds invalid (a reset or a reply without a connection), what began while these rules were
+/// not there, and what it does not track (what is for the overlay, but was not routed there) is neither.
 ///
-/// What most packets do, from container to container, is decided by few and plain expressions: each lookup in a set is
-/// paid in throughput (`make bench`).
+/// What most packets do, from container to container or to what is behind a foreign peer, is decided once, before
+/// connection tracking: the forward chain believes that. Each chain, each name of a device and each lookup in a set is paid
+/// in throughput (`make bench`).
+///
+/// Queries to port 53 of any address go to the router's own service. This is NAT and not a policy rule with transparent
+/// sockets: a namespace that has ever had a policy rule takes the slow way for each routing decision.
 pub(crate) fn router(router: &Router<'_>) -> Table {
     let (inward, outward) = if router.internal {
         ("", "")
@@ -39,10 +46,11 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
         ct state established,related accept
         ct status dnat accept",
             r#"
-        iifname "br0" ip saddr POOL ip daddr != POOL accept"#,
+        iifname "br0" ip saddr POOL ip daddr != INSIDE ct status and (confirmed or snat or dnat) != confirmed accept"#,
         )
     };
     let remote = remote(&router.remote);
+    let inside = remote.as_ref().map_or("POOL".to_owned(), |remote| format!("{{ POOL, {remote} }}"));
     let text = format!(
         r#"
     map publish {{
@@ -50,11 +58,12 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
     }}
     chain untracked {{
         type filter hook prerouting priority raw; policy accept;
-        iifname != "up0" ip saddr POOL ip daddr POOL notrack{untracked}
+        ip saddr POOL ip daddr POOL th dport != 53 iifname != "up0" notrack{untracked}
     }}
-    chain publish_in {{
+    chain translated_in {{
         type nat hook prerouting priority dstnat; policy accept;
         iifname "up0" dnat ip to meta l4proto . th dport map @publish
+        iifname "br0" meta l4proto {{ tcp, udp }} th dport 53 dnat ip to {SERVICE_ADDRESS}
     }}
     chain source_nat {{
         type nat hook postrouting priority srcnat; policy accept;
@@ -62,7 +71,7 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
     }}
     chain input {{
         type filter hook input priority filter; policy accept;
-        iifname "DEVICE" ip saddr != {inside} drop
+        iifname "DEVICE" ip saddr != INSIDE drop
         iifname "up0" ct state established,related accept
         iifname "up0" ip protocol icmp accept
         iifname "up0" drop
@@ -70,31 +79,28 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
     chain forward {{
         type filter hook forward priority filter; policy drop;
         tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
+        ct state untracked oifname != "up0" accept
         iifname "up0" goto inward
         oifname "up0" goto outward
         ip saddr POOL ip daddr POOL accept
         iifname "br0" oifname "DEVICE" ct state established,related ip daddr POOL accept{forward}
     }}
     chain inward {{
-        ip saddr {inside} drop{inward}
+        ip saddr INSIDE drop{inward}
     }}
     chain outward {{{outward}
     }}
     chain output {{
         type filter hook output priority filter; policy accept;
-        oifname "up0" ip daddr {inside} drop
-    }}
-    chain last {{
-        type filter hook postrouting priority 300; policy accept;
-        oifname "up0" ip saddr {inside} drop
+        oifname "up0" ip daddr INSIDE drop
+        oifname "up0" ip saddr INSIDE drop
     }}
 "#,
-        inside = remote.as_ref().map_or("POOL".to_owned(), |remote| format!("{{ POOL, {remote} }}")),
         untracked = rules(
             remote.as_deref(),
             r#"
-        iifname != "up0" ip saddr POOL ip daddr { REMOTE } notrack
-        iifname "DEVICE" ip saddr { REMOTE } ip daddr POOL notrack"#
+        ip saddr POOL ip daddr { REMOTE } th dport != 53 iifname != "up0" notrack
+        ip saddr { REMOTE } ip daddr POOL iifname "DEVICE" notrack"#
         ),
         forward = rules(
             remote.as_deref(),
@@ -103,7 +109,8 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
         iifname "DEVICE" ip saddr { REMOTE } ip daddr POOL accept"#
         ),
     );
-    table(Family::Inet, &text.replace("POOL", &router.pool.to_string()).replace("DEVICE", router.device))
+    let text = text.replace("INSIDE", &inside).replace("POOL", &router.pool.to_string());
+    table(Family::Inet, &text.replace("DEVICE", router.device))
 }
 
 /// What is behind foreign peers, as the elements of a set, which must not overlap. `None` if there is nothing.
@@ -140,6 +147,11 @@ pub(crate) fn bridge() -> Table {
 }
 
 /// The host's part: NAT for the routers, published ports, and who may send to the overlay's ports.
+///
+/// All that is asked of a packet of the overlay is asked before routing, by one chain: each chain costs throughput. Addresses
+/// of loopback are never on the way from a router: of what comes back to them, NAT has yet to say so. What NAT that is not
+/// ours sends there nevertheless is tracked, as the overlay's packets never are: it meets the rules of the translated, which
+/// cost those nothing.
 pub(crate) fn host(overlay_ports: &[u16]) -> Table {
     let mut text = format!(
         r#"
@@ -167,35 +179,36 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
         transit = transit::RANGE
     );
     let ports = overlay_ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
-    let mut input = String::from(
-        "        iifname \"DEV*\" ip daddr 127.0.0.0/8 ct state != { established, related } drop\n",
-    );
-    let mut forward = String::new();
+    let (mut arriving, mut translated, mut forward) = (String::new(), String::new(), String::new());
     if !overlay_ports.is_empty() {
         let _ = write!(
             text,
-            r"    chain untracked_in {{
-        type filter hook prerouting priority raw; policy accept;
-        udp dport {{ {ports} }} notrack
+            r#"    chain overlay {{
+        ip saddr . udp dport @vtep iifname != "DEV*" notrack accept
+        iifname "DEV*" drop
+        meta nfproto ipv4 fib daddr type != unicast drop
+        notrack
     }}
     chain untracked_out {{
         type filter hook output priority raw; policy accept;
         udp dport {{ {ports} }} notrack
     }}
-"
+"#
         );
-        let _ = writeln!(
-            input,
-            "        iifname \"DEV*\" udp dport {{ {ports} }} drop\n        \
-             meta nfproto ipv4 udp dport {{ {ports} }} ip saddr . udp dport != @vtep drop"
-        );
+        let _ = writeln!(arriving, "        udp dport {{ {ports} }} goto overlay");
+        let _ = writeln!(translated, "        udp dport {{ {ports} }} drop");
         let _ = writeln!(forward, "        iifname \"DEV*\" udp dport {{ {ports} }} drop");
     }
     let _ = write!(
         text,
-        r#"    chain input {{
-        type filter hook input priority filter - 10; policy accept;
-{input}    }}
+        r#"    chain arriving {{
+        type filter hook prerouting priority raw; policy accept;
+{arriving}        iifname "DEV*" ip daddr 127.0.0.0/8 drop
+    }}
+    chain translated_here {{
+        type nat hook input priority 100; policy accept;
+{translated}        iifname "DEV*" ip daddr 127.0.0.0/8 drop
+    }}
     chain forward {{
         type filter hook forward priority filter - 10; policy accept;
 {forward}        oifname "DEV*" ct state established,related accept
@@ -229,14 +242,14 @@ mod tests {
         assert_ne!(a.digest, b.digest);
         assert!(a.text.contains(&a.digest));
         let text = of(&["192.168.7.0/24"], "tun0", true);
-        assert!(!["POOL", "DEVICE", "REMOTE"].iter().any(|word| text.contains(word)), "{text}");
+        assert!(!["POOL", "DEVICE", "REMOTE", "INSIDE"].iter().any(|word| text.contains(word)), "{text}");
     }
 
     #[test]
     fn an_internal_network_lets_nothing_through_up0() {
         let (open, internal) = (of(&[], "tun0", false), of(&[], "tun0", true));
-        assert!(open.contains(r#"iifname "br0" ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 accept"#));
-        assert!(!internal.contains("ip daddr != 10.42.0.0/16 accept"));
+        assert!(open.contains(r#"iifname "br0" ip saddr 10.42.0.0/16 ip daddr != 10.42.0.0/16 ct status"#));
+        assert!(!internal.contains("ip daddr != 10.42.0.0/16 ct status"));
         assert!(!internal.contains("ct status dnat accept"));
     }
 

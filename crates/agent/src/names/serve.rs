@@ -3,7 +3,7 @@
 //! What is ours is answered at once, in the order it came; what is forwarded is answered when others have. How much may be
 //! under way is bounded, in all and for one asker. Dropping the future ends everything.
 //!
-//! Invariant: a datagram is answered from the address it was sent to, whichever that was.
+//! Invariant: an answer leaves by the socket that the question came to.
 
 use std::convert::Infallible;
 use std::io;
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -37,48 +37,16 @@ const TAKE: Duration = Duration::from_secs(5);
 /// How long to leave a socket alone that failed.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Gives a datagram's length, sender and destination.
-pub type Receive = fn(&UdpSocket, &mut [u8]) -> io::Result<(usize, SocketAddr, IpAddr)>;
-/// Sends a datagram to an address from an address.
-pub type Transmit = fn(&UdpSocket, &[u8], SocketAddr, IpAddr) -> io::Result<usize>;
-
-/// A datagram socket, and how to learn where a datagram was sent to and to answer from there.
-#[derive(Debug)]
-pub struct Udp {
-    /// The socket.
-    pub socket: UdpSocket,
-    /// Gives length, sender and destination.
-    pub receive: Receive,
-    /// Sends to an address from an address.
-    pub send: Transmit,
-}
-
-impl Udp {
-    /// A socket bound to one address, which is the only destination there can be.
-    pub fn bound(socket: UdpSocket) -> Self {
-        Self {
-            socket,
-            receive: |socket, buffer| {
-                let (length, from) = socket.recv_from(buffer)?;
-                Ok((length, from, socket.local_addr()?.ip()))
-            },
-            send: |socket, bytes, to, _| socket.send_to(bytes, to),
-        }
-    }
-}
-
 /// Answers on these sockets for as long as it is polled. It returns only if a socket cannot be used at all.
 pub async fn serve(
-    udp: Udp,
+    udp: UdpSocket,
     tcp: TcpListener,
     zones: Arc<Zones>,
     forwarder: Arc<Forwarder>,
 ) -> io::Result<Infallible> {
-    let Udp { socket, receive, send } = udp;
-    socket.set_nonblocking(true)?;
+    udp.set_nonblocking(true)?;
     tcp.set_nonblocking(true)?;
-    let datagrams =
-        Datagrams { ready: tokio::net::UdpSocket::from_std(socket.try_clone()?)?, socket, receive, send };
+    let datagrams = Datagrams(tokio::net::UdpSocket::from_std(udp)?);
     let listener = tokio::net::TcpListener::from_std(tcp)?;
     let desk = Desk {
         zones,
@@ -137,23 +105,13 @@ impl Desk {
     }
 }
 
-struct Datagrams {
-    socket: UdpSocket,
-    /// The same socket, to wait for it.
-    ready: tokio::net::UdpSocket,
-    receive: Receive,
-    send: Transmit,
-}
+struct Datagrams(tokio::net::UdpSocket);
 
 impl Datagrams {
-    async fn receive(&self, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr, IpAddr)> {
-        self.ready.async_io(Interest::READABLE, || (self.receive)(&self.socket, buffer)).await
-    }
-
     /// Sends at once or not at all: a client that missed a datagram asks again.
-    fn send(&self, bytes: &[u8], to: SocketAddr, from: IpAddr) {
-        if let Err(error) = (self.send)(&self.socket, bytes, to, from) {
-            debug!(%to, %from, %error, "answer not sent");
+    fn send(&self, bytes: &[u8], to: SocketAddr) {
+        if let Err(error) = self.0.try_send_to(bytes, to) {
+            debug!(%to, %error, "answer not sent");
         }
     }
 }
@@ -163,13 +121,13 @@ async fn serve_datagrams(datagrams: Arc<Datagrams>, desk: Desk) -> Infallible {
     let mut under_way = JoinSet::new();
     loop {
         let received = tokio::select! {
-            received = datagrams.receive(&mut buffer) => received,
+            received = datagrams.0.recv_from(&mut buffer) => received,
             Some(ended) = under_way.join_next() => {
                 report(ended);
                 continue;
             }
         };
-        let (length, from, destination) = match received {
+        let (length, from) = match received {
             Ok(received) => received,
             Err(error) => {
                 warn!(%error, "DNS over UDP: receiving failed");
@@ -179,12 +137,12 @@ async fn serve_datagrams(datagrams: Arc<Datagrams>, desk: Desk) -> Infallible {
         };
         match desk.take(&buffer[..length], from.ip(), Transport::Udp) {
             Next::Nothing => {}
-            Next::Send(bytes) => datagrams.send(&bytes, from, destination),
+            Next::Send(bytes) => datagrams.send(&bytes, from),
             Next::Ask(forward, permit) => {
                 let (datagrams, desk) = (Arc::clone(&datagrams), desk.clone());
                 under_way.spawn(async move {
                     let answer = desk.ask(forward, permit).await;
-                    datagrams.send(&answer, from, destination);
+                    datagrams.send(&answer, from);
                 });
             }
         }

@@ -230,7 +230,7 @@ impl Drop for Capture {
 /// All of a router that shall be as it was, without what the kernel numbers anew.
 const ROUTER: &str = "
     ip -o -4 addr | sed 's/^[0-9]*: //'
-    ip -4 route show table main; ip -4 route show table 53; ip -4 rule
+    ip -4 route show table main; ip -4 rule
     bridge fdb show dev vxlan0 2>/dev/null | grep permanent | sed 's/link-netnsid.*//'
     ip neigh show nud permanent
     bridge link | sed 's/^[0-9]*: //; s/@[^:]*//; s/<.*> mtu/mtu/'

@@ -206,12 +206,16 @@ fn a_foreign_name_is_asked_of_the_hosts_resolver() {
 fn a_query_to_any_resolver_is_answered_by_the_router_in_that_ones_name() {
     let walk = &*WALK;
     let expected = walk.rocketchat.ip().to_string();
-    for way in ["+notcp", "+tcp"] {
-        let words = ["dig", "@8.8.8.8", "+time=2", "+tries=1", way, "rocketchat.droveway.internal"];
-        let text = walk.lab.check("h2/mongo", &words).unwrap();
-        assert!(text.contains(&expected), "{text}");
-        assert!(text.contains("SERVER: 8.8.8.8#53"), "{text}");
-        assert!(!text.contains("reply from unexpected source"), "{text}");
+    // Outside, a container on another host, and the router itself.
+    for asked in ["8.8.8.8", &expected, "10.42.0.1"] {
+        for way in ["+notcp", "+tcp"] {
+            let at = format!("@{asked}");
+            let words = ["dig", &at, "+time=2", "+tries=1", way, "rocketchat.droveway.internal"];
+            let text = walk.lab.check("h2/mongo", &words).unwrap();
+            assert!(text.contains(&format!("\t{expected}")), "{text}");
+            assert!(text.contains(&format!("SERVER: {asked}#53")), "{text}");
+            assert!(!text.contains("reply from unexpected source"), "{text}");
+        }
     }
 }
 
