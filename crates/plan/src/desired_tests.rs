@@ -200,3 +200,18 @@ fn a_scope_touches_nothing_outside_it() {
     let steps = diff(&State::new(), &want, &Scope::Only(names));
     assert_eq!(steps.len(), 5);
 }
+
+#[test]
+fn an_encrypted_network_sends_remote_blocks_to_its_device_and_the_kernel_knows_no_peer() {
+    let (mut catalog, local, _) = scene(false);
+    catalog.networks.values_mut().for_each(|network| network.driver = model::Driver::Ipsec);
+    let state = desired(&catalog, &local);
+    for cidr in ["10.42.128.0/26", "10.42.200.0/26"] {
+        let route = route(&state, cidr).unwrap();
+        assert_eq!((route.dev.clone(), route.via), (Some(Ifname::new("tun0")), None));
+        assert_eq!(route.src, Some("10.42.64.65".parse().unwrap()));
+    }
+    assert!(!state.keys().any(|(_, key)| matches!(key, Key::Fdb(..) | Key::Neighbour(..))));
+    let network = catalog.networks.values().next().unwrap();
+    assert_eq!(network_mtu(&catalog, &local, network), 1438);
+}
