@@ -51,7 +51,7 @@ fn without_the_server_traffic_attachments_names_and_restarts_go_on_and_it_learns
 
     let (sent, received) = steady.end(&lab, &far);
     assert_eq!(sent, received, "pings all the while");
-    assert!(sent > 10);
+    assert!(sent > 5);
 
     // The agent starts anew. It agrees on new keys with the other host: they never were on a disk.
     lab.kill_agent("h1").unwrap();
