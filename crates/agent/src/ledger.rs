@@ -48,6 +48,9 @@ pub struct Identity {
     pub certificate: String,
     /// Its private key, PEM. It leaves this file for nothing but TLS.
     pub key: String,
+    /// When it got the certificate.
+    #[serde(default)]
+    pub certified: UnixMillis,
 }
 
 /// One endpoint, with what matters on this host alone.
@@ -197,6 +200,14 @@ impl Ledger {
             }
             tx.execute("INSERT INTO meta VALUES ('identity', ?1)", [text])?;
             Ok(())
+        })
+    }
+
+    /// Writes down this host's new certificate.
+    pub fn certified(&mut self, identity: &Identity) -> Result<(), LedgerError> {
+        let text = json(identity);
+        self.write(true, |tx| {
+            tx.execute("UPDATE meta SET value = ?1 WHERE key = 'identity'", [text]).map(drop)
         })
     }
 

@@ -9,14 +9,17 @@
 mod book;
 mod chores;
 pub mod control;
+mod counts;
 pub mod dataplane;
 pub mod docker;
 mod ipam;
 mod ledger;
 mod link;
 pub mod metadata;
+mod metrics;
 pub mod names;
 mod reconcile;
+mod renew;
 mod routers;
 pub mod server;
 pub mod socket;
@@ -26,9 +29,10 @@ pub mod underlay;
 pub mod view;
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use model::agent_api::{Connection, DockerStatus};
@@ -42,6 +46,7 @@ pub use view::View;
 
 use crate::book::Book;
 use crate::control::Command;
+use crate::counts::Counts;
 use crate::ledger::{Identity, Ledger};
 use crate::reconcile::Reconciler;
 use crate::server::Server;
@@ -80,6 +85,8 @@ pub struct Config {
     pub forwarders: Vec<IpAddr>,
     /// How tunnels to other hosts are to be.
     pub tunnels: tunnels::Settings,
+    /// Where metrics and health can be asked for, besides the socket.
+    pub metrics: Option<SocketAddr>,
 }
 
 /// Runs the agent until `shutdown`. Networks go on as they are when it ends.
@@ -118,7 +125,8 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let (view_tx, view) = watch::channel(Arc::new(View::from_book(&book)));
     let control = Control::new(requests, Arc::new(move || waker.wake()), view, Arc::new(server.clone()));
     let (ended_tx, ended) = tokio::sync::oneshot::channel();
-    let reconciler = Reconciler::new(kernel, book, inbox, view_tx, chores_tx);
+    let counts = Arc::new(Counts::default());
+    let reconciler = Reconciler::new(kernel, book, inbox, view_tx, chores_tx, counts.clone());
     let thread = std::thread::Builder::new()
         .name("reconcile".to_owned())
         .spawn(move || drop(ended_tx.send(reconciler.run())))
@@ -139,6 +147,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     });
     let (docker_tx, docker) = watch::channel(DockerStatus::Off);
     let listener = socket::listen(&config.socket).map_err(internal)?;
+    let upstreams = if config.forwarders.is_empty() {
+        names::Upstreams::File("/etc/resolv.conf".into())
+    } else {
+        names::Upstreams::Given(config.forwarders.iter().map(|address| (*address, 53).into()).collect())
+    };
+    let own = candidates.borrow().iter().map(|candidate| candidate.address).collect();
+    let forwarder = Arc::new(names::Forwarder::new(upstreams, own));
+    let (identity_tx, identity_rx) = watch::channel(identity.clone());
     let context = socket::Context {
         control: control.clone(),
         server: identity.server.clone(),
@@ -146,27 +162,36 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         candidates,
         docker,
         tunnels: tunnels.clone(),
+        identity: identity_rx.clone(),
+        counts: counts.clone(),
+        forwarder: forwarder.clone(),
+        ledger: config.state_dir.join(LEDGER),
     };
-
-    let upstreams = if config.forwarders.is_empty() {
-        names::Upstreams::File("/etc/resolv.conf".into())
-    } else {
-        names::Upstreams::Given(config.forwarders.iter().map(|address| (*address, 53).into()).collect())
+    let port = match config.metrics {
+        Some(address) => Some(metrics::listen(address).await.map_err(|error| {
+            let message = format!("cannot listen on {address}: {error}; choose another --metrics");
+            ApiError::new(ErrorCode::Unavailable, message)
+        })?),
+        None => None,
     };
-    let own = context.candidates.borrow().iter().map(|candidate| candidate.address).collect();
-    let forwarder = Arc::new(names::Forwarder::new(upstreams, own));
+    let ports = context.clone();
 
     let addresses = context.candidates.clone();
     let addresses_changed = report.clone();
-    let link = link::Link { server, control: control.clone(), connection: connection_tx, chores, report };
+    let renewal = renew::keep(server.clone(), control.clone(), tunnels.clone(), identity_tx);
+    let events = counts.docker_events.clone();
+    let link =
+        link::Link { server, control: control.clone(), connection: connection_tx, chores, report, counts };
 
     let outcome = tokio::select! {
         served = socket::serve(listener, context) => served.map_err(internal),
-        () = link.keep(identity.clone(), addresses) => Ok(()),
+        () = link.keep(identity_rx, addresses) => Ok(()),
+        () = renewal => Ok(()),
+        () = serve_port(port, ports) => Ok(()),
         () = routers::serve(control.clone(), forwarder) => Ok(()),
         () = tunnels.follow(control.views(), addresses_changed) => Err(internal("the tunnels ended unexpectedly; the log says why")),
         () = follow_underlay(&config, &identity, &control, &candidates_tx, &report_tx) => Ok(()),
-        () = follow_docker(&config, control.clone(), docker_tx) => Ok(()),
+        () = follow_docker(&config, control.clone(), docker_tx, events) => Ok(()),
         ended = ended => match ended {
             Ok(Err(error)) => Err(internal(error)),
             Ok(Ok(())) | Err(_) => Err(internal("the reconciler ended unexpectedly; its log says why")),
@@ -218,7 +243,9 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
         });
         match attempt.await {
             // All else stays as it is by waiting: a refused token, and a server with another CA.
-            Err(error) if error.code == ErrorCode::Unavailable => {
+            Err(error)
+                if matches!(error.code, ErrorCode::Unavailable | ErrorCode::TooMany | ErrorCode::TooSlow) =>
+            {
                 tracing::warn!("{}; trying again", error.message);
                 tokio::time::sleep(backoff.next()).await;
             }
@@ -277,8 +304,21 @@ async fn follow_underlay(
     }
 }
 
+/// Serves the port of metrics, if there is to be one.
+async fn serve_port(port: Option<tokio::net::TcpListener>, context: socket::Context) {
+    match port {
+        Some(port) => metrics::serve(port, context).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Serves Docker. Should that not be possible, all else goes on, and the status says why.
-async fn follow_docker(config: &Config, control: Control, status: watch::Sender<DockerStatus>) {
+async fn follow_docker(
+    config: &Config,
+    control: Control,
+    status: watch::Sender<DockerStatus>,
+    events: Arc<AtomicU64>,
+) {
     let Some(engine) = &config.docker else { return std::future::pending().await };
     let docker = docker::Config {
         engine: engine.clone(),
@@ -296,7 +336,7 @@ async fn follow_docker(config: &Config, control: Control, status: watch::Sender<
         }
     };
     let serve = async {
-        let Err(error) = docker::run(docker, control, status.clone()).await;
+        let Err(error) = docker::run(docker, control, status.clone(), events).await;
         tracing::error!("{error}");
         status.send_replace(DockerStatus::Waiting { why: error.to_string() });
     };

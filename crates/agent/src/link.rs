@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use model::agent_api::Connection;
@@ -16,6 +17,7 @@ use tokio::time::Instant;
 
 use crate::chores::Chores;
 use crate::control::{Command, Control, Lessor};
+use crate::counts::Counts;
 use crate::ledger::Identity;
 use crate::server::Server;
 use crate::{now_millis, random};
@@ -48,18 +50,24 @@ pub(crate) struct Link {
     pub(crate) connection: watch::Sender<Connection>,
     pub(crate) chores: watch::Receiver<Arc<Chores>>,
     pub(crate) report: watch::Receiver<HostReport>,
+    pub(crate) counts: Arc<Counts>,
 }
 
 impl Link {
     /// Runs both tasks, and begins again with a new connection when the host's addresses change.
-    pub(crate) async fn keep(self, identity: Identity, mut candidates: watch::Receiver<Vec<Candidate>>) {
-        let Self { server, control, connection, chores, report } = self;
+    pub(crate) async fn keep(
+        self,
+        identity: watch::Receiver<Identity>,
+        mut candidates: watch::Receiver<Vec<Candidate>>,
+    ) {
+        let Self { server, control, connection, chores, report, counts } = self;
         loop {
             tokio::select! {
-                () = follow(&server, &control, &connection) => return,
+                () = follow(&server, &control, &connection, &counts) => return,
                 () = tell(&server, &control, chores.clone(), report.clone(), connection.subscribe()) => return,
                 changed = candidates.changed() => if changed.is_err() { return },
             }
+            let identity = identity.borrow().clone();
             if let Err(error) = server.reconnect(&identity) {
                 tracing::warn!("{error}; the old connection to the server is kept");
             }
@@ -68,7 +76,7 @@ impl Link {
 }
 
 /// Follows the watch stream and hands its messages to the reconciler.
-async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connection>) {
+async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connection>, counts: &Counts) {
     let mut backoff = Backoff::new();
     loop {
         let view = control.view();
@@ -81,6 +89,8 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
             Ok(mut stream) => loop {
                 match stream.next().await {
                     Ok(message) => {
+                        counts.watch_messages.fetch_add(1, Ordering::Relaxed);
+                        counts.heard.store(now_millis(), Ordering::Relaxed);
                         state.send_if_modified(|connection| {
                             let was_down = matches!(connection, Connection::Down { .. });
                             if was_down {
@@ -98,8 +108,13 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
             Err(error) => error,
         };
         down(state, &error);
-        tokio::time::sleep(backoff.next()).await;
+        tokio::time::sleep(backoff.next().max(wished(&error))).await;
     }
+}
+
+/// How long the server wishes to be left alone; a minute at most, whatever it says.
+fn wished(error: &ApiError) -> Duration {
+    Duration::from_secs(error.retry_after.unwrap_or_default().min(60))
 }
 
 fn down(state: &watch::Sender<Connection>, error: &ApiError) {
@@ -149,8 +164,9 @@ async fn tell(
             outcome = teller.work(&now).await;
         }
         if let Err(error) = outcome {
-            tracing::warn!("telling the server: {}", error.message);
-            tokio::time::sleep(backoff.next()).await;
+            let request = error.request.as_deref();
+            tracing::warn!(request, "telling the server: {}", error.message);
+            tokio::time::sleep(backoff.next().max(wished(&error))).await;
             continue;
         }
         backoff = Backoff::new();
@@ -235,7 +251,14 @@ fn refusal_is_kept(
     first: &mut Result<(), ApiError>,
 ) -> Result<bool, ApiError> {
     match outcome {
-        Err(error) if matches!(error.code, ErrorCode::Unavailable | ErrorCode::Unauthenticated) => Err(error),
+        Err(error)
+            if matches!(
+                error.code,
+                ErrorCode::Unavailable | ErrorCode::Unauthenticated | ErrorCode::TooMany
+            ) =>
+        {
+            Err(error)
+        }
         Err(error) => {
             if first.is_ok() {
                 *first = Err(error);

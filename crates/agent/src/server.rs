@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use model::api::{
     ApiError, ClaimRequest, ErrorCode, GiveBack, HostReport, HostRoute, JoinAnswer, JoinRequest,
-    LeaseRequest, ReleaseClaim, path,
+    LeaseRequest, ReleaseClaim, RenewAnswer, RenewRequest, path,
 };
 use model::{
     Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId,
@@ -79,6 +79,18 @@ impl Server {
     /// Says what this host is.
     pub async fn report(&self, report: &HostReport) -> Result<(), ApiError> {
         self.send(self.request(Method::PUT, path::SELF), report).await.map(drop)
+    }
+
+    /// A new certificate, PEM, for the host's key, PEM.
+    pub async fn renew(&self, key: &str) -> Result<String, ApiError> {
+        let unusable = |error: rcgen::Error| {
+            ApiError::new(ErrorCode::Internal, format!("this host's key cannot be used: {error}"))
+        };
+        let key = rcgen::KeyPair::from_pem(key).map_err(unusable)?;
+        let csr = rcgen::CertificateParams::default().serialize_request(&key).map_err(unusable)?;
+        let body = RenewRequest { csr: csr.pem().map_err(unusable)? };
+        let answer = self.send(self.request(Method::POST, path::CERTIFICATE), &body).await?;
+        Ok(decode::<RenewAnswer>(&self.url, answer).await?.certificate)
     }
 
     /// Tells an endpoint.
@@ -207,6 +219,7 @@ pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
         ca: answer.ca,
         certificate: answer.certificate,
         key: join.key.serialize_pem(),
+        certified: crate::now_millis(),
     })
 }
 
@@ -308,6 +321,7 @@ mod tests {
             ca: ca.pem.clone(),
             certificate: ca.leaf_pem.clone(),
             key: ca.key_pem.clone(),
+            certified: 0,
         }
     }
 

@@ -17,7 +17,7 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use model::api::HostRoute;
+use model::api::{HostRoute, Role};
 use model::{
     Block, Claim, Endpoint, EndpointId, EnvironmentId, Fingerprint, Host, HostId, Name, Network, NetworkId,
     Object, Peer, PeerId, UnixMillis,
@@ -28,6 +28,8 @@ use crate::store::{KeyValue, Op};
 
 /// Before every key.
 pub(crate) const ROOT: &str = "/droveway/";
+/// Where nothing is: to ask the store whether it answers.
+pub(crate) const READINESS: &str = "/droveway-readiness/";
 
 /// What a host said of itself that is nobody else's business.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +50,16 @@ pub(crate) struct Token {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) uses_left: Option<u32>,
     pub(crate) used: u32,
+    /// Kept until it would have expired: whoever comes with it is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) revoked: Option<UnixMillis>,
+}
+
+impl Token {
+    /// Whether it still lets a host in.
+    pub(crate) fn is_good(&self, now: UnixMillis) -> bool {
+        self.revoked.is_none() && self.expires > now && self.uses_left != Some(0)
+    }
 }
 
 /// A key that people authenticate with, without the key.
@@ -56,6 +68,16 @@ pub(crate) struct ApiKey {
     /// SHA-256 of the key's text.
     pub(crate) hash: Fingerprint,
     pub(crate) created: UnixMillis,
+    #[serde(default)]
+    pub(crate) role: Role,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expires: Option<UnixMillis>,
+}
+
+impl ApiKey {
+    pub(crate) fn has_ended(&self, now: UnixMillis) -> bool {
+        self.expires.is_some_and(|expires| expires <= now)
+    }
 }
 
 /// What a key of the store names.

@@ -7,16 +7,21 @@
 
 mod api;
 mod app;
+mod audit;
 mod ca;
 mod files;
 mod ipam;
 mod keys;
+mod limits;
+mod metrics;
+mod request;
 mod secret;
 mod serve;
 mod start;
 mod state;
 mod store;
 mod tls;
+mod upkeep;
 mod view;
 
 use std::io;
@@ -25,6 +30,8 @@ use std::path::PathBuf;
 
 use model::Fingerprint;
 
+pub use ca::Lives;
+pub use limits::Limits;
 pub use start::run;
 
 /// How a server is to run.
@@ -38,6 +45,10 @@ pub struct Config {
     pub names: Vec<String>,
     /// The domain of names in the environment.
     pub domain: String,
+    /// How much it takes on.
+    pub limits: Limits,
+    /// How long certificates are good for.
+    pub lives: Lives,
 }
 
 /// A server that listens.

@@ -5,10 +5,13 @@
 //! Every step is taken up again by the next start if this one was cut short, and nothing that was made is made anew.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use model::api::Role;
 use model::{EnvironmentId, Epoch, MANAGED_CIDR, MANAGED_NETWORK, NetworkId, NetworkSpec};
 use tokio::net::TcpListener;
 
@@ -18,12 +21,14 @@ use crate::files::{self, DataDir};
 use crate::keys::{ApiKey, Keys, put};
 use crate::state::{Shared, State, feed};
 use crate::store::{Compare, SqliteStore, Store, StoreError, Txn};
+use crate::tls::ServerCertificate;
+use crate::upkeep::Upkeep;
 use crate::{Config, Error, Ready, secret, serve, tls};
 
 /// The admin key's name in the store.
-const ADMIN: &str = "admin";
+pub(crate) const ADMIN: &str = "admin";
 /// What every key of people begins with.
-const KEY_PREFIX: &str = "dwk1.";
+pub(crate) const KEY_PREFIX: &str = "dwk1.";
 /// A key is not shorter than this: the prefix and 256 bits.
 const KEY_LEN: usize = 48;
 
@@ -45,12 +50,20 @@ pub async fn run(
     let store: Arc<dyn Store> = Arc::new(store);
     let environment = EnvironmentId::default();
     let first_start = store.range(&Keys(&environment).environment()).await.map_err(fault)?.1.is_empty();
-    let ca = Ca::load_or_make(&data, !first_start)?;
+    let limits = config.limits.clone().fit();
+    let ca = Ca::load_or_make(&data, !first_start, config.lives)?;
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| Error::Listen { address: config.listen, error })?;
     let address = listener.local_addr().map_err(|error| Error::Listen { address: config.listen, error })?;
     let identity = ca.server(&data, &config.names, &local_addresses(address.ip()))?;
-    let tls = tls::config(&ca, identity)?;
+    let certificate = Arc::new(ServerCertificate::new(identity)?);
+    let tls = tls::config(&ca, certificate.clone())?;
+    let upkeep = Upkeep::open(limits, &config.data_dir, Some(&data.path(files::STORE)), certificate);
+    let upkeep = upkeep.map_err(|error| Error::File {
+        what: "write the audit log in",
+        path: config.data_dir.clone(),
+        error,
+    })?;
     if first_start {
         make_environment(&*store, &environment).await?;
     }
@@ -58,7 +71,7 @@ pub async fn run(
     let shared = Arc::new(Shared::new(State::load(&*store).await.map_err(fault)?));
     let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
-    let app = Arc::new(App::new(store, shared, ca, config.domain));
+    let app = Arc::new(App::new(store, shared, ca, config.domain, upkeep));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
     let mut store_ended = false;
@@ -69,7 +82,11 @@ pub async fn run(
             _ = &mut feeder => store_ended = true,
         }
     };
-    serve::serve(listener, tls, app, end).await;
+    tokio::select! {
+        () = serve::serve(listener, tls, app.clone(), end) => {}
+        never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
+    }
+    drop(app);
     if store_ended {
         return Err(Error::Store(
             "the store ended; look at the log for why, and start the server again".into(),
@@ -81,6 +98,23 @@ pub async fn run(
     tracing::info!("the server stopped");
     drop(data);
     Ok(())
+}
+
+/// Has the server's certificate renewed when two thirds of its life are over, for ever.
+async fn keep_certificate(app: &App, data: &DataDir, names: &[String], listen: IpAddr) -> Infallible {
+    loop {
+        let wait = Duration::from_millis(app.upkeep.certificate.due().saturating_sub(now()));
+        // A clock that is set is noticed within the hour.
+        tokio::time::sleep(wait.clamp(Duration::from_secs(1), Duration::from_hours(1))).await;
+        if app.upkeep.certificate.due() > now() {
+            continue;
+        }
+        let renewed = app.ca.server(data, names, &local_addresses(listen));
+        match renewed.and_then(|identity| app.upkeep.certificate.renew(identity)) {
+            Ok(()) => tracing::info!("the server's certificate was renewed"),
+            Err(error) => tracing::error!(%error, "the server's certificate cannot be renewed; trying again"),
+        }
+    }
 }
 
 async fn make_environment(store: &dyn Store, environment: &EnvironmentId) -> Result<(), Error> {
@@ -126,7 +160,8 @@ async fn keep_admin_key(data: &DataDir, store: &dyn Store, environment: &Environ
     {
         return Ok(());
     }
-    let op = put(place, &ApiKey { hash, created: now() }).map_err(|error| Error::Store(error.to_string()))?;
+    let op = put(place, &ApiKey { hash, created: now(), role: Role::Admin, expires: None })
+        .map_err(|error| Error::Store(error.to_string()))?;
     store.txn(Txn::new(vec![], vec![op])).await.map_err(fault)?;
     tracing::info!(%environment, file = %data.path(files::ADMIN_KEY).display(), "the admin key is that of the file");
     Ok(())

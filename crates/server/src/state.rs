@@ -429,8 +429,14 @@ mod tests {
     async fn a_state_that_is_behind_the_kept_log_is_read_anew() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store.sqlite");
-        let token =
-            Token { hash: crate::secret::sha256(b""), created: 0, expires: 1, uses_left: None, used: 0 };
+        let token = Token {
+            hash: crate::secret::sha256(b""),
+            created: 0,
+            expires: 1,
+            uses_left: None,
+            used: 0,
+            revoked: None,
+        };
         let key = keys::Keys(&EnvironmentId::default()).token("ab");
         {
             let store = SqliteStore::open(&path, Epoch::from_random([1; 8])).unwrap();

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -85,6 +85,10 @@ pub(super) struct AgentArgs {
     /// For tests: a new IKE SA after so many seconds [default: four hours]
     #[arg(long, hide = true, env = "DROVEWAY_REKEY_IKE_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     rekey_ike_every: Option<u64>,
+    /// Also answer /metrics, /healthz and /readyz at this address, over HTTP without TLS; nothing secret is told, but let
+    /// only those reach it who should look [default: at the socket alone]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
     #[command(flatten)]
     pub(super) log: LogArgs,
 }
@@ -113,6 +117,7 @@ pub(super) struct Settings {
     pub(super) docker: Option<PathBuf>,
     pub(super) forwarders: Vec<IpAddr>,
     pub(super) tunnels: agent::tunnels::Settings,
+    pub(super) metrics: Option<SocketAddr>,
 }
 
 impl AgentArgs {
@@ -140,6 +145,7 @@ impl AgentArgs {
                 rekey_bytes: self.rekey_bytes,
                 rekey_ike_every: self.rekey_ike_every.map(Duration::from_secs),
             },
+            metrics: self.metrics,
         })
     }
 }

@@ -24,6 +24,8 @@ async fn serve(args: ServerArgs) -> Result<(), Failure> {
         listen: args.listen,
         names: args.names,
         domain: args.domain,
+        limits: args.limits.settle(),
+        lives: args.lives.settle(),
     };
     let ready = |ready: server::Ready| {
         let ready = Ready {
@@ -61,6 +63,7 @@ async fn host(settings: Settings) -> Result<(), Failure> {
         docker_plugin: agent::DOCKER_PLUGIN.into(),
         forwarders: settings.forwarders,
         tunnels: settings.tunnels,
+        metrics: settings.metrics,
     };
     // Its errors say what to do themselves: the remedies of a refused verb are not the agent's.
     agent::run(config, stop).await.map_err(|error| Failure::new(Exit::of(error.code), error.message))

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::Args;
 use model::Fingerprint;
@@ -38,7 +39,63 @@ pub(super) struct ServerArgs {
     #[arg(long, value_name = "DOMAIN", default_value = model::DEFAULT_DOMAIN)]
     pub(super) domain: String,
     #[command(flatten)]
+    pub(super) limits: LimitArgs,
+    #[command(flatten)]
+    pub(super) lives: LifeArgs,
+    #[command(flatten)]
     pub(super) log: LogArgs,
+}
+
+/// How much the server takes on.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub(super) struct LimitArgs {
+    /// How many requests a second one key, one host, or one address without either may send; ten times as many at once. 0
+    /// is no limit
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    rate_limit: u32,
+    /// How many connections may be open; the system has to allow as many open files
+    #[arg(long, value_name = "N", default_value_t = 16_384, value_parser = clap::value_parser!(u32).range(64..=1_000_000))]
+    connections: u32,
+    /// How many connections of one address (IPv6: one /64) may be open that have not shown a valid key or certificate; the
+    /// oldest makes room for the newest
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(8..=1_000_000))]
+    strangers_per_address: u32,
+}
+
+impl LimitArgs {
+    pub(super) fn settle(&self) -> server::Limits {
+        let strangers_of_source = self.strangers_per_address as usize;
+        let default = server::Limits::default();
+        server::Limits {
+            connections: self.connections as usize,
+            strangers: default.strangers.max(strangers_of_source),
+            strangers_of_source,
+            rate: Some(self.rate_limit).filter(|rate| *rate > 0),
+            ..default
+        }
+    }
+}
+
+/// How long certificates are good for.
+#[derive(Debug, Args)]
+pub(super) struct LifeArgs {
+    /// For tests: certificates of hosts and of the server for so many seconds [default: 90 days]
+    #[arg(long, hide = true, env = "DROVEWAY_CERTIFICATE_LIFE", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(3..))]
+    certificate_life: Option<u64>,
+    /// For tests: a new CA for so many seconds [default: 50 years]
+    #[arg(long, hide = true, env = "DROVEWAY_CA_LIFE", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(3..))]
+    ca_life: Option<u64>,
+}
+
+impl LifeArgs {
+    pub(super) fn settle(&self) -> server::Lives {
+        let default = server::Lives::default();
+        server::Lives {
+            ca: self.ca_life.map_or(default.ca, Duration::from_secs),
+            leaf: self.certificate_life.map_or(default.leaf, Duration::from_secs),
+        }
+    }
 }
 
 /// What is known when the server is ready.

@@ -15,6 +15,7 @@ mod foreign_kernel;
 mod frame;
 mod gateway;
 mod guest;
+mod identity;
 mod interop;
 mod ipsec;
 mod isolation;

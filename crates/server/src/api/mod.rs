@@ -2,12 +2,16 @@
 //!
 //! Invariant: every answer that is not a success is an [`ApiError`] in JSON, from the first byte that is HTTP.
 
+mod audit;
 mod endpoints;
 mod extract;
+mod health;
 mod hosts;
 mod join;
+mod keys;
 mod leases;
 mod networks;
+mod page;
 mod peers;
 mod tokens;
 mod watch;
@@ -31,6 +35,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::request;
 
 /// What handlers share.
 type Shared = State<Arc<App>>;
@@ -49,9 +54,7 @@ impl From<ApiError> for Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        tracing::debug!(code = ?self.0.code, message = self.0.message, "refused");
-        let status = StatusCode::from_u16(self.0.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        (status, Json(self.0)).into_response()
+        request::response(self.0)
     }
 }
 
@@ -99,6 +102,7 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(networks::get, networks::remove))
         .routes(routes!(hosts::list))
         .routes(routes!(hosts::report))
+        .routes(routes!(hosts::renew))
         .routes(routes!(hosts::get, hosts::patch, hosts::remove))
         .routes(routes!(endpoints::list))
         .routes(routes!(endpoints::get, endpoints::put, endpoints::remove))
@@ -108,6 +112,12 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(peers::get, peers::remove))
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::remove))
+        .routes(routes!(keys::list, keys::create))
+        .routes(routes!(keys::remove))
+        .routes(routes!(audit::list))
+        .routes(routes!(health::healthz))
+        .routes(routes!(health::readyz))
+        .routes(routes!(health::metrics))
 }
 
 /// All paths, ready to serve.
@@ -117,8 +127,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .0
         .fallback(unknown)
         .method_not_allowed_fallback(not_here)
-        .with_state(app)
+        .with_state(app.clone())
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(axum::middleware::from_fn_with_state(app, request::around))
 }
 
 /// What anyone may know.
@@ -130,6 +141,8 @@ async fn info(State(app): Shared) -> Json<ServerInfo> {
         ca: app.ca.fingerprint(),
         epoch: app.store.epoch(),
         revision,
+        ca_expires: app.ca.expires(),
+        certificate_expires: app.upkeep.certificate.expires(),
     })
 }
 
@@ -158,7 +171,9 @@ async fn not_here(method: Method, uri: Uri) -> Response {
     let path: String = uri.path().chars().take(200).collect();
     let message = format!("{method} is not what {path:?} takes; see /openapi.json");
     // HTTP wants its own status for this (RFC 9110 §15.5.6).
-    (StatusCode::METHOD_NOT_ALLOWED, Json(refuse(ErrorCode::Invalid, message))).into_response()
+    let mut response = Refusal(refuse(ErrorCode::Invalid, message)).into_response();
+    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    response
 }
 
 fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
@@ -195,6 +210,13 @@ mod tests {
             (&format!("{base}/peers/{{id}}"), &["get", "delete"]),
             (&format!("{base}/tokens"), &["get", "post"]),
             (&format!("{base}/tokens/{{id}}"), &["delete"]),
+            (&format!("{base}/keys"), &["get", "post"]),
+            (&format!("{base}/keys/{{id}}"), &["delete"]),
+            (&format!("{base}/audit"), &["get"]),
+            (&format!("{base}/hosts/self/certificate"), &["post"]),
+            ("/healthz", &["get"]),
+            ("/readyz", &["get"]),
+            ("/metrics", &["get"]),
         ] {
             for method in methods {
                 let operation = &document["paths"][path][method];

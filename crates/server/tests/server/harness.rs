@@ -37,6 +37,8 @@ pub fn config(dir: PathBuf) -> Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         names: vec!["drove.example".into()],
         domain: model::DEFAULT_DOMAIN.into(),
+        limits: server::Limits::default(),
+        lives: server::Lives::default(),
     }
 }
 
@@ -46,9 +48,14 @@ impl Server {
     }
 
     pub async fn start_in(dir: TempDir) -> Self {
+        Self::start_with(dir, |_| {}).await
+    }
+
+    pub async fn start_with(dir: TempDir, change: impl FnOnce(&mut Config)) -> Self {
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = oneshot::channel();
-        let config = config(dir.path().join("data"));
+        let mut config = config(dir.path().join("data"));
+        change(&mut config);
         let task = tokio::spawn(server::run(config, move |ready| drop(tell.send(ready)), async move {
             drop(stopped.await);
         }));
