@@ -252,7 +252,7 @@ mod tests {
     fn the_end_of_the_ca_is_remarked_three_years_before() {
         let year = 365 * 86_400_000;
         assert_eq!(ca_ends(50 * year, 0), None);
-        assert!(ca_ends(2 * year, 0).unwrap().contains("runs out on 1971-"));
+        assert!(ca_ends(2 * year, 0).unwrap().contains("runs out on 1972-01-01"));
     }
 
     #[test]

@@ -91,7 +91,9 @@ fn details(status: &AgentStatus, tunnels: String, now: model::UnixMillis) -> Det
 
 /// How long this host's certificate is good for.
 fn certificate(expires: model::UnixMillis, now: model::UnixMillis) -> String {
-    if expires > now {
+    if expires == 0 {
+        "not told: the agent is of an older version".to_owned()
+    } else if expires > now {
         format!("good until {}", text::utc(expires))
     } else {
         format!(
@@ -140,7 +142,7 @@ mod tests {
         let text = details(&down, "1 up".to_owned(), 300_000).render();
         assert!(text.contains("NOT connected for 5m: connection refused"), "{text}");
         assert!(text.contains("managed in droveway-managed: 10.42.64.65, MTU 1450, 1 endpoint"), "{text}");
-        assert!(text.contains("NOT CONVERGED") && text.contains("Tunnels:   1 up"), "{text}");
+        assert!(text.contains("NOT CONVERGED") && text.contains("Tunnels:      1 up"), "{text}");
         assert!(certificate(100_000, 300_000).contains("RUN OUT on 1970-01-01"));
         assert!(certificate(400_000, 300_000).contains("good until 1970-01-01"));
         let up = status(serde_json::json!({"state": "up", "since": 0}));

@@ -143,14 +143,13 @@ fn an_agent_says_whether_it_is_ready_and_counts_what_it_does_at_its_socket_and_i
             "droveway_connected 1",
             "droveway_local_endpoints{network=\"managed\"} 2",
             "droveway_routers{state=\"converged\"} 1",
-            "droveway_reconcile_failures_total 0",
-            "droveway_dns_queries_total{outcome=\"answered\"} 1",
         ] {
             assert!(text.lines().any(|it| it == line), "{line} in\n{text}");
         }
         for name in [
             "droveway_reconcile_duration_seconds_count",
             "droveway_watch_messages_total",
+            "droveway_dns_queries_total{outcome=\"answered\"}",
             "droveway_ledger_size_bytes",
             "droveway_certificate_expiry_timestamp_seconds{certificate=\"host\"}",
         ] {
