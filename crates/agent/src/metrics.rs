@@ -146,7 +146,7 @@ fn own(context: &Context, out: &mut Exposition) {
     );
     let heard = counts.heard.load(Ordering::Relaxed);
     if heard > 0 {
-        let silent = Value::Real(now_millis().saturating_sub(heard) as f64 / 1e3);
+        let silent = Value::Real(Duration::from_millis(now_millis().saturating_sub(heard)).as_secs_f64());
         let help = "How long the watch has said nothing; it does so every ten seconds at least.";
         out.single("droveway_watch_silence_seconds", Kind::Gauge, help, silent);
     }

@@ -273,7 +273,8 @@ impl Reader {
             open.read_until(b'\n', &mut line)?;
             if line.last() != Some(&b'\n') {
                 // Half a line is being written: it is read again when it is whole.
-                open.seek_relative(-(line.len() as i64))?;
+                let back = i64::try_from(line.len()).map_err(io::Error::other)?;
+                open.seek_relative(-back)?;
                 if self.is_newest()? {
                     break;
                 }

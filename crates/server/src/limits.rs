@@ -310,9 +310,9 @@ impl<K: Eq + Hash> Buckets<K> {
         let at = self.0.entry(who).or_insert(now);
         let next = (*at).max(now) + each;
         let ahead = next.saturating_duration_since(now);
-        let most = each * rate.saturating_mul(BURST);
-        if ahead > most {
-            return Err(ahead - most);
+        let wait = ahead.saturating_sub(each * rate.saturating_mul(BURST));
+        if !wait.is_zero() {
+            return Err(wait);
         }
         *at = next;
         Ok(())

@@ -81,7 +81,9 @@ pub(crate) fn text(app: &App) -> String {
     let name = "droveway_request_duration_seconds";
     out.family(name, Kind::Histogram, "How long answers took; a watch until its first byte.");
     with(&metrics.took, |all| {
-        all.iter().for_each(|(route, took)| out.histogram(name, &[("route", route)], took));
+        for (route, took) in all.iter() {
+            out.histogram(name, &[("route", route)], took);
+        }
     });
     let refused = Value::Count(app.upkeep.rates.refused());
     out.single(
@@ -151,51 +153,51 @@ fn store(app: &App, out: &mut Exposition) {
     out.single("droveway_store_revision", Kind::Gauge, "The state's number.", revision);
 }
 
+/// A family, by its name and help.
+type Family = (&'static str, &'static str);
+/// A sample, by its environment, a label more, and its value.
+type Sample<'a> = (&'a str, Option<(&'static str, &'static str)>, usize);
+const HOSTS: Family = ("droveway_hosts", "Hosts, by whether their agent is connected.");
+const WATCHERS: Family = ("droveway_watchers", "Open watches of agents.");
+const RAN_OUT: Family =
+    ("droveway_host_certificates_expired", "Hosts whose agent last showed a certificate that has run out.");
+const NETWORKS: Family = ("droveway_networks", "Networks.");
+const ENDPOINTS: Family = ("droveway_endpoints", "Endpoints.");
+const LEASES: Family = ("droveway_leases", "Blocks and single addresses that hosts hold.");
+const TOKENS: Family = ("droveway_tokens", "Join tokens, by whether they still let a host in.");
+const KEYS: Family = ("droveway_api_keys", "Keys of people, by whether they still count.");
+
 fn for_each_environment(app: &App, out: &mut Exposition) {
     let state = app.shared.read();
-    let mut samples: BTreeMap<&str, Vec<(Vec<(&str, &str)>, u64)>> = BTreeMap::new();
+    let mut samples: BTreeMap<Family, Vec<Sample<'_>>> = BTreeMap::new();
     let now = now();
     for (environment, env) in &state.environments {
-        let mut put = |family: &'static str, more: &[(&'static str, &'static str)], count: usize| {
-            let labels =
-                [("environment", environment.as_str())].into_iter().chain(more.iter().copied()).collect();
-            samples.entry(family).or_default().push((labels, count as u64));
+        let mut put = |family, more, count| {
+            samples.entry(family).or_default().push((environment.as_str(), more, count));
         };
         let seen: Vec<_> = env.catalog.hosts.keys().map(|host| app.presence.of(host)).collect();
         let up = seen.iter().filter(|seen| seen.is_some_and(|seen| seen.watches > 0)).count();
-        put("droveway_hosts", &[("state", "up")], up);
-        put("droveway_hosts", &[("state", "away")], seen.len() - up);
-        put("droveway_watchers", &[], seen.iter().flatten().map(|seen| seen.watches).sum());
-        let ran_out =
-            seen.iter().flatten().filter_map(|seen| seen.certificate_expires).filter(|at| *at <= now).count();
-        put("droveway_host_certificates_expired", &[], ran_out);
-        put("droveway_networks", &[], env.catalog.networks.len());
-        put("droveway_endpoints", &[], env.catalog.endpoints().count());
-        put("droveway_leases", &[("kind", "block")], env.catalog.blocks.len());
-        put("droveway_leases", &[("kind", "claim")], env.catalog.claims.len());
+        put(HOSTS, Some(("state", "up")), up);
+        put(HOSTS, Some(("state", "away")), seen.len() - up);
+        put(WATCHERS, None, seen.iter().flatten().map(|seen| seen.watches).sum());
+        let expire = seen.iter().flatten().filter_map(|seen| seen.certificate_expires);
+        put(RAN_OUT, None, expire.filter(|at| *at <= now).count());
+        put(NETWORKS, None, env.catalog.networks.len());
+        put(ENDPOINTS, None, env.catalog.endpoints().count());
+        put(LEASES, Some(("kind", "block")), env.catalog.blocks.len());
+        put(LEASES, Some(("kind", "claim")), env.catalog.claims.len());
         let good = env.tokens.values().filter(|token| token.is_good(now)).count();
-        put("droveway_tokens", &[("state", "good")], good);
-        put("droveway_tokens", &[("state", "spent")], env.tokens.len() - good);
+        put(TOKENS, Some(("state", "good")), good);
+        put(TOKENS, Some(("state", "spent")), env.tokens.len() - good);
         let good = env.api_keys.values().filter(|key| !key.has_ended(now)).count();
-        put("droveway_api_keys", &[("state", "good")], good);
-        put("droveway_api_keys", &[("state", "ended")], env.api_keys.len() - good);
+        put(KEYS, Some(("state", "good")), good);
+        put(KEYS, Some(("state", "ended")), env.api_keys.len() - good);
     }
-    for (family, samples) in samples {
-        let help = match family {
-            "droveway_hosts" => "Hosts, by whether their agent is connected.",
-            "droveway_watchers" => "Open watches of agents.",
-            "droveway_host_certificates_expired" => {
-                "Hosts whose agent last showed a certificate that has run out."
-            }
-            "droveway_networks" => "Networks.",
-            "droveway_endpoints" => "Endpoints.",
-            "droveway_leases" => "Blocks and single addresses that hosts hold.",
-            "droveway_tokens" => "Join tokens, by whether they still let a host in.",
-            _ => "Keys of people, by whether they still count.",
-        };
+    for ((family, help), samples) in samples {
         out.family(family, Kind::Gauge, help);
-        for (labels, count) in samples {
-            out.sample(family, &labels, Value::Count(count));
+        for (environment, more, count) in samples {
+            let labels: Vec<_> = [("environment", environment)].into_iter().chain(more).collect();
+            out.sample(family, &labels, Value::Count(count as u64));
         }
     }
 }

@@ -162,7 +162,7 @@ fn given(headers: &HeaderMap) -> Option<String> {
 
 fn fresh() -> String {
     let random = secret::random::<8>().unwrap_or_default();
-    random.iter().map(|octet| format!("{octet:02x}")).collect()
+    format!("{:016x}", u64::from_be_bytes(random))
 }
 
 /// An error as a response.

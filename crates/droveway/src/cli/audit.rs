@@ -124,7 +124,7 @@ mod tests {
         }))
         .unwrap();
         assert_eq!(
-            cells(&entry).map(|cell| cell.to_string()),
+            cells(&entry),
             [
                 "1970-01-01 00:00:00 UTC",
                 "key alice",

@@ -66,7 +66,9 @@ async fn host(settings: Settings) -> Result<(), Failure> {
         metrics: settings.metrics,
     };
     // Its errors say what to do themselves: the remedies of a refused verb are not the agent's.
-    agent::run(config, stop).await.map_err(|error| Failure::new(Exit::of(error.code), error.message))
+    Box::pin(agent::run(config, stop))
+        .await
+        .map_err(|error| Failure::new(Exit::of(error.code), error.message))
 }
 
 /// Two threads serve thousands of connections; more would only cost memory.
