@@ -133,6 +133,9 @@ fn store_fault(error: &StoreError) -> ApiError {
         StoreError::Compacted { .. }
         | StoreError::Lagged
         | StoreError::DuplicateKey(_)
+        | StoreError::Unreachable(_)
+        | StoreError::Unknown(_)
+        | StoreError::Refused(_)
         | StoreError::Closed => error.to_string(),
     };
     ApiError::new(ErrorCode::Unavailable, message)

@@ -70,8 +70,21 @@ impl Request {
 impl Ca {
     /// Reads the CA, or makes it where there is none. Its key is written before its certificate, so a first start that
     /// was cut short goes on with the same key. `established`: hosts may already hold certificates of a CA, so none is made.
-    pub(crate) fn load_or_make(data: &DataDir, established: bool) -> Result<Self, Error> {
-        let (key, pem) = (data.read(files::CA_KEY)?, data.read(files::CA_CERTIFICATE)?);
+    /// `known` is the certificate that the store has: a server that joins others brings the CA's key alone.
+    pub(crate) fn load_or_make(data: &DataDir, established: bool, known: Option<&str>) -> Result<Self, Error> {
+        let (key, mut pem) = (data.read(files::CA_KEY)?, data.read(files::CA_CERTIFICATE)?);
+        if let Some(known) = known {
+            if pem.as_ref().is_some_and(|pem| pem != known) {
+                return Err(Error::OtherCa(data.path(files::CA_CERTIFICATE)));
+            }
+            if key.is_none() && pem.is_none() {
+                return Err(Error::NoCaKey(data.path(files::CA_KEY)));
+            }
+            if key.is_some() && pem.is_none() {
+                data.write(files::CA_CERTIFICATE, known)?;
+                pem = Some(known.to_owned());
+            }
+        }
         if established && (key.is_none() || pem.is_none()) || key.is_none() && pem.is_some() {
             let missing = if key.is_none() { files::CA_KEY } else { files::CA_CERTIFICATE };
             return Err(Error::Missing(data.path(missing)));
@@ -194,24 +207,24 @@ mod tests {
     fn a_first_start_cut_short_goes_on_with_the_same_key() {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
-        Ca::load_or_make(&data, false).unwrap();
+        Ca::load_or_make(&data, false, None).unwrap();
         let key = data.read(files::CA_KEY).unwrap();
         std::fs::remove_file(data.path(files::CA_CERTIFICATE)).unwrap();
-        let ca = Ca::load_or_make(&data, false).unwrap();
+        let ca = Ca::load_or_make(&data, false, None).unwrap();
         assert_eq!(data.read(files::CA_KEY).unwrap(), key);
-        assert_eq!(Ca::load_or_make(&data, true).unwrap().fingerprint(), ca.fingerprint());
+        assert_eq!(Ca::load_or_make(&data, true, None).unwrap().fingerprint(), ca.fingerprint());
     }
 
     #[test]
     fn a_lost_or_foreign_ca_key_is_said_and_nothing_is_made_in_its_place() {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
-        let fail = |established| match Ca::load_or_make(&data, established) {
+        let fail = |established| match Ca::load_or_make(&data, established, None) {
             Ok(_) => panic!("accepted"),
             Err(error) => error.to_string(),
         };
         assert!(fail(true).contains("ca.key"));
-        Ca::load_or_make(&data, false).unwrap();
+        Ca::load_or_make(&data, false, None).unwrap();
         data.write(files::CA_KEY, &KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(fail(false).contains("do not belong together"));
         data.write(files::CA_KEY, "rubbish").unwrap();

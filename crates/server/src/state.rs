@@ -14,7 +14,7 @@ use model::{
 };
 use tokio::sync::watch;
 
-use crate::keys::{self, ApiKey, Record, Report, Slot, Token};
+use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
 use crate::store::{Batch, Event, KeyValue, Store, StoreError};
 
 /// How many changes of objects are remembered for watches that are behind.
@@ -37,6 +37,10 @@ pub(crate) struct Environment {
     pub(crate) reports: BTreeMap<HostId, Report>,
     pub(crate) tokens: BTreeMap<String, Token>,
     pub(crate) api_keys: BTreeMap<String, ApiKey>,
+    /// How agents reach each server.
+    servers: BTreeMap<String, Vec<String>>,
+    /// Hosts that have not said what they hold since the store was restored.
+    pub(crate) unreported: BTreeMap<HostId, Unreported>,
     /// Hosts by the SHA-256 of their key.
     pub(crate) by_key: HashMap<String, HostId>,
     /// How many blocks and claims each host has in each network, and how many foreign peers it speaks to there.
@@ -135,7 +139,15 @@ impl Environment {
             }
         };
         match record {
-            Record::Environment | Record::Index => None,
+            Record::Environment | Record::Ca | Record::Index => None,
+            Record::Server(id, urls) => {
+                self.servers.insert(id, urls.urls);
+                None
+            }
+            Record::Unreported(id, unreported) => {
+                self.unreported.insert(id, unreported);
+                None
+            }
             Record::Report(id, report) => {
                 self.reports.insert(id, report);
                 None
@@ -160,7 +172,15 @@ impl Environment {
 
     fn delete(&mut self, slot: &Slot) -> Option<(Key, Option<NetworkId>)> {
         let key = match slot {
-            Slot::Environment | Slot::Index => return None,
+            Slot::Environment | Slot::Ca | Slot::Index => return None,
+            Slot::Server(id) => {
+                self.servers.remove(id);
+                return None;
+            }
+            Slot::Unreported(id) => {
+                self.unreported.remove(id);
+                return None;
+            }
             Slot::Report(id) => {
                 self.reports.remove(id);
                 return None;
@@ -335,6 +355,17 @@ impl Environment {
     /// The hosts that take part in a network.
     pub(crate) fn hosts_of(&self, network: &NetworkId) -> impl Iterator<Item = &HostId> {
         self.shares.get(network).into_iter().flat_map(BTreeMap::keys)
+    }
+
+    /// How agents reach the servers.
+    pub(crate) fn server_urls(&self) -> Vec<String> {
+        let mut urls: Vec<String> = Vec::new();
+        for url in self.servers.values().flatten() {
+            if !urls.contains(url) {
+                urls.push(url.clone());
+            }
+        }
+        urls
     }
 
     /// The revision that last changed a key of the store.

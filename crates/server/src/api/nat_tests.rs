@@ -51,7 +51,7 @@ impl Api {
     async fn open() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(&dir.path().join("data")).unwrap();
-        let ca = Ca::load_or_make(&data, false).unwrap();
+        let ca = Ca::load_or_make(&data, false, None).unwrap();
         let store = SqliteStore::open(&dir.path().join("store"), Epoch::from_random([1; 8])).unwrap();
         let environment = EnvironmentId::default();
         let keys = Keys(&environment);

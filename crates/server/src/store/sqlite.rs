@@ -186,7 +186,7 @@ struct Worker {
 
 struct Watch {
     prefix: String,
-    batches: async_mpsc::Sender<Batch>,
+    batches: async_mpsc::Sender<Result<Batch, StoreError>>,
 }
 
 /// A transaction and where to answer.
@@ -235,7 +235,7 @@ impl Worker {
         // What is past is wanted whole; only what comes may find the queue full.
         let (sender, receiver) = async_mpsc::channel(WATCH_QUEUE + past.len());
         for batch in past {
-            if sender.try_send(batch).is_err() {
+            if sender.try_send(Ok(batch)).is_err() {
                 return Err(StoreError::Lagged);
             }
         }
@@ -339,7 +339,7 @@ impl Worker {
                 .cloned()
                 .collect();
             events.is_empty() && !watch.batches.is_closed()
-                || watch.batches.try_send(Batch { revision: batch.revision, events }).is_ok()
+                || watch.batches.try_send(Ok(Batch { revision: batch.revision, events })).is_ok()
         });
     }
 
@@ -471,7 +471,7 @@ mod tests {
     async fn the_embedded_store_keeps_the_promises_of_every_store() {
         let dir = tempfile::tempdir().unwrap();
         let mut count = 0;
-        suite::run(|| {
+        suite::run(async || {
             count += 1;
             SqliteStore::open(&dir.path().join(format!("{count}.sqlite")), epoch(1)).unwrap()
         })

@@ -37,6 +37,8 @@ pub fn config(dir: PathBuf) -> Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         names: vec!["drove.example".into()],
         domain: model::DEFAULT_DOMAIN.into(),
+        store: server::StoreChoice::Embedded,
+        urls: vec![],
     }
 }
 
