@@ -21,6 +21,7 @@ use tokio::net::UnixListener;
 use tokio::net::unix::UCred;
 use tokio::sync::watch;
 
+use crate::server::Server;
 use crate::tunnels::Tunnels;
 use crate::{Control, VERSION, names, tunnels};
 
@@ -28,7 +29,7 @@ use crate::{Control, VERSION, names, tunnels};
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) control: Control,
-    pub(crate) server: String,
+    pub(crate) server: Server,
     pub(crate) connection: watch::Receiver<Connection>,
     pub(crate) candidates: watch::Receiver<Vec<model::Candidate>>,
     pub(crate) docker: watch::Receiver<DockerStatus>,
@@ -124,7 +125,7 @@ async fn status(State(context): State<Arc<Context>>) -> Json<AgentStatus> {
         version: VERSION.to_owned(),
         host: view.host.clone(),
         name: view.host_name.clone(),
-        server: context.server.clone(),
+        server: context.server.url(),
         connection: context.connection.borrow().clone(),
         epoch: view.epoch.clone(),
         revision: view.revision,

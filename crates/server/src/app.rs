@@ -11,6 +11,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::ca::Ca;
 use crate::keys;
+use crate::lines::Lines;
 use crate::state::{Environment, Shared};
 use crate::store::{Op, Store, StoreError, Txn};
 
@@ -34,6 +35,8 @@ pub(crate) struct App {
     pub(crate) turn: tokio::sync::Mutex<()>,
     /// How many bodies of strangers may be read at the same time.
     pub(crate) strangers: Semaphore,
+    /// What watches are told, written once for all.
+    pub(crate) lines: Lines,
     /// The API's description, once somebody asked for it.
     pub(crate) description: OnceLock<String>,
 }
@@ -57,6 +60,7 @@ impl App {
             stopping: watch::Sender::new(false),
             turn: tokio::sync::Mutex::new(()),
             strangers: Semaphore::new(STRANGERS),
+            lines: Lines::default(),
             description: OnceLock::new(),
         }
     }
@@ -99,6 +103,12 @@ impl App {
         Err(ApiError::new(ErrorCode::Unavailable, "too many changes at the same time; try again"))
     }
 
+    /// A value that cannot be written as JSON.
+    pub(crate) fn fault(error: &serde_json::Error) -> ApiError {
+        tracing::error!(%error, "a value cannot be written as JSON");
+        ApiError::new(ErrorCode::Internal, "a fault of the server; look at its log")
+    }
+
     /// Waits until the state in memory is that of `revision` or a later one.
     async fn reach(&self, revision: Revision) -> Result<(), ApiError> {
         let mut revisions = self.shared.subscribe();
@@ -115,10 +125,7 @@ impl App {
 
 /// An operation that puts a value.
 pub(crate) fn put(key: String, value: &impl Serialize) -> Result<Op, ApiError> {
-    keys::put(key, value).map_err(|error| {
-        tracing::error!(%error, "a value cannot be written as JSON");
-        ApiError::new(ErrorCode::Internal, "a fault of the server; look at its log")
-    })
+    keys::put(key, value).map_err(|error| App::fault(&error))
 }
 
 /// There is no such environment.

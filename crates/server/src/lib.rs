@@ -11,10 +11,12 @@ extern crate self as server;
 
 mod api;
 mod app;
+mod backup;
 mod ca;
 mod files;
 mod ipam;
 mod keys;
+mod lines;
 mod secret;
 mod serve;
 mod start;
@@ -29,6 +31,7 @@ use std::path::PathBuf;
 
 use model::Fingerprint;
 
+pub use backup::{Backup, backup, restore};
 pub use start::run;
 pub use store::{BadStore, EtcdConfig, EtcdUrl, OpenEtcdError, StoreChoice};
 
@@ -101,6 +104,12 @@ pub enum Error {
          environment there, and start again"
     )]
     OtherCa(PathBuf),
+    /// A restore would replace something.
+    #[error("{0} is there already; restore to another --data-dir, or replace what is there with --force")]
+    InTheWay(String),
+    /// A file that cannot be restored from.
+    #[error("{0} cannot be restored from: {1}; nothing was changed")]
+    NoBackup(PathBuf, String),
     /// A URL that no agent can use.
     #[error("{0:?} is not a URL of a server; write https://HOST:PORT for --url")]
     BadUrl(String),

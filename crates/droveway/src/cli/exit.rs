@@ -62,7 +62,7 @@ impl Exit {
             ErrorCode::Invalid | ErrorCode::TooLarge => Self::Usage,
             ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Denied,
             ErrorCode::NotFound => Self::NotFound,
-            ErrorCode::Conflict | ErrorCode::InUse => Self::Conflict,
+            ErrorCode::Conflict | ErrorCode::InUse | ErrorCode::Unreported => Self::Conflict,
             ErrorCode::Exhausted => Self::Exhausted,
             ErrorCode::Unavailable => Self::Unreachable,
             ErrorCode::Compacted | ErrorCode::Internal => Self::Internal,
@@ -135,6 +135,7 @@ impl From<ApiError> for Failure {
             | ErrorCode::InUse
             | ErrorCode::TooLarge
             | ErrorCode::Exhausted
+            | ErrorCode::Unreported
             | ErrorCode::Compacted => failure,
         }
     }
@@ -205,6 +206,7 @@ mod tests {
             (ErrorCode::InUse, 4),
             (ErrorCode::TooLarge, 2),
             (ErrorCode::Exhausted, 7),
+            (ErrorCode::Unreported, 4),
             (ErrorCode::Compacted, 1),
             (ErrorCode::Internal, 1),
             (ErrorCode::Unavailable, 6),

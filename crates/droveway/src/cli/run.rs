@@ -19,11 +19,14 @@ pub(super) fn server(args: ServerArgs) -> Result<(), Failure> {
 
 async fn serve(args: ServerArgs) -> Result<(), Failure> {
     let stop = shutdown()?;
+    let store = args.store.choice();
     let config = server::Config {
         data_dir: args.data_dir,
         listen: args.listen,
         names: args.names,
         domain: args.domain,
+        urls: args.urls.iter().map(|url| url.as_str().trim_end_matches('/').to_owned()).collect(),
+        store,
     };
     let ready = |ready: server::Ready| {
         let ready = Ready {
@@ -49,7 +52,7 @@ pub(super) fn agent(args: AgentArgs) -> Result<(), Failure> {
 async fn host(settings: Settings) -> Result<(), Failure> {
     let stop = shutdown()?;
     let config = agent::Config {
-        server: settings.server,
+        servers: settings.servers,
         token: settings.token,
         environment: model::EnvironmentId::default(),
         underlay: agent::underlay::Wish { address: settings.address, interface: settings.interface },

@@ -9,7 +9,7 @@ use model::{Block, Claim, Driver, Network, Revision};
 use super::extract::{self, Agent, Caller};
 use super::hosts::find as find_host;
 use super::networks::find;
-use super::{Reply, Shared, refuse};
+use super::{Reply, Shared, adopt, refuse};
 use crate::app::{Plan, put};
 use crate::ipam::{self, Lease};
 use crate::keys::Keys;
@@ -42,6 +42,7 @@ pub(super) async fn lease(
                 Lease::Held(block) => return Ok(Plan::Nothing((block, network.name.clone()))),
                 Lease::Free(cidr) => cidr,
             };
+            adopt::all_reported(env)?;
             passes_nat(env, network, &agent)?;
             let block = Block {
                 network: network.id.clone(),
@@ -169,6 +170,7 @@ pub(super) async fn claim(
             if !ipam::claim(env, network, &claim)? {
                 return Ok(Plan::Nothing((claim, None)));
             }
+            adopt::all_reported(env)?;
             passes_nat(env, network, &agent)?;
             let key = keys.claim(&network.id, &claim.address);
             let compares = vec![

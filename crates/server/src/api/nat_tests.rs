@@ -109,7 +109,10 @@ impl Api {
     async fn watch(&self, from: &str) -> Host {
         let answer = self.send(Self::from(from, "GET", "/watch", &json!(null))).await;
         let mut lines = answer.into_body().into_data_stream();
-        let line = lines.next().await.unwrap().unwrap();
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            line.extend(lines.next().await.unwrap().unwrap());
+        }
         let Watch::Snapshot { objects, .. } = serde_json::from_slice(&line).unwrap() else {
             panic!("not a snapshot")
         };

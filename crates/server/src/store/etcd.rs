@@ -98,7 +98,7 @@ impl EtcdStore {
     /// Opens the store, or makes it with `epoch` where there is none.
     pub(crate) async fn open(config: &EtcdConfig, epoch: Epoch) -> Result<Self, OpenEtcdError> {
         let life = Life { format: FORMAT, epoch, offset: 0 };
-        let mut inner = Inner::new(Gateway::new(config)?, &config.url.prefix, life);
+        let inner = Inner::new(Gateway::new(config)?, &config.url.prefix, life);
         inner.probe().await?;
         if inner.life().await?.is_none() {
             if inner.holds_keys().await? {
@@ -106,14 +106,20 @@ impl EtcdStore {
             }
             inner.make_life().await?;
         }
-        let Some(life) = inner.life().await? else {
-            return Err(OpenEtcdError::Store("etcd does not show what was put there".into()));
-        };
+        let made = Self::existing(config).await?;
+        made.ok_or_else(|| OpenEtcdError::Store("etcd does not show what was put there".into()))
+    }
+
+    /// Opens the store if there is one.
+    pub(crate) async fn existing(config: &EtcdConfig) -> Result<Option<Self>, OpenEtcdError> {
+        let nobody = Life { format: FORMAT, epoch: Epoch::from_random([0; 8]), offset: 0 };
+        let mut inner = Inner::new(Gateway::new(config)?, &config.url.prefix, nobody);
+        let Some(life) = inner.life().await? else { return Ok(None) };
         if life.format > FORMAT {
             return Err(OpenEtcdError::Newer(life.format));
         }
         inner.life = life;
-        Ok(Self { inner: Arc::new(inner) })
+        Ok(Some(Self { inner: Arc::new(inner) }))
     }
 
     /// Begins to make the store anew, with revisions above `above`; no server opens it before [`EtcdStore::finish`]. `None`

@@ -1,4 +1,5 @@
 //! A real etcd on a loopback address of its own. Included by the tests of the store, too.
+#![allow(dead_code, reason = "each of the two uses its part")]
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};

@@ -3,9 +3,12 @@
 
 mod addresses;
 mod edges;
+mod etcd;
 mod enrolment;
 mod harness;
 mod networks;
 mod peers;
+mod restoring;
+mod several;
 mod starting;
 mod watching;
