@@ -87,7 +87,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let mut shutdown = std::pin::pin!(shutdown);
     let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
     let known = match ledger.identity().map_err(internal)? {
-        Some(identity) if config.token.is_some() && was_removed(&identity, &ledger.servers().map_err(internal)?).await? => {
+        Some(identity)
+            if config.token.is_some()
+                && was_removed(&identity, &ledger.servers().map_err(internal)?).await? =>
+        {
             tracing::warn!(host = %identity.host, "this host was removed from its environment; it joins as a new one");
             None
         }

@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use flate2::write::MultiGzDecoder;
 use model::api::{
-    ApiError, ClaimRequest, ErrorCode, GiveBack, Held, HeldAnswer, HostReport, HostRoute, JoinAnswer, JoinRequest,
-    LeaseRequest, ReleaseClaim, path,
+    ApiError, ClaimRequest, ErrorCode, GiveBack, Held, HeldAnswer, HostReport, HostRoute, JoinAnswer,
+    JoinRequest, LeaseRequest, ReleaseClaim, path,
 };
 use model::{
     Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId,
@@ -457,6 +457,10 @@ mod tests {
         }
         assert_eq!(order, ["https://a:1", "https://c:1", "https://b:1", "https://a:1"]);
         server.learn(&["https://d:1".into()]);
-        assert_eq!((server.url().as_str(), server.count()), ("https://c:1", 4), "the one spoken to, d, a and b");
+        assert_eq!(
+            (server.url().as_str(), server.count()),
+            ("https://c:1", 4),
+            "the one spoken to, d, a and b"
+        );
     }
 }

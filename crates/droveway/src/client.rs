@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
-    ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
+    ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView,
+    UnreportedHost, path,
 };
 use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};

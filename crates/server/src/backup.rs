@@ -100,7 +100,8 @@ pub async fn restore(
 ) -> Result<Backup, Error> {
     let (head, texts, all) = read(file)?;
     let data = DataDir::open(data_dir)?;
-    let there = [files::STORE, files::CA_KEY].into_iter().map(|name| data.path(name)).find(|path| path.exists());
+    let there =
+        [files::STORE, files::CA_KEY].into_iter().map(|name| data.path(name)).find(|path| path.exists());
     if let Some(path) = there.filter(|_| !force) {
         return Err(Error::InTheWay(path.display().to_string()));
     }
@@ -211,9 +212,11 @@ fn with_end(path: &Path, end: &str) -> PathBuf {
 
 fn rename(from: &Path, to: &Path) -> Result<(), Error> {
     let sync = || File::open(to.parent().unwrap_or(Path::new("/")))?.sync_all();
-    fs::rename(from, to)
-        .and_then(|()| sync())
-        .map_err(|error| Error::File { what: "rename", path: from.to_owned(), error })
+    fs::rename(from, to).and_then(|()| sync()).map_err(|error| Error::File {
+        what: "rename",
+        path: from.to_owned(),
+        error,
+    })
 }
 
 /// The whole file or none: it is written beside its place.
@@ -230,7 +233,8 @@ fn write(file: &Path, lines: &[Line]) -> std::io::Result<()> {
 }
 
 fn write_to(path: &Path, lines: &[Line]) -> std::io::Result<()> {
-    let mut file = BufWriter::new(OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?);
+    let mut file =
+        BufWriter::new(OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?);
     let mut text = Vec::new();
     for line in lines {
         text.extend(serde_json::to_vec(line)?);

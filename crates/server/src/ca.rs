@@ -71,12 +71,19 @@ impl Ca {
     /// Reads the CA, or makes it where there is none. Its key is written before its certificate, so a first start that
     /// was cut short goes on with the same key. `established`: hosts may already hold certificates of a CA, so none is made.
     /// `known` is the certificate that the store has: a server that joins others brings the CA's key alone.
-    pub(crate) fn load_or_make(data: &DataDir, established: bool, known: Option<&str>) -> Result<Self, Error> {
+    pub(crate) fn load_or_make(
+        data: &DataDir,
+        established: bool,
+        known: Option<&str>,
+    ) -> Result<Self, Error> {
         let (key, mut pem) = (data.read(files::CA_KEY)?, data.read(files::CA_CERTIFICATE)?);
         if let Some(known) = known {
-            if pem.as_ref().is_some_and(|pem| pem != known) {
-                return Err(Error::OtherCa(data.path(files::CA_CERTIFICATE)));
+            if let Some(pem) = pem.as_ref().filter(|pem| *pem != known) {
+                let path = data.path(files::CA_CERTIFICATE);
+                let readable = CertificateDer::from_pem_slice(pem.as_bytes()).is_ok();
+                return Err(if readable { Error::OtherCa(path) } else { Error::Unreadable(path) });
             }
+            // Of several servers each has its own data directory; one that had the certificate had the key, too.
             if key.is_none() && pem.is_none() {
                 return Err(Error::NoCaKey(data.path(files::CA_KEY)));
             }

@@ -17,9 +17,9 @@ use flate2::write::GzEncoder;
 use model::Revision;
 use serde::Serialize;
 
-use crate::view::{Cursor, Scope, Touched};
+use crate::view::{Scope, Touched};
 
-/// How long a snapshot may be given to others, who are then told what came after it.
+/// How long a snapshot is kept for others who want the same.
 const FRESH: Duration = Duration::from_secs(2);
 /// How many different snapshots are kept.
 const SNAPSHOTS: usize = 4;
@@ -68,8 +68,8 @@ pub(crate) struct Lines {
 #[derive(Debug, Clone)]
 struct Snapshot {
     made: Instant,
+    revision: Revision,
     scope: Scope,
-    cursor: Cursor,
     objects: Arc<Piece>,
 }
 
@@ -93,31 +93,26 @@ impl Lines {
         Ok(line)
     }
 
-    /// A snapshot's objects as a JSON list, of now or of a moment ago that will do, and a cursor that goes on from there.
+    /// A snapshot's objects as a JSON list.
     pub(crate) fn snapshot(
         &self,
-        cursor: Cursor,
+        revision: Revision,
         scope: Scope,
-        will_do: impl Fn(Revision) -> bool,
         write: impl FnOnce() -> Result<Piece, serde_json::Error>,
-    ) -> Result<(Cursor, Arc<Piece>), serde_json::Error> {
+    ) -> Result<Arc<Piece>, serde_json::Error> {
         // Held while it is written: the thousand others who want the same wait for it.
         let mut snapshots = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
-        snapshots.retain(|known| known.made.elapsed() < FRESH);
-        let known = snapshots.iter().find(|known| known.scope == scope && will_do(known.cursor.at));
-        if let Some(known) = known {
-            return Ok((known.cursor.clone(), known.objects.clone()));
+        snapshots.retain(|known| known.revision == revision);
+        if let Some(known) = snapshots.iter().find(|known| known.scope == scope) {
+            return Ok(known.objects.clone());
         }
         let objects = Arc::new(write()?);
         snapshots.truncate(SNAPSHOTS - 1);
-        snapshots.insert(
-            0,
-            Snapshot { made: Instant::now(), scope, cursor: cursor.clone(), objects: objects.clone() },
-        );
-        Ok((cursor, objects))
+        snapshots.insert(0, Snapshot { made: Instant::now(), revision, scope, objects: objects.clone() });
+        Ok(objects)
     }
 
-    /// Lets go of snapshots that are too old to be given.
+    /// Lets go of snapshots that nobody asked for lately.
     pub(crate) fn forget_old(&self) {
         let mut snapshots = self.snapshots.lock().unwrap_or_else(PoisonError::into_inner);
         snapshots.retain(|known| known.made.elapsed() < FRESH);

@@ -132,7 +132,12 @@ async fn make_environment(store: &dyn Store, environment: &EnvironmentId, ca: &C
 
 /// The store knows the CA's certificate: servers that come later take it from there, and one that made a CA of its own at
 /// the same moment finds that it was not the first.
-async fn keep_ca(data: &DataDir, store: &dyn Store, environment: &EnvironmentId, ca: &Ca) -> Result<(), Error> {
+async fn keep_ca(
+    data: &DataDir,
+    store: &dyn Store,
+    environment: &EnvironmentId,
+    ca: &Ca,
+) -> Result<(), Error> {
     let place = Keys(environment).ca();
     let put = vec![Op::Put(place.clone(), ca.pem().into())];
     store.txn(Txn::new(vec![Compare::Absent(place.clone())], put)).await.map_err(fault)?;
@@ -148,7 +153,11 @@ async fn keep_urls(store: &dyn Store, place: &str, urls: &[String]) -> Result<()
     if known.clone().unwrap_or_default() == urls {
         return Ok(());
     }
-    let op = if urls.urls.is_empty() { Op::Delete(place.to_owned()) } else { put(place.to_owned(), &urls).map_err(unwritable)? };
+    let op = if urls.urls.is_empty() {
+        Op::Delete(place.to_owned())
+    } else {
+        put(place.to_owned(), &urls).map_err(unwritable)?
+    };
     store.txn(Txn::new(vec![], vec![op])).await.map_err(fault)?;
     Ok(())
 }

@@ -64,13 +64,6 @@ pub(crate) struct Changed {
     pub(crate) hosts: Vec<HostId>,
 }
 
-impl Changed {
-    /// Whether it is the host itself, or what it holds.
-    pub(crate) fn concerns(&self, host: &HostId) -> bool {
-        self.hosts.contains(host) || self.key == Key::Host(host.clone())
-    }
-}
-
 /// What a change of one key of the store means for those who watch.
 struct Meaning {
     key: Key,

@@ -14,7 +14,7 @@ use model::{Change, EnvironmentId, HostId, Key, NetworkId, Object, Peer, Revisio
 use crate::state::{Environment, State};
 
 /// How far one watch has come.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Cursor {
     environment: EnvironmentId,
     host: HostId,
@@ -107,11 +107,6 @@ impl Cursor {
         Some((cursor, step))
     }
 
-    /// A cursor like this one for another host that sees the same.
-    pub(crate) fn for_host(&self, host: &HostId) -> Self {
-        Self { host: host.clone(), ..self.clone() }
-    }
-
     /// What it sees; `None` if something of it is this host's alone: a secret shared with a foreign peer.
     pub(crate) fn scope(&self, state: &State) -> Option<Scope> {
         let env = state.environments.get(&self.environment)?;
@@ -169,7 +164,8 @@ impl Cursor {
         if touched.is_empty() {
             return Step::Nothing;
         }
-        let (there, mut gone): (Vec<Key>, Vec<Key>) = touched.into_iter().partition(|key| self.sees(env, key));
+        let (there, mut gone): (Vec<Key>, Vec<Key>) =
+            touched.into_iter().partition(|key| self.sees(env, key));
         // What is gone makes room first; what belongs to something goes before it.
         gone.reverse();
         let gone = gone.into_iter().map(|key| (key, false));

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -14,6 +15,12 @@ use super::server::{Ready, ServerArgs, greeting};
 /// Runs the server until SIGINT or SIGTERM.
 pub(super) fn server(args: ServerArgs) -> Result<(), Failure> {
     args.log.start()?;
+    // Each agent is a connection; the limit that most systems begin with is for programs that have few.
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most)
+    {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     super::on(threads(), serve(args))
 }
 

@@ -131,8 +131,7 @@ impl Verb {
                 ))
             }
             Self::Restore { file, place: Place { data_dir, store }, force } => {
-                let made =
-                    server::restore(&file, &data_dir, &store.choice(), force).await.map_err(fault)?;
+                let made = server::restore(&file, &data_dir, &store.choice(), force).await.map_err(fault)?;
                 write(&format!(
                     "{}: restored {} keys of revision {}; epoch {} begins. {}\n",
                     data_dir.display(),

@@ -18,6 +18,7 @@ mod guest;
 mod interop;
 mod ipsec;
 mod isolation;
+mod killed_server;
 mod lab;
 mod lab_bare;
 mod nat;

@@ -141,7 +141,8 @@ fn adopt_blocks(
         let block = Block { host: host.clone(), ..block.clone() };
         ops.push(put(keys.block(&block.network, &block.cidr), &block)?);
     }
-    let gone = env.catalog.blocks.iter().filter(|(place, block)| block.host == *host && !own.contains(*place));
+    let gone =
+        env.catalog.blocks.iter().filter(|(place, block)| block.host == *host && !own.contains(*place));
     ops.extend(gone.map(|((network, cidr), _)| Op::Delete(keys.block(network, cidr))));
     Ok(())
 }
@@ -178,7 +179,8 @@ fn adopt_claims(
         let claim = Claim { host: host.clone(), ..claim.clone() };
         ops.push(put(keys.claim(&claim.network, &claim.address), &claim)?);
     }
-    let gone = env.catalog.claims.iter().filter(|(place, claim)| claim.host == *host && !own.contains(*place));
+    let gone =
+        env.catalog.claims.iter().filter(|(place, claim)| claim.host == *host && !own.contains(*place));
     ops.extend(gone.map(|((network, address), _)| Op::Delete(keys.claim(network, address))));
     Ok(())
 }

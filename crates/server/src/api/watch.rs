@@ -133,7 +133,8 @@ fn resumed(
     }
     let resumed = Cursor::resume(state, &agent.environment, &agent.host, from);
     let (cursor, step) = resumed.ok_or_else(|| {
-        let message = format!("changes since revision {from} are not remembered any more; ask for a snapshot");
+        let message =
+            format!("changes since revision {from} are not remembered any more; ask for a snapshot");
         refuse(ErrorCode::Compacted, message)
     })?;
     let changes = match &step {
@@ -149,21 +150,10 @@ fn fresh(app: &App, agent: &Agent, state: &state::State) -> Result<(Cursor, Vec<
     let cursor = Cursor::new(state, &agent.environment, &agent.host).ok_or_else(|| removed(agent))?;
     let fault = |error: serde_json::Error| App::fault(&error);
     let write = || Piece::json(&cursor.snapshot(state));
-    let (cursor, objects) = match cursor.scope(state) {
-        Some(scope) => {
-            // What changed since comes as a delta, but a host sees itself as it is from the start.
-            let will_do = |at| {
-                let changes = state.changes_after(at, &agent.environment);
-                changes.is_some_and(|mut changes| !changes.any(|changed| changed.concerns(&agent.host)))
-            };
-            app.lines.snapshot(cursor.clone(), scope, will_do, write).map_err(fault)?
-        }
-        None => {
-            let objects = write().map_err(fault)?;
-            (cursor, Arc::new(objects))
-        }
+    let objects = match cursor.scope(state) {
+        Some(scope) => app.lines.snapshot(cursor.at, scope, write).map_err(fault)?,
+        None => Arc::new(write().map_err(fault)?),
     };
-    let cursor = cursor.for_host(&agent.host);
     let head = Watch::Snapshot {
         epoch: app.store.epoch(),
         revision: cursor.at,
@@ -176,7 +166,10 @@ fn fresh(app: &App, agent: &Agent, state: &state::State) -> Result<(Cursor, Vec<
     let mut head = serde_json::to_vec(&head).map_err(fault)?;
     let tail = b"[]}";
     if !head.ends_with(tail) {
-        return Err(refuse(ErrorCode::Internal, "a fault of the server: a snapshot does not end with its objects"));
+        return Err(refuse(
+            ErrorCode::Internal,
+            "a fault of the server: a snapshot does not end with its objects",
+        ));
     }
     head.truncate(head.len() - tail.len());
     Ok((cursor, vec![Arc::new(Piece::new(head)), objects, Arc::new(Piece::new(b"}\n".to_vec()))]))
@@ -194,7 +187,8 @@ fn takes_gzip(headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(ACCEPT_ENCODING).into_iter().filter_map(|value| value.to_str().ok());
     accepted.flat_map(|value| value.split(',')).any(|coding| {
         let mut parts = coding.split(';').map(str::trim);
-        parts.next() == Some("gzip") && !parts.any(|weight| weight.strip_prefix("q=").is_some_and(|q| q.parse() == Ok(0.0)))
+        parts.next() == Some("gzip")
+            && !parts.any(|weight| weight.strip_prefix("q=").is_some_and(|q| q.parse() == Ok(0.0)))
     })
 }
 

@@ -19,7 +19,9 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::gateway::{Gateway, Number, Stream, decode, encode};
-use super::{Answer, Batch, Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end};
+use super::{
+    Answer, Batch, Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end,
+};
 use crate::EtcdConfig;
 
 /// Put by every transaction that changes something.
@@ -75,7 +77,9 @@ pub enum OpenEtcdError {
     #[error("cannot set up TLS for etcd: {0}")]
     Tls(String),
     /// It was written by a newer version.
-    #[error("the store in etcd was written by a newer version (format {0}, known: {FORMAT}); run that version")]
+    #[error(
+        "the store in etcd was written by a newer version (format {0}, known: {FORMAT}); run that version"
+    )]
     Newer(u32),
     /// What is there is not ours, or half of a restore.
     #[error(
@@ -248,7 +252,8 @@ impl Inner {
     /// Begins a life, unless another server was faster.
     async fn make_life(&self) -> Result<(), OpenEtcdError> {
         let life = serde_json::to_vec(&self.life).map_err(|error| OpenEtcdError::Store(error.to_string()))?;
-        let absent = json!({ "key": self.key(LIFE), "target": "CREATE", "result": "EQUAL", "create_revision": "0" });
+        let absent =
+            json!({ "key": self.key(LIFE), "target": "CREATE", "result": "EQUAL", "create_revision": "0" });
         let body = json!({
             "compare": [absent],
             "success": [
@@ -373,9 +378,7 @@ impl Inner {
 
     fn compare(&self, compare: &Compare) -> Vec<Value> {
         let own = |revision: &Revision| Number(revision.0.saturating_sub(self.life.offset));
-        let is = |key: &str, target: &str, result: &str, field: &str, value: Value| {
-            json!({ "key": self.key(key), "target": target, "result": result, field: value })
-        };
+        let is = |key: &str, target: &str, result: &str, field: &str, value: Value| json!({ "key": self.key(key), "target": target, "result": result, field: value });
         let present = |key: &str| is(key, "CREATE", "GREATER", "create_revision", json!("0"));
         match compare {
             Compare::Absent(key) => vec![is(key, "CREATE", "EQUAL", "create_revision", json!("0"))],
@@ -390,8 +393,7 @@ impl Inner {
                 vec![present(key), is(key, "MOD", "EQUAL", "mod_revision", json!(own(at)))]
             }
             Compare::NonePutSince(prefix, since) => {
-                let mut compare =
-                    is(prefix, "MOD", "LESS", "mod_revision", json!(Number(own(since).0 + 1)));
+                let mut compare = is(prefix, "MOD", "LESS", "mod_revision", json!(Number(own(since).0 + 1)));
                 compare["range_end"] = json!(self.end(prefix));
                 vec![compare]
             }

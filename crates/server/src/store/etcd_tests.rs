@@ -43,7 +43,11 @@ async fn all_servers_on_one_etcd_share_epoch_revisions_and_changes_and_others_ke
     assert_eq!(watch.next().await.unwrap().revision, made);
     other.txn(put("/a", "2")).await.unwrap();
     let (revision, all) = two.range("/").await.unwrap();
-    assert_eq!((revision, all.len(), &all[0].value[..]), (made, 1, &b"1"[..]), "others' changes are not ours");
+    assert_eq!(
+        (revision, all.len(), &all[0].value[..]),
+        (made, 1, &b"1"[..]),
+        "others' changes are not ours"
+    );
     let held = two.txn(Txn::new(vec![Compare::Absent("/a".into())], vec![])).await.unwrap();
     assert_eq!((held.succeeded, held.revision), (false, made));
     assert_eq!(one.txn(put("/b", "1")).await.unwrap().revision, watch.next().await.unwrap().revision);
@@ -99,14 +103,23 @@ async fn keys_without_a_life_are_not_taken_for_a_store() {
     half.txn(put("/droveway/default/environment", "{}")).await.unwrap();
     let Err(error) = EtcdStore::open(&config, epoch(1)).await else { panic!("opened") };
     assert!(error.to_string().contains("cut short"), "{error}");
-    assert!(EtcdStore::begin(&config, epoch(3), Revision(0), false).await.unwrap().is_none(), "not without force");
+    assert!(
+        EtcdStore::begin(&config, epoch(3), Revision(0), false).await.unwrap().is_none(),
+        "not without force"
+    );
     half.finish().await.unwrap();
     let store = EtcdStore::open(&config, epoch(1)).await.unwrap();
     assert_eq!(store.epoch(), epoch(2));
     let (revision, all) = store.range("/").await.unwrap();
-    assert!(revision > Revision(1000) && all[0].created > Revision(1000), "above the revisions of the life before");
+    assert!(
+        revision > Revision(1000) && all[0].created > Revision(1000),
+        "above the revisions of the life before"
+    );
     let next = Txn::new(
-        vec![Compare::Modified(all[0].key.clone(), all[0].modified), Compare::NonePutSince("/".into(), revision)],
+        vec![
+            Compare::Modified(all[0].key.clone(), all[0].modified),
+            Compare::NonePutSince("/".into(), revision),
+        ],
         vec![Op::Delete(all[0].key.clone())],
     );
     assert!(store.txn(next).await.unwrap().succeeded);

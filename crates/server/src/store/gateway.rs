@@ -215,8 +215,10 @@ impl Gateway {
             );
             return Err(Trouble::Refused(why));
         }
-        let session: Session =
-            response.json().await.map_err(|error| Trouble::NotTaken(format!("{member}: {}", cause(&error))))?;
+        let session: Session = response
+            .json()
+            .await
+            .map_err(|error| Trouble::NotTaken(format!("{member}: {}", cause(&error))))?;
         *self.token.write().unwrap_or_else(PoisonError::into_inner) = Some(session.token.clone());
         Ok(Some(session.token))
     }
@@ -289,11 +291,13 @@ impl Stream {
             if let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=self.searched + end).collect();
                 self.searched = 0;
-                let line: Line<T> =
-                    serde_json::from_slice(&line).map_err(|error| lost(format!("it is not understood: {error}")))?;
+                let line: Line<T> = serde_json::from_slice(&line)
+                    .map_err(|error| lost(format!("it is not understood: {error}")))?;
                 return match line {
                     Line { result: Some(result), .. } => Ok(result),
-                    Line { error, .. } => Err(lost(error.map_or_else(String::new, |error| error.to_string()))),
+                    Line { error, .. } => {
+                        Err(lost(error.map_or_else(String::new, |error| error.to_string())))
+                    }
                 };
             }
             self.searched = self.buffer.len();
@@ -347,7 +351,8 @@ fn read(file: &Path) -> Result<String, OpenEtcdError> {
 }
 
 fn tls(config: &EtcdConfig) -> Result<rustls::ClientConfig, OpenEtcdError> {
-    let unreadable = |file: &PathBuf| OpenEtcdError::File(file.clone(), "it holds no such thing in PEM".into());
+    let unreadable =
+        |file: &PathBuf| OpenEtcdError::File(file.clone(), "it holds no such thing in PEM".into());
     let failed = |error: rustls::Error| OpenEtcdError::Tls(error.to_string());
     let mut roots = rustls::RootCertStore::empty();
     if let Some(file) = &config.ca {
@@ -369,7 +374,8 @@ fn tls(config: &EtcdConfig) -> Result<rustls::ClientConfig, OpenEtcdError> {
             let chain = CertificateDer::pem_slice_iter(read(certificate)?.as_bytes())
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|_| unreadable(certificate))?;
-            let key_der = PrivateKeyDer::from_pem_slice(read(key)?.as_bytes()).map_err(|_| unreadable(key))?;
+            let key_der =
+                PrivateKeyDer::from_pem_slice(read(key)?.as_bytes()).map_err(|_| unreadable(key))?;
             builder.with_client_auth_cert(chain, key_der).map_err(failed)
         }
         _ => Err(OpenEtcdError::HalfIdentity),

@@ -165,7 +165,9 @@ pub(crate) enum StoreError {
     #[error("the store does not answer: {0}")]
     Unreachable(String),
     /// A transaction was sent, and no answer came.
-    #[error("no answer came from the store, so the change may have been made or not: {0}; look, and try again")]
+    #[error(
+        "no answer came from the store, so the change may have been made or not: {0}; look, and try again"
+    )]
     Unknown(String),
     /// The store says no; nothing was changed.
     #[error("the store refuses: {0}")]

@@ -87,9 +87,15 @@ mod tests {
         assert_eq!(url.prefix, "/blue");
         assert_eq!(url.to_string(), "etcd://10.0.0.1:2379,[fd00::1]:2379/blue");
         assert_eq!("etcd://a:1".parse::<EtcdUrl>().unwrap().prefix, "");
-        for bad in
-            ["http://a:1", "etcd://", "etcd://a", "etcd://a:0", "etcd://a:1,", "etcd://u:p@a:1", "etcd://a:1/x?y"]
-        {
+        for bad in [
+            "http://a:1",
+            "etcd://",
+            "etcd://a",
+            "etcd://a:0",
+            "etcd://a:1,",
+            "etcd://u:p@a:1",
+            "etcd://a:1/x?y",
+        ] {
             assert!(bad.parse::<EtcdUrl>().is_err(), "{bad}");
         }
     }

@@ -78,7 +78,10 @@ impl SqliteStore {
         drop(made.map_err(|error| io(&error))?);
         let (connection, ..) = open(path, &epoch)?;
         connection
-            .execute("UPDATE meta SET value = ?1 WHERE name IN ('revision', 'compacted')", [above.0.to_string()])
+            .execute(
+                "UPDATE meta SET value = ?1 WHERE name IN ('revision', 'compacted')",
+                [above.0.to_string()],
+            )
             .map_err(|error| io(&error))?;
         drop(connection);
         Self::open(path, epoch)
@@ -157,19 +160,21 @@ fn io(path: &Path) -> impl Fn(rusqlite::Error) -> OpenError + '_ {
 /// Whether the file is a store; `false` for one that is empty. Anything else is refused.
 fn recognize(connection: &Connection, path: &Path) -> Result<bool, OpenError> {
     let io = io(path);
-    let number =
-        |query: &str| connection.query_row(query, [], |row| row.get::<_, i64>(0)).map_err(&io);
+    let number = |query: &str| connection.query_row(query, [], |row| row.get::<_, i64>(0)).map_err(&io);
     let tables = number("SELECT count(*) FROM sqlite_master")?;
     let application = number("PRAGMA application_id")?;
     if application != i64::from(APPLICATION_ID) {
-        return if tables > 0 || application != 0 { Err(OpenError::Foreign(path.to_owned())) } else { Ok(false) };
+        return if tables > 0 || application != 0 {
+            Err(OpenError::Foreign(path.to_owned()))
+        } else {
+            Ok(false)
+        };
     }
     let schema = number("PRAGMA user_version")?;
     if schema > SCHEMA {
         return Err(OpenError::Newer(path.to_owned(), schema));
     }
-    let check: String =
-        connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(&io)?;
+    let check: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(&io)?;
     if check == "ok" { Ok(true) } else { Err(OpenError::Damaged(path.to_owned(), check)) }
 }
 

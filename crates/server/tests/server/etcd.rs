@@ -81,7 +81,12 @@ impl Etcd {
             .arg(self.dir.path().join(&member.name))
             .args(["--initial-cluster", &member.cluster])
             .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-            .args(["--heartbeat-interval=50", "--election-timeout=500", "--max-txn-ops=10000", "--unsafe-no-fsync"]);
+            .args([
+                "--heartbeat-interval=50",
+                "--election-timeout=500",
+                "--max-txn-ops=10000",
+                "--unsafe-no-fsync",
+            ]);
         if !member.extra.iter().any(|word| word.starts_with("--listen-client-urls")) {
             command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
         }
@@ -107,7 +112,8 @@ impl Etcd {
     /// A verb of etcd's gateway, at one member.
     pub async fn ask(&self, n: usize, path: &str, body: serde_json::Value) -> serde_json::Value {
         let url = format!("http://{}:{CLIENT}{path}", self.members[n].address);
-        let client = reqwest::Client::builder().no_proxy().tls_backend_preconfigured(plain()).build().unwrap();
+        let client =
+            reqwest::Client::builder().no_proxy().tls_backend_preconfigured(plain()).build().unwrap();
         client.post(url).json(&body).send().await.unwrap().json().await.unwrap()
     }
 }
@@ -125,7 +131,9 @@ fn plain() -> rustls::ClientConfig {
 impl Member {
     fn wait(&self) {
         let begun = Instant::now();
-        while TcpStream::connect_timeout(&SocketAddr::new(self.address, CLIENT), Duration::from_secs(1)).is_err() {
+        while TcpStream::connect_timeout(&SocketAddr::new(self.address, CLIENT), Duration::from_secs(1))
+            .is_err()
+        {
             assert!(begun.elapsed() < START, "etcd at {} does not answer", self.address);
             std::thread::sleep(Duration::from_millis(20));
         }

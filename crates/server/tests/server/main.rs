@@ -3,8 +3,8 @@
 
 mod addresses;
 mod edges;
-mod etcd;
 mod enrolment;
+mod etcd;
 mod harness;
 mod networks;
 mod peers;

@@ -70,11 +70,8 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
         host: one.id.clone(),
         endpoint: one.endpoint(&late, "c", 3).id,
     };
-    let request = ClaimRequest {
-        network: "tight".into(),
-        address: claim.address,
-        endpoint: claim.endpoint.clone(),
-    };
+    let request =
+        ClaimRequest { network: "tight".into(), address: claim.address, endpoint: claim.endpoint.clone() };
     one.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
 
     // A running server keeps its directory.
@@ -103,7 +100,8 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
     assert!(error.message.contains("h1, h3") && error.message.contains("--without"), "{error}");
     assert_eq!(two.lease("tight", 0).await.unwrap().cidr, fresh.cidr, "what it holds it has");
 
-    let mine = Held { blocks: vec![early[0].clone(), early[1].clone(), late.clone()], claims: vec![claim.clone()] };
+    let mine =
+        Held { blocks: vec![early[0].clone(), early[1].clone(), late.clone()], claims: vec![claim.clone()] };
     assert!(held(&one, &mine).await.conflicts.is_empty());
     assert!(held(&one, &mine).await.conflicts.is_empty(), "said twice");
     let mut watch = one.watch().await;
@@ -118,7 +116,11 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
         })
         .collect();
     own.sort_by_key(|block| block.leased);
-    assert_eq!(own, [early[0].clone(), early[1].clone(), late.clone()], "in the order in which they were leased");
+    assert_eq!(
+        own,
+        [early[0].clone(), early[1].clone(), late.clone()],
+        "in the order in which they were leased"
+    );
 
     // One that never comes back is waited for until its operator says otherwise.
     let error = one.lease("tight", 3).await.unwrap_err();
@@ -160,7 +162,10 @@ async fn of_two_hosts_that_hold_a_block_the_later_lease_counts_and_the_other_hos
     let answer = held(&one, &Held { blocks: vec![block.clone()], claims: vec![] }).await;
     assert!(answer.conflicts[0].contains("leased to host h2 later"), "{answer:?}");
     let blocks: Vec<Block> = server.admin().get(&format!("{DEFAULT}/blocks")).await.unwrap();
-    assert_eq!(blocks.iter().map(|block| (&block.cidr, &block.host)).collect::<Vec<_>>(), [(&block.cidr, &two.id)]);
+    assert_eq!(
+        blocks.iter().map(|block| (&block.cidr, &block.host)).collect::<Vec<_>>(),
+        [(&block.cidr, &two.id)]
+    );
     // What is no block of a pool is nobody's.
     let dir = server.stop().await;
     std::fs::remove_file(&file).unwrap();
@@ -169,7 +174,8 @@ async fn of_two_hosts_that_hold_a_block_the_later_lease_counts_and_the_other_hos
     let server = Server::start_in(dir).await;
     let wide = Block { cidr: "10.42.0.0/17".parse().unwrap(), ..block };
     let body = Held { blocks: vec![wide], claims: vec![] };
-    let refused = server.agent(&one).client.put::<HeldAnswer>(&format!("{DEFAULT}/hosts/self/held"), &body).await;
+    let refused =
+        server.agent(&one).client.put::<HeldAnswer>(&format!("{DEFAULT}/hosts/self/held"), &body).await;
     assert_eq!(refused.unwrap_err().code, ErrorCode::Invalid);
 }
 
@@ -183,7 +189,9 @@ async fn a_backup_that_is_cut_short_or_changed_restores_nothing() {
     let half = whole.len() / 2;
     let changed = whole.replacen("\"h1\"", "\"h9\"", 1).replacen("created\":3", "created\":4", 1);
     assert_ne!(changed, whole);
-    for (name, text) in [("half", &whole[..half]), ("line", whole.rsplit_once("{\"end").unwrap().0), ("changed", &changed)] {
+    for (name, text) in
+        [("half", &whole[..half]), ("line", whole.rsplit_once("{\"end").unwrap().0), ("changed", &changed)]
+    {
         let bad: PathBuf = server.dir.path().join(name);
         std::fs::write(&bad, text).unwrap();
         let target = server.dir.path().join("target");

@@ -47,7 +47,10 @@ async fn a_second_server_needs_the_cas_key_and_then_serves_the_same_environment(
     let two = second(&etcd, &one).await;
     let (first, other) = (info(&one).await, info(&two).await);
     assert_eq!((first.ca, first.epoch), (other.ca, other.epoch));
-    assert!(!two.dir.path().join("data/admin.key").exists(), "the admin key is one, and stays where it was made");
+    assert!(
+        !two.dir.path().join("data/admin.key").exists(),
+        "the admin key is one, and stays where it was made"
+    );
 
     // A person and a host of the one are known to the other.
     let token = one.token(&TokenRequest { uses: Some(1), ttl_seconds: None }).await.token;
@@ -84,7 +87,9 @@ async fn a_watch_goes_on_at_the_other_server_where_it_was_with_the_changes_alone
     heard(&one, &two).await;
     let mut watch = one.agent(&host).watch().await;
     watch.next().await;
-    let Some(Watch::Snapshot { epoch, revision, objects, .. }) = watch.next().await else { panic!("no snapshot") };
+    let Some(Watch::Snapshot { epoch, revision, objects, .. }) = watch.next().await else {
+        panic!("no snapshot")
+    };
     let mut catalog = Catalog::from_objects(objects);
     // The first dies; what happens now it never tells.
     let block = two.agent(&other).lease("managed", 0).await.unwrap();

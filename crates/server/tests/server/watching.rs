@@ -263,7 +263,9 @@ async fn a_watch_is_compressed_for_those_who_take_it_and_every_message_comes_at_
         (packed, String::from_utf8(text.get_ref().clone()).unwrap())
     };
     let (packed, text) = lines(1).await;
-    let Watch::Snapshot { objects, .. } = serde_json::from_str(text.trim()).unwrap() else { panic!("{text}") };
+    let Watch::Snapshot { objects, .. } = serde_json::from_str(text.trim()).unwrap() else {
+        panic!("{text}")
+    };
     assert_eq!(objects.len(), 3 + 58);
     assert!(packed * 4 < text.len(), "{packed} bytes for {}", text.len());
     // No other message follows that would push this one out.
