@@ -25,6 +25,7 @@ mod nat;
 mod outside;
 mod probe;
 mod refused;
+mod several;
 mod spoof;
 mod steady;
 mod support;

@@ -134,7 +134,7 @@ pub(super) async fn give_back(
             }
             let key = keys.block(&network.id, &block.cidr);
             let compares = vec![
-                Compare::Created(key.clone(), block.leased),
+                Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()),
                 Compare::NonePutSince(keys.endpoints(), revision),
             ];
             Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))

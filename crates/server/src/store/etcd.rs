@@ -33,7 +33,7 @@ const OWN: &str = "/droveway/.";
 /// The newest way to lay out keys that this version knows.
 const FORMAT: u32 = 1;
 /// How many operations a transaction may need: a host may be removed with all that it has.
-const OPERATIONS: usize = 4096;
+const OPERATIONS: usize = 1024;
 /// How many keys are read at a time.
 const PAGE: usize = 2000;
 /// How many batches a watch may have waiting; etcd keeps the rest.

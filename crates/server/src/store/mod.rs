@@ -65,6 +65,7 @@ pub(crate) enum Compare {
     #[cfg_attr(not(test), expect(dead_code, reason = "a part of etcd's model that nothing needs yet"))]
     Value(String, Vec<u8>),
     /// The key was made at this revision, and is still there.
+    #[cfg_attr(not(test), expect(dead_code, reason = "a part of etcd's model that nothing needs yet"))]
     Created(String, Revision),
     /// The key was last changed at this revision, and is still there.
     Modified(String, Revision),
