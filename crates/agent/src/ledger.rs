@@ -40,8 +40,11 @@ pub struct Identity {
     pub name: Name,
     /// Its environment.
     pub environment: EnvironmentId,
-    /// The server's URL.
+    /// The URL of the server it joined at.
     pub server: String,
+    /// Other servers' URLs that it was given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub servers: Vec<String>,
     /// The environment's CA certificate, PEM.
     pub ca: String,
     /// Its own certificate, PEM.
@@ -208,6 +211,22 @@ impl Ledger {
         let text = json(identity);
         self.write(true, |tx| {
             tx.execute("UPDATE meta SET value = ?1 WHERE key = 'identity'", [text]).map(drop)
+        })
+    }
+
+    /// How the servers are reached, as they said last.
+    pub fn servers(&self) -> Result<Vec<String>, LedgerError> {
+        let query = "SELECT value FROM meta WHERE key = 'servers'";
+        let text: Option<String> =
+            self.db.query_row(query, [], |row| row.get(0)).optional().map_err(|e| self.failed(e))?;
+        text.map_or_else(|| Ok(Vec::new()), |text| self.parse(&text))
+    }
+
+    /// Writes down how the servers are reached.
+    pub fn set_servers(&mut self, urls: &[String]) -> Result<(), LedgerError> {
+        let text = json(&urls);
+        self.write(true, |tx| {
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('servers', ?1)", [text]).map(drop)
         })
     }
 

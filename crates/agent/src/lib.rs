@@ -28,7 +28,7 @@ pub mod tunnels;
 pub mod underlay;
 pub mod view;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -61,8 +61,8 @@ const UNDERLAY_EVERY: Duration = Duration::from_secs(2);
 /// How an agent is to be.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The server's URL; needed for the first start only.
-    pub server: Option<String>,
+    /// The servers' URLs; needed for the first start only. Any of them will do.
+    pub servers: Vec<String>,
     /// The join token; needed for the first start only.
     pub token: Option<JoinToken>,
     /// The environment to join.
@@ -94,7 +94,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let mut shutdown = std::pin::pin!(shutdown);
     let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
     let known = match ledger.identity().map_err(internal)? {
-        Some(identity) if config.token.is_some() && was_removed(&identity).await? => {
+        Some(identity)
+            if config.token.is_some()
+                && was_removed(&identity, &ledger.servers().map_err(internal)?).await? =>
+        {
             tracing::warn!(host = %identity.host, "this host was removed from its environment; it joins as a new one");
             None
         }
@@ -114,7 +117,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     tracing::info!(host = %identity.host, name = %identity.name, server = identity.server, "this host");
 
     let candidates = underlay::candidates(&config.underlay, config.tunnels.port, Some(&identity.server))?;
-    let server = Server::of(&identity).map_err(internal)?;
+    let server = Server::of(&identity, &ledger.servers().map_err(internal)?).map_err(internal)?;
     let kernel = linux::Kernel::open(std::path::Path::new(NETNS_DIR)).map_err(internal)?;
     let waker = kernel.waker();
     let mut book = Book::open(ledger, identity.host.clone(), identity.name.clone()).map_err(internal)?;
@@ -157,7 +160,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let (identity_tx, identity_rx) = watch::channel(identity.clone());
     let context = socket::Context {
         control: control.clone(),
-        server: identity.server.clone(),
+        server: server.clone(),
         connection: connection.clone(),
         candidates,
         docker,
@@ -207,10 +210,16 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 /// Where namespaces are bound, as `ip netns` has it.
 const NETNS_DIR: &str = "/run/netns";
 
-/// Whether the server answers, and does not know this host any more. A server that does not answer says nothing.
-async fn was_removed(identity: &Identity) -> Result<bool, ApiError> {
-    let answer = Server::of(identity).map_err(internal)?.watch(None).await;
-    Ok(matches!(answer, Err(error) if error.code == ErrorCode::Unauthenticated))
+/// Whether a server answers, and does not know this host any more. One that does not answer says nothing.
+async fn was_removed(identity: &Identity, learned: &[String]) -> Result<bool, ApiError> {
+    let server = Server::of(identity, learned).map_err(internal)?;
+    for _ in 0..server.count() {
+        match server.watch(None).await {
+            Err(error) if error.code == ErrorCode::Unavailable => server.turn(),
+            answer => return Ok(matches!(answer, Err(error) if error.code == ErrorCode::Unauthenticated)),
+        }
+    }
+    Ok(false)
 }
 
 /// Joins, for as long as it takes to reach the server; a refusal ends it.
@@ -222,7 +231,8 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
         );
         ApiError::new(ErrorCode::Invalid, message)
     };
-    let url = config.server.as_deref().ok_or_else(|| missing("--server"))?.trim_end_matches('/');
+    let mut urls: VecDeque<String> =
+        config.servers.iter().map(|url| url.trim_end_matches('/').to_owned()).collect();
     let token = config.token.as_ref().ok_or_else(|| missing("the join token"))?;
     let name = match &config.name {
         Some(name) => name.clone(),
@@ -231,6 +241,7 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
     let key = rcgen::KeyPair::generate().map_err(internal)?;
     let mut backoff = link::Backoff::new();
     loop {
+        let url = &urls.front().ok_or_else(|| missing("--server"))?.clone();
         let attempt = server::join(server::Join {
             key: &key,
             url,
@@ -247,9 +258,13 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
                 if matches!(error.code, ErrorCode::Unavailable | ErrorCode::TooMany | ErrorCode::TooSlow) =>
             {
                 tracing::warn!("{}; trying again", error.message);
+                urls.rotate_left(1);
                 tokio::time::sleep(backoff.next()).await;
             }
-            outcome => return outcome,
+            outcome => {
+                urls.pop_front();
+                return outcome.map(|identity| Identity { servers: urls.into(), ..identity });
+            }
         }
     }
 }

@@ -10,8 +10,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use model::agent_api::Connection;
-use model::api::{ApiError, ErrorCode, HostReport};
-use model::{Candidate, Endpoint, EndpointId, Key};
+use model::api::{ApiError, ErrorCode, Held, HeldAnswer, HostReport};
+use model::{Candidate, Endpoint, EndpointId, Key, Watch};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -20,7 +20,7 @@ use crate::control::{Command, Control, Lessor};
 use crate::counts::Counts;
 use crate::ledger::Identity;
 use crate::server::Server;
-use crate::{now_millis, random};
+use crate::{View, now_millis, random};
 
 /// How long a claim or block must have been idle before it is given back: an attach may be on its way to use it.
 const IDLE: Duration = Duration::from_secs(5);
@@ -78,12 +78,26 @@ impl Link {
 /// Follows the watch stream and hands its messages to the reconciler.
 async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connection>, counts: &Counts) {
     let mut backoff = Backoff::new();
+    // How many servers were tried in vain.
+    let mut turned = 0;
     loop {
         let view = control.view();
         let resume = view.epoch.as_ref().map(|epoch| (epoch, view.revision));
         let mut outcome = server.watch(resume).await;
         if matches!(&outcome, Err(error) if error.code == ErrorCode::Compacted) {
             outcome = server.watch(None).await;
+        }
+        // The store was restored: what it knows of us is old, and what we know is not to be lost by taking that in.
+        if matches!(&outcome, Err(error) if error.code == ErrorCode::Unreported) {
+            outcome = match server.held(&held(&control.view())).await {
+                Ok(HeldAnswer { conflicts }) => {
+                    for conflict in conflicts {
+                        tracing::warn!("after a restore of the server: {conflict}");
+                    }
+                    server.watch(None).await
+                }
+                Err(error) => Err(error),
+            };
         }
         let error = match outcome {
             Ok(mut stream) => loop {
@@ -94,12 +108,16 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
                         state.send_if_modified(|connection| {
                             let was_down = matches!(connection, Connection::Down { .. });
                             if was_down {
-                                tracing::info!(server = server.url(), "connected");
+                                tracing::info!(server = %server.url(), "connected");
                                 *connection = Connection::Up { since: now_millis() };
                             }
                             was_down
                         });
                         backoff = Backoff::new();
+                        turned = 0;
+                        if let Watch::Servers { urls } = &message {
+                            server.learn(urls);
+                        }
                         control.send(Command::Watch(Box::new(message)));
                     }
                     Err(error) => break error,
@@ -108,13 +126,27 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
             Err(error) => error,
         };
         down(state, &error);
-        tokio::time::sleep(backoff.next().max(wished(&error))).await;
+        // Whatever one server says, the next may say otherwise; only all of them together are worth a longer pause.
+        server.turn();
+        turned += 1;
+        let pause = if turned < server.count() { Backoff::new().next() } else { backoff.next() };
+        tokio::time::sleep(pause.max(wished(&error))).await;
     }
 }
 
 /// How long the server wishes to be left alone; a minute at most, whatever it says.
 fn wished(error: &ApiError) -> Duration {
     Duration::from_secs(error.retry_after.unwrap_or_default().min(60))
+}
+
+/// What this host holds.
+fn held(view: &View) -> Held {
+    let catalog = &view.catalog;
+    let mut blocks: Vec<_> =
+        catalog.blocks.values().filter(|block| block.host == view.host).cloned().collect();
+    blocks.sort_by_key(|block| block.leased);
+    let claims = catalog.claims.values().filter(|claim| claim.host == view.host).cloned();
+    Held { blocks, claims: claims.collect() }
 }
 
 fn down(state: &watch::Sender<Connection>, error: &ApiError) {

@@ -606,7 +606,7 @@ fn matters_to_the_kernel(message: &Watch) -> bool {
     match message {
         Watch::Snapshot { .. } => true,
         Watch::Delta { changes, .. } => !changes.iter().all(of_an_endpoint),
-        Watch::Heartbeat { .. } => false,
+        Watch::Servers { .. } | Watch::Heartbeat { .. } => false,
     }
 }
 

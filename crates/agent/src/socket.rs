@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use crate::counts::Counts;
 use crate::ledger::Identity;
 use crate::names::Forwarder;
+use crate::server::Server;
 use crate::tunnels::Tunnels;
 use crate::{Control, VERSION, metrics, names, renew, tunnels};
 
@@ -31,7 +32,7 @@ use crate::{Control, VERSION, metrics, names, renew, tunnels};
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) control: Control,
-    pub(crate) server: String,
+    pub(crate) server: Server,
     pub(crate) connection: watch::Receiver<Connection>,
     pub(crate) candidates: watch::Receiver<Vec<model::Candidate>>,
     pub(crate) docker: watch::Receiver<DockerStatus>,
@@ -140,7 +141,7 @@ async fn status(State(context): State<Arc<Context>>) -> Json<AgentStatus> {
         version: VERSION.to_owned(),
         host: view.host.clone(),
         name: view.host_name.clone(),
-        server: context.server.clone(),
+        server: context.server.url(),
         connection: context.connection.borrow().clone(),
         epoch: view.epoch.clone(),
         revision: view.revision,

@@ -15,7 +15,7 @@ use std::time::Duration;
 use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
     ApiError, AuditEntry, ErrorCode, HostPatch, HostView, KeyCreated, KeyRequest, KeyView, ServerInfo,
-    TokenCreated, TokenRequest, TokenView, path,
+    TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
 };
 use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec, UnixMillis};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LINK};
@@ -265,6 +265,16 @@ impl Client {
     /// All join tokens, without their secrets.
     pub async fn tokens(&self) -> Result<Vec<TokenView>, Error> {
         self.list(path::TOKENS).await
+    }
+
+    /// Hosts that have not said what they hold since the store was restored.
+    pub async fn unreported(&self) -> Result<Vec<UnreportedHost>, Error> {
+        self.get(path::UNREPORTED, &[]).await
+    }
+
+    /// Waits no longer for a host to say what it holds.
+    pub async fn remove_unreported(&self, name_or_id: &str) -> Result<(), Error> {
+        self.delete(path::UNREPORTED, name_or_id).await
     }
 
     /// Makes a join token.

@@ -9,7 +9,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, Candidate, EndpointId, EnvironmentId, Epoch, Fingerprint, Host, HostId, Name, Revision, UnixMillis,
+    Block, Candidate, Claim, EndpointId, EnvironmentId, Epoch, Fingerprint, Host, HostId, Name, Revision,
+    UnixMillis,
 };
 
 /// Where things are.
@@ -30,6 +31,10 @@ pub mod path {
     pub const SELF: &str = "/hosts/self";
     /// `POST` [`super::RenewRequest`] → [`super::RenewAnswer`]; agents only: a new certificate for the host's own key.
     pub const CERTIFICATE: &str = "/hosts/self/certificate";
+    /// `PUT` [`super::Held`] → [`super::HeldAnswer`]; agents only: what the host holds, after a restore.
+    pub const HELD: &str = "/hosts/self/held";
+    /// `GET` → list of [`super::UnreportedHost`]; `DELETE` on `/{name or id}`.
+    pub const UNREPORTED: &str = "/unreported";
     /// `GET` → list of [`crate::Endpoint`]. `GET` on `/{id}`. `PUT`, `DELETE` on `/{id}`: the agent of its host only.
     pub const ENDPOINTS: &str = "/endpoints";
     /// `GET` → list of [`crate::Block`]. `POST` [`super::LeaseRequest`] → [`crate::Block`]; `DELETE` [`super::GiveBack`]: agents only.
@@ -108,6 +113,8 @@ pub enum ErrorCode {
     Exhausted,
     /// 410: the revision asked for is gone; take a snapshot.
     Compacted,
+    /// 409: the store was restored, and the host has to say first what it holds.
+    Unreported,
     /// 500: a fault of ours.
     Internal,
     /// 503: not now; try again.
@@ -122,7 +129,7 @@ impl ErrorCode {
             Self::Unauthenticated => 401,
             Self::Forbidden => 403,
             Self::NotFound => 404,
-            Self::Conflict | Self::InUse => 409,
+            Self::Conflict | Self::InUse | Self::Unreported => 409,
             Self::Compacted => 410,
             Self::TooSlow => 408,
             Self::TooLarge => 413,
@@ -214,6 +221,33 @@ pub struct HostRoute {
     pub cidr: IpNet,
     /// By which interface.
     pub device: String,
+}
+
+/// What a host holds: all blocks and claims in its ledger.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Held {
+    /// Its blocks, each with the revision of its lease.
+    pub blocks: Vec<Block>,
+    /// Its claims.
+    pub claims: Vec<Claim>,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HeldAnswer {
+    /// What the host cannot keep, for a person.
+    pub conflicts: Vec<String>,
+}
+
+/// A host that has not said what it holds since the store was restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct UnreportedHost {
+    /// Its id.
+    pub host: HostId,
+    /// Its name.
+    pub name: Name,
+    /// When the store was restored.
+    pub since: UnixMillis,
 }
 
 /// A host is let in.

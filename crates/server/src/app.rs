@@ -12,6 +12,7 @@ use tokio::time::Instant;
 
 use crate::ca::Ca;
 use crate::keys;
+use crate::lines::Lines;
 use crate::request;
 use crate::state::{Environment, Shared};
 use crate::store::{Op, Store, StoreError, Txn};
@@ -38,6 +39,8 @@ pub(crate) struct App {
     /// How many bodies of strangers may be read at the same time.
     pub(crate) strangers: Semaphore,
     pub(crate) upkeep: Upkeep,
+    /// What watches are told, written once for all.
+    pub(crate) lines: Lines,
     /// The API's description, once somebody asked for it.
     pub(crate) description: OnceLock<String>,
 }
@@ -68,6 +71,7 @@ impl App {
             turn: tokio::sync::Mutex::new(()),
             strangers: Semaphore::new(STRANGERS),
             upkeep,
+            lines: Lines::default(),
             description: OnceLock::new(),
         }
     }
@@ -116,6 +120,12 @@ impl App {
         Err(ApiError::new(ErrorCode::Unavailable, "too many changes at the same time; try again"))
     }
 
+    /// A value that cannot be written as JSON.
+    pub(crate) fn fault(error: &serde_json::Error) -> ApiError {
+        tracing::error!(%error, "a value cannot be written as JSON");
+        ApiError::new(ErrorCode::Internal, "a fault of the server; look at its log")
+    }
+
     /// Waits until the state in memory is that of `revision` or a later one.
     async fn reach(&self, revision: Revision) -> Result<(), ApiError> {
         let mut revisions = self.shared.subscribe();
@@ -132,10 +142,7 @@ impl App {
 
 /// An operation that puts a value.
 pub(crate) fn put(key: String, value: &impl Serialize) -> Result<Op, ApiError> {
-    keys::put(key, value).map_err(|error| {
-        tracing::error!(%error, "a value cannot be written as JSON");
-        ApiError::new(ErrorCode::Internal, "a fault of the server; look at its log")
-    })
+    keys::put(key, value).map_err(|error| App::fault(&error))
 }
 
 /// There is no such environment.
@@ -150,6 +157,9 @@ fn store_fault(error: &StoreError) -> ApiError {
         StoreError::Compacted { .. }
         | StoreError::Lagged
         | StoreError::DuplicateKey(_)
+        | StoreError::Unreachable(_)
+        | StoreError::Unknown(_)
+        | StoreError::Refused(_)
         | StoreError::Closed => error.to_string(),
     };
     ApiError::new(ErrorCode::Unavailable, message)

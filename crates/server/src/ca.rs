@@ -85,8 +85,29 @@ impl Request {
 impl Ca {
     /// Reads the CA, or makes it where there is none. Its key is written before its certificate, so a first start that
     /// was cut short goes on with the same key. `established`: hosts may already hold certificates of a CA, so none is made.
-    pub(crate) fn load_or_make(data: &DataDir, established: bool, lives: Lives) -> Result<Self, Error> {
-        let (key, pem) = (data.read(files::CA_KEY)?, data.read(files::CA_CERTIFICATE)?);
+    /// `known` is the certificate that the store has: a server that joins others brings the CA's key alone.
+    pub(crate) fn load_or_make(
+        data: &DataDir,
+        established: bool,
+        known: Option<&str>,
+        lives: Lives,
+    ) -> Result<Self, Error> {
+        let (key, mut pem) = (data.read(files::CA_KEY)?, data.read(files::CA_CERTIFICATE)?);
+        if let Some(known) = known {
+            if let Some(pem) = pem.as_ref().filter(|pem| *pem != known) {
+                let path = data.path(files::CA_CERTIFICATE);
+                let readable = CertificateDer::from_pem_slice(pem.as_bytes()).is_ok();
+                return Err(if readable { Error::OtherCa(path) } else { Error::Unreadable(path) });
+            }
+            // Of several servers each has its own data directory; one that had the certificate had the key, too.
+            if key.is_none() && pem.is_none() {
+                return Err(Error::NoCaKey(data.path(files::CA_KEY)));
+            }
+            if key.is_some() && pem.is_none() {
+                data.write(files::CA_CERTIFICATE, known)?;
+                pem = Some(known.to_owned());
+            }
+        }
         if established && (key.is_none() || pem.is_none()) || key.is_none() && pem.is_some() {
             let missing = if key.is_none() { files::CA_KEY } else { files::CA_CERTIFICATE };
             return Err(Error::Missing(data.path(missing)));
@@ -226,24 +247,27 @@ mod tests {
     fn a_first_start_cut_short_goes_on_with_the_same_key() {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
-        Ca::load_or_make(&data, false, Lives::default()).unwrap();
+        Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         let key = data.read(files::CA_KEY).unwrap();
         std::fs::remove_file(data.path(files::CA_CERTIFICATE)).unwrap();
-        let ca = Ca::load_or_make(&data, false, Lives::default()).unwrap();
+        let ca = Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         assert_eq!(data.read(files::CA_KEY).unwrap(), key);
-        assert_eq!(Ca::load_or_make(&data, true, Lives::default()).unwrap().fingerprint(), ca.fingerprint());
+        assert_eq!(
+            Ca::load_or_make(&data, true, None, Lives::default()).unwrap().fingerprint(),
+            ca.fingerprint()
+        );
     }
 
     #[test]
     fn a_lost_or_foreign_ca_key_is_said_and_nothing_is_made_in_its_place() {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
-        let fail = |established| match Ca::load_or_make(&data, established, Lives::default()) {
+        let fail = |established| match Ca::load_or_make(&data, established, None, Lives::default()) {
             Ok(_) => panic!("accepted"),
             Err(error) => error.to_string(),
         };
         assert!(fail(true).contains("ca.key"));
-        Ca::load_or_make(&data, false, Lives::default()).unwrap();
+        Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         data.write(files::CA_KEY, &KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(fail(false).contains("do not belong together"));
         data.write(files::CA_KEY, "rubbish").unwrap();
@@ -274,7 +298,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
         let lives = Lives { ca: Duration::from_secs(1000), leaf: Duration::from_secs(5000) };
-        let ca = Ca::load_or_make(&data, false, lives).unwrap();
+        let ca = Ca::load_or_make(&data, false, None, lives).unwrap();
         assert!(ca.expires() <= now() + 1_000_000);
         let server = ca.server(&data, &[], &[]).unwrap();
         assert!(expires(&server.certificate).unwrap() <= ca.expires() + 1000);

@@ -189,6 +189,7 @@ impl Book {
                 self.behind |= written.is_err();
                 written?;
             }
+            Watch::Servers { urls } => self.ledger.set_servers(&urls)?,
             Watch::Heartbeat { .. } => {}
         }
         let catalog = &self.catalog;

@@ -63,7 +63,7 @@ impl Exit {
             ErrorCode::TooSlow | ErrorCode::TooMany => Self::Unreachable,
             ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Denied,
             ErrorCode::NotFound => Self::NotFound,
-            ErrorCode::Conflict | ErrorCode::InUse => Self::Conflict,
+            ErrorCode::Conflict | ErrorCode::InUse | ErrorCode::Unreported => Self::Conflict,
             ErrorCode::Exhausted => Self::Exhausted,
             ErrorCode::Unavailable => Self::Unreachable,
             ErrorCode::Compacted | ErrorCode::Internal => Self::Internal,
@@ -143,6 +143,7 @@ impl From<ApiError> for Failure {
             | ErrorCode::TooSlow
             | ErrorCode::TooMany
             | ErrorCode::Exhausted
+            | ErrorCode::Unreported
             | ErrorCode::Compacted => failure,
         }
     }
@@ -215,6 +216,7 @@ mod tests {
             (ErrorCode::TooSlow, 6),
             (ErrorCode::TooMany, 6),
             (ErrorCode::Exhausted, 7),
+            (ErrorCode::Unreported, 4),
             (ErrorCode::Compacted, 1),
             (ErrorCode::Internal, 1),
             (ErrorCode::Unavailable, 6),

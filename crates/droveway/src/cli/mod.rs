@@ -132,6 +132,7 @@ impl Cli {
         let done = match self.command {
             Command::Lab(command) => return Ok(lab::cli::main(command, self.output)?),
             Command::Hidden(verb) => return Ok(lab::hidden::main(verb)?),
+            Command::Server(server::ServerArgs { verb: Some(verb), .. }) => short_lived(verb.run(output)),
             Command::Server(args) => run::server(args),
             Command::Agent(args) => run::agent(args),
             Command::Status(args) => short_lived(args.run(output)),

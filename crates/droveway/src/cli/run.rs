@@ -2,6 +2,7 @@
 
 use std::future::Future;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -14,11 +15,18 @@ use super::server::{Ready, ServerArgs, greeting};
 /// Runs the server until SIGINT or SIGTERM.
 pub(super) fn server(args: ServerArgs) -> Result<(), Failure> {
     args.log.start()?;
+    // Each agent is a connection; the limit that most systems begin with is for programs that have few.
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most)
+    {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     super::on(threads(), serve(args))
 }
 
 async fn serve(args: ServerArgs) -> Result<(), Failure> {
     let stop = shutdown()?;
+    let store = args.store.choice();
     let config = server::Config {
         data_dir: args.data_dir,
         listen: args.listen,
@@ -26,6 +34,8 @@ async fn serve(args: ServerArgs) -> Result<(), Failure> {
         domain: args.domain,
         limits: args.limits.settle(),
         lives: args.lives.settle(),
+        urls: args.urls.iter().map(|url| url.as_str().trim_end_matches('/').to_owned()).collect(),
+        store,
     };
     let ready = |ready: server::Ready| {
         let ready = Ready {
@@ -51,7 +61,7 @@ pub(super) fn agent(args: AgentArgs) -> Result<(), Failure> {
 async fn host(settings: Settings) -> Result<(), Failure> {
     let stop = shutdown()?;
     let config = agent::Config {
-        server: settings.server,
+        servers: settings.servers,
         token: settings.token,
         environment: model::EnvironmentId::default(),
         underlay: agent::underlay::Wish { address: settings.address, interface: settings.interface },

@@ -148,7 +148,10 @@ fn authority(
     let block =
         geometry.block_of(address).and_then(|(cidr, _)| env.catalog.blocks.get(&(network.id.clone(), cidr)));
     if let Some(block) = block.filter(|block| block.host == endpoint.host) {
-        return Ok(Compare::Created(keys.block(&network.id, &block.cidr), block.leased));
+        // Not by the revision of its lease, which may be one of a life of the store before this.
+        let key = keys.block(&network.id, &block.cidr);
+        let revision = env.modified(&key).unwrap_or_default();
+        return Ok(Compare::Modified(key, revision));
     }
     let message = format!(
         "endpoint {}: address {address} of network \"{name}\" is neither in a block of its host nor claimed for it; lease a block or claim the address first",

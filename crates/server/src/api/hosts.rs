@@ -245,6 +245,7 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Op::Delete(keys.host_name(&host.name)),
                 Op::Delete(keys.host_key(&host.key)),
                 Op::Delete(keys.report(&host.id)),
+                Op::Delete(keys.unreported(&host.id)),
             ];
             let blocks = env.catalog.blocks.values().filter(|block| block.host == host.id);
             deletes.extend(blocks.map(|block| Op::Delete(keys.block(&block.network, &block.cidr))));

@@ -13,7 +13,7 @@ use super::extract::{self, Agent, Asked, Caller};
 use super::hosts::find as find_host;
 use super::networks::find;
 use super::page::{Cut, Page};
-use super::{Reply, Shared, refuse};
+use super::{Reply, Shared, adopt, refuse};
 use crate::app::{Plan, put};
 use crate::ipam::{self, Lease};
 use crate::keys::Keys;
@@ -63,6 +63,7 @@ pub(super) async fn lease(
                 Lease::Held(block) => return Ok(Plan::Nothing((block, network.name.clone()))),
                 Lease::Free(cidr) => cidr,
             };
+            adopt::all_reported(env)?;
             passes_nat(env, network, &agent)?;
             let block = Block {
                 network: network.id.clone(),
@@ -155,7 +156,7 @@ pub(super) async fn give_back(
             }
             let key = keys.block(&network.id, &block.cidr);
             let compares = vec![
-                Compare::Created(key.clone(), block.leased),
+                Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()),
                 Compare::NonePutSince(keys.endpoints(), revision),
             ];
             Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))
@@ -192,6 +193,7 @@ pub(super) async fn claim(
             if !ipam::claim(env, network, &claim)? {
                 return Ok(Plan::Nothing((claim, None)));
             }
+            adopt::all_reported(env)?;
             passes_nat(env, network, &agent)?;
             let key = keys.claim(&network.id, &claim.address);
             let compares = vec![

@@ -2,6 +2,7 @@
 //!
 //! Invariant: every answer that is not a success is an [`ApiError`] in JSON, from the first byte that is HTTP.
 
+mod adopt;
 mod audit;
 mod endpoints;
 mod extract;
@@ -103,6 +104,9 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(hosts::list))
         .routes(routes!(hosts::report))
         .routes(routes!(hosts::renew))
+        .routes(routes!(adopt::held))
+        .routes(routes!(adopt::list))
+        .routes(routes!(adopt::remove))
         .routes(routes!(hosts::get, hosts::patch, hosts::remove))
         .routes(routes!(endpoints::list))
         .routes(routes!(endpoints::get, endpoints::put, endpoints::remove))
@@ -201,6 +205,9 @@ mod tests {
             (&format!("{base}/networks/{{id}}"), &["get", "delete"]),
             (&format!("{base}/hosts"), &["get"]),
             (&format!("{base}/hosts/self"), &["put"]),
+            (&format!("{base}/hosts/self/held"), &["put"]),
+            (&format!("{base}/unreported"), &["get"]),
+            (&format!("{base}/unreported/{{id}}"), &["delete"]),
             (&format!("{base}/hosts/{{id}}"), &["get", "patch", "delete"]),
             (&format!("{base}/endpoints"), &["get"]),
             (&format!("{base}/endpoints/{{id}}"), &["get", "put", "delete"]),

@@ -54,7 +54,7 @@ impl Api {
     async fn open() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(&dir.path().join("data")).unwrap();
-        let ca = Ca::load_or_make(&data, false, Lives::default()).unwrap();
+        let ca = Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         let store = SqliteStore::open(&dir.path().join("store"), Epoch::from_random([1; 8])).unwrap();
         let environment = EnvironmentId::default();
         let keys = Keys(&environment);
@@ -119,7 +119,10 @@ impl Api {
     async fn watch(&self, from: &str) -> Host {
         let answer = self.send(Self::from(from, "GET", "/watch", &json!(null))).await;
         let mut lines = answer.into_body().into_data_stream();
-        let line = lines.next().await.unwrap().unwrap();
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            line.extend(lines.next().await.unwrap().unwrap());
+        }
         let Watch::Snapshot { objects, .. } = serde_json::from_slice(&line).unwrap() else {
             panic!("not a snapshot")
         };

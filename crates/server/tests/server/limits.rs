@@ -9,7 +9,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use reqwest::Method;
 use rustls::pki_types::pem::PemObject;
 use serde_json::json;
-use server::Limits;
+use server::{Config, Limits};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
@@ -20,7 +20,8 @@ use crate::harness::{Client, DEFAULT, Server};
 const ENOUGH: Duration = Duration::from_secs(30);
 
 async fn impatient(limits: Limits) -> Server {
-    Server::start_with(tempfile::tempdir().unwrap(), |config| config.limits = limits).await
+    let dir = tempfile::tempdir().unwrap();
+    Server::start_with(dir, |config| Config { limits, ..config }).await.unwrap()
 }
 
 async fn tls(server: &Server) -> TlsStream<TcpStream> {

@@ -13,6 +13,7 @@ use model::{Network, exposition};
 use rcgen::KeyPair;
 use reqwest::Method;
 use serde_json::json;
+use server::{Config, Lives};
 
 use crate::harness::{Client, DEFAULT, Server};
 
@@ -316,6 +317,12 @@ async fn the_audit_log_says_who_asked_for_what_and_how_it_ended_and_no_secret() 
     assert_eq!(audit(&server.admin(), "").await.len(), count, "it is there after a restart");
 }
 
+/// A server whose certificates are good for so many seconds.
+async fn short_lived(dir: tempfile::TempDir, seconds: u64) -> Server {
+    let lives = Lives { leaf: Duration::from_secs(seconds), ..Lives::default() };
+    Server::start_with(dir, |config| Config { lives, ..config }).await.unwrap()
+}
+
 fn certificate_expires(pem: &str) -> u64 {
     let der = x509_parser::pem::parse_x509_pem(pem.as_bytes()).unwrap().1.contents;
     let (_, certificate) = x509_parser::parse_x509_certificate(&der).unwrap();
@@ -325,7 +332,7 @@ fn certificate_expires(pem: &str) -> u64 {
 #[tokio::test]
 async fn a_host_gets_a_new_certificate_for_its_own_key_and_for_no_other() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start_with(dir, |config| config.lives.leaf = Duration::from_secs(100)).await;
+    let server = short_lived(dir, 100).await;
     let host = server.host("h1").await;
     let first = certificate_expires(&host.answer.certificate);
     let path = format!("{DEFAULT}/hosts/self/certificate");
@@ -359,7 +366,7 @@ async fn a_host_gets_a_new_certificate_for_its_own_key_and_for_no_other() {
 #[tokio::test]
 async fn the_server_renews_its_own_certificate_and_open_watches_go_on() {
     let dir = tempfile::tempdir().unwrap();
-    let server = Server::start_with(dir, |config| config.lives.leaf = Duration::from_secs(4)).await;
+    let server = short_lived(dir, 4).await;
     let host = server.host("h1").await;
     let mut watch = host.watch().await;
     watch.snapshot().await;
