@@ -18,6 +18,7 @@ mod guest;
 mod identity;
 mod interop;
 mod ipsec;
+mod ipv6;
 mod isolation;
 mod killed_server;
 mod lab;

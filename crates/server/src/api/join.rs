@@ -69,7 +69,7 @@ pub(super) async fn join(
             {
                 return Ok(Plan::Nothing((id.clone(), false)));
             }
-            let counted = count(known).ok_or_else(|| useless(&token, "is used up"))?;
+            let counted = count(known).ok_or_else(|| useless(&token, "it is used up"))?;
             check(env, &host, &asked)?;
             let token_key = keys.token(&token.id);
             let compares = vec![
@@ -109,7 +109,10 @@ fn answer(
 
 /// That a token does not let anybody in.
 fn useless(token: &JoinToken, why: &str) -> ApiError {
-    let message = format!("the join token {} {why}; make another with `droveway token create`", token.id);
+    let message = format!(
+        "the join token is not valid: {why} (token {}); make another with `droveway token create`",
+        token.id
+    );
     refuse(ErrorCode::Unauthenticated, message)
 }
 
@@ -118,7 +121,7 @@ fn known<'a>(env: &'a state::Environment, token: &JoinToken) -> Result<&'a Token
     let hash = secret::sha256(token.secret.as_bytes());
     let known = env.tokens.get(&token.id).filter(|known| secret::same(&known.hash, &hash));
     known.ok_or_else(|| {
-        useless(token, "is not valid: it was never made here, or ended more than a day ago and is forgotten")
+        useless(token, "it was never made here, or ended more than a day ago and is forgotten")
     })
 }
 
@@ -126,9 +129,9 @@ fn known<'a>(env: &'a state::Environment, token: &JoinToken) -> Result<&'a Token
 fn valid<'a>(env: &'a state::Environment, token: &JoinToken) -> Result<&'a Token, ApiError> {
     let known = known(env, token)?;
     if known.revoked.is_some() {
-        return Err(useless(token, "was revoked"));
+        return Err(useless(token, "it was revoked"));
     }
-    if known.expires <= now() { Err(useless(token, "expired")) } else { Ok(known) }
+    if known.expires <= now() { Err(useless(token, "it expired")) } else { Ok(known) }
 }
 
 /// The token after one more use; `None` if it has none left.
