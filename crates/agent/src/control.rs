@@ -16,6 +16,7 @@ use model::{Endpoint, EndpointId, Mac, Name, NetworkId, PublishedPort};
 use tokio::sync::{oneshot, watch};
 
 use crate::View;
+use crate::ledger::Identity;
 
 /// Asks the reconciler. Cheap to clone.
 #[derive(Clone)]
@@ -117,6 +118,8 @@ pub(crate) enum Command {
     Claimed { claim: model::Claim },
     /// Let go of a block or claim that is to be given back; whether it is idle still.
     LetGo { key: model::Key, reply: Reply<bool> },
+    /// This host has a new certificate.
+    Certified { identity: Box<Identity>, reply: Reply<()> },
     /// A message of the watch stream.
     Watch(Box<model::Watch>),
     /// The host's own addresses or settings changed.
@@ -172,6 +175,11 @@ impl Control {
         // A claim is made for an endpoint; one that has no id yet gets a random one.
         let id = crate::random_endpoint_id();
         self.with_addresses(&id, |reply| Command::Reserve { network: network.clone(), wish, reply }).await
+    }
+
+    /// Keeps this host's new certificate.
+    pub(crate) async fn certified(&self, identity: &Identity) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Certified { identity: Box::new(identity.clone()), reply }).await
     }
 
     /// Gives a reserved address back. One that an endpoint has, or nobody, stays as it is.

@@ -40,14 +40,20 @@ pub struct Identity {
     pub name: Name,
     /// Its environment.
     pub environment: EnvironmentId,
-    /// The server's URL.
+    /// The URL of the server it joined at.
     pub server: String,
+    /// Other servers' URLs that it was given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub servers: Vec<String>,
     /// The environment's CA certificate, PEM.
     pub ca: String,
     /// Its own certificate, PEM.
     pub certificate: String,
     /// Its private key, PEM. It leaves this file for nothing but TLS.
     pub key: String,
+    /// When it got the certificate.
+    #[serde(default)]
+    pub certified: UnixMillis,
 }
 
 /// One endpoint, with what matters on this host alone.
@@ -197,6 +203,30 @@ impl Ledger {
             }
             tx.execute("INSERT INTO meta VALUES ('identity', ?1)", [text])?;
             Ok(())
+        })
+    }
+
+    /// Writes down this host's new certificate.
+    pub fn certified(&mut self, identity: &Identity) -> Result<(), LedgerError> {
+        let text = json(identity);
+        self.write(true, |tx| {
+            tx.execute("UPDATE meta SET value = ?1 WHERE key = 'identity'", [text]).map(drop)
+        })
+    }
+
+    /// How the servers are reached, as they said last.
+    pub fn servers(&self) -> Result<Vec<String>, LedgerError> {
+        let query = "SELECT value FROM meta WHERE key = 'servers'";
+        let text: Option<String> =
+            self.db.query_row(query, [], |row| row.get(0)).optional().map_err(|e| self.failed(e))?;
+        text.map_or_else(|| Ok(Vec::new()), |text| self.parse(&text))
+    }
+
+    /// Writes down how the servers are reached.
+    pub fn set_servers(&mut self, urls: &[String]) -> Result<(), LedgerError> {
+        let text = json(&urls);
+        self.write(true, |tx| {
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('servers', ?1)", [text]).map(drop)
         })
     }
 

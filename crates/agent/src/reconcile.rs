@@ -24,6 +24,7 @@ use tokio::sync::watch;
 use crate::book::{self, Book, handed, unwritten};
 use crate::chores::Chores;
 use crate::control::{Command, Handed, Refusal};
+use crate::counts::Counts;
 use crate::ledger::Sandbox;
 use crate::view::{Router, View};
 
@@ -45,6 +46,7 @@ pub(crate) struct Reconciler {
     requests: Receiver<Command>,
     published: watch::Sender<Arc<View>>,
     chores: watch::Sender<Arc<Chores>>,
+    counts: Arc<Counts>,
     /// Networks without endpoints whose routers stay until then.
     lingering: BTreeMap<NetworkId, Instant>,
     generations: BTreeMap<NetworkId, u64>,
@@ -74,8 +76,10 @@ impl Reconciler {
         requests: Receiver<Command>,
         published: watch::Sender<Arc<View>>,
         chores: watch::Sender<Arc<Chores>>,
+        counts: Arc<Counts>,
     ) -> Self {
         Self {
+            counts,
             kernel,
             book,
             requests,
@@ -191,6 +195,9 @@ impl Reconciler {
             Command::Claimed { claim } => self.keep(Object::Claim(claim)),
             Command::LetGo { key, reply } => {
                 drop(reply.send(self.book.let_go(&key).map_err(|e| unwritten(e).into())));
+            }
+            Command::Certified { identity, reply } => {
+                drop(reply.send(self.book.certified(&identity).map_err(|e| unwritten(e).into())));
             }
             Command::Watch(message) => {
                 self.stale |= matters_to_the_kernel(&message);
@@ -409,15 +416,22 @@ impl Reconciler {
         }
     }
 
-    /// Diffs and applies until nothing is left or nothing helps.
     fn converge(&mut self, scope: &Scope) {
+        let begun = Instant::now();
+        let done = self.converge_within(scope);
+        self.counts.reconciled(begun.elapsed(), done);
+    }
+
+    /// Diffs and applies until nothing is left or nothing helps; whether nothing is left.
+    fn converge_within(&mut self, scope: &Scope) -> bool {
         let mut refused: Vec<String> = Vec::new();
         for _ in 0..ROUNDS {
             let steps = match self.difference(scope) {
                 Ok(steps) => steps,
                 Err(error) => {
                     self.try_later();
-                    return self.trouble(error);
+                    self.trouble(error);
+                    return false;
                 }
             };
             if *scope == Scope::Everything {
@@ -428,7 +442,7 @@ impl Reconciler {
                     self.retry = None;
                     self.refused(Vec::new());
                 }
-                return;
+                return true;
             }
             refused.clear();
             for step in &steps {
@@ -454,6 +468,7 @@ impl Reconciler {
         }
         self.try_later();
         self.refused(refused);
+        false
     }
 
     fn try_later(&mut self) {
@@ -591,7 +606,7 @@ fn matters_to_the_kernel(message: &Watch) -> bool {
     match message {
         Watch::Snapshot { .. } => true,
         Watch::Delta { changes, .. } => !changes.iter().all(of_an_endpoint),
-        Watch::Heartbeat { .. } => false,
+        Watch::Servers { .. } | Watch::Heartbeat { .. } => false,
     }
 }
 

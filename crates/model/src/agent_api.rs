@@ -37,6 +37,10 @@ pub mod path {
     pub const TUNNEL_CAPTURE: &str = "/v1/tunnels/{peer}/capture";
     /// `GET` → metrics in Prometheus' text format.
     pub const METRICS: &str = "/metrics";
+    /// `GET` → 200 while the process answers at all.
+    pub const HEALTH: &str = "/healthz";
+    /// `GET` → [`crate::api::Readiness`], 200 or 503: whether containers can attach.
+    pub const READY: &str = "/readyz";
 }
 
 /// Asks for an attachment of a network namespace to a network.
@@ -111,6 +115,10 @@ pub struct AgentStatus {
     pub revision: Revision,
     /// Where the host may be reached.
     pub candidates: Vec<Candidate>,
+    /// When this host's certificate runs out. It is renewed long before; one that ran out while the server was away is
+    /// shown, not enforced.
+    #[serde(default)]
+    pub certificate_expires: UnixMillis,
     /// One line per network that has a router here.
     pub routers: Vec<RouterStatus>,
     /// Whether Docker is there.

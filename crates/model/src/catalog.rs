@@ -43,6 +43,11 @@ pub enum Watch {
         /// The changes, in order.
         changes: Vec<Change>,
     },
+    /// How the servers of the environment are reached, where they say so; replaces what was said before.
+    Servers {
+        /// Their URLs.
+        urls: Vec<String>,
+    },
     /// Nothing changed for a while; the connection lives.
     Heartbeat {
         /// The state's number.

@@ -8,6 +8,7 @@ pub mod agent_api;
 pub mod api;
 mod catalog;
 mod endpoint;
+pub mod exposition;
 mod host;
 mod id;
 mod lease;

@@ -25,7 +25,7 @@ use model::{
 };
 
 use crate::control::LocalEndpoint;
-use crate::ledger::{Ledger, LedgerError, Record};
+use crate::ledger::{Identity, Ledger, LedgerError, Record};
 
 /// The books.
 pub(crate) struct Book {
@@ -88,6 +88,11 @@ impl Book {
         }
         book.compare_all();
         Ok(book)
+    }
+
+    /// Keeps this host's new certificate.
+    pub(crate) fn certified(&mut self, identity: &Identity) -> Result<(), LedgerError> {
+        self.ledger.certified(identity)
     }
 
     // ---- what others ask ----
@@ -184,6 +189,7 @@ impl Book {
                 self.behind |= written.is_err();
                 written?;
             }
+            Watch::Servers { urls } => self.ledger.set_servers(&urls)?,
             Watch::Heartbeat { .. } => {}
         }
         let catalog = &self.catalog;

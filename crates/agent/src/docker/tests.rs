@@ -164,6 +164,7 @@ impl World {
             | Command::Claimed { .. }
             | Command::Watch(_)
             | Command::Underlay(_)
+            | Command::Certified { .. }
             | Command::EngineStarted
             | Command::LetGo { .. }
             | Command::Stop => {}
@@ -661,7 +662,7 @@ async fn the_follower_waits_for_the_engine_shows_each_network_and_learns_what_co
         state_dir: dir.path().join("state"),
     };
     std::fs::write(&config.resolv_conf, "nameserver 127.0.0.1\n").unwrap();
-    let agent = tokio::spawn(super::run(config.clone(), control, status));
+    let agent = tokio::spawn(super::run(config.clone(), control, status, Arc::default()));
     until("the agent waits", || matches!(*seen.borrow(), DockerStatus::Waiting { .. })).await;
 
     // The engine comes: it has a network of somebody else's with the name of one of ours, and a leftover of ours.

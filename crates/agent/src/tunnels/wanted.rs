@@ -222,6 +222,7 @@ mod tests {
             ca: String::new(),
             certificate: certificate.pem(),
             key: key.serialize_pem(),
+            certified: 0,
         })
         .unwrap()
     }

@@ -3,11 +3,13 @@
 //! Invariant: a verb reaches the server only by its API and the agent only by its socket.
 
 mod agent;
+mod audit;
 mod completion;
 mod connection;
 mod endpoint;
 mod exit;
 mod host;
+mod key;
 mod local;
 mod log;
 mod names;
@@ -80,6 +82,10 @@ enum Command {
     Peer(peer::PeerArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Token(token::TokenArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Key(key::KeyArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Audit(audit::AuditArgs),
     Completion(completion::CompletionArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Lab(lab::cli::LabCommand),
@@ -126,6 +132,7 @@ impl Cli {
         let done = match self.command {
             Command::Lab(command) => return Ok(lab::cli::main(command, self.output)?),
             Command::Hidden(verb) => return Ok(lab::hidden::main(verb)?),
+            Command::Server(server::ServerArgs { verb: Some(verb), .. }) => short_lived(verb.run(output)),
             Command::Server(args) => run::server(args),
             Command::Agent(args) => run::agent(args),
             Command::Status(args) => short_lived(args.run(output)),
@@ -135,6 +142,8 @@ impl Cli {
             Command::Tunnel(args) => short_lived(args.run(output)),
             Command::Peer(args) => short_lived(args.run(output)),
             Command::Token(args) => short_lived(args.run(output)),
+            Command::Key(args) => short_lived(args.run(output)),
+            Command::Audit(args) => short_lived(args.run(output)),
             Command::Completion(args) => args.run(),
         };
         done.map(|()| Exit::Ok.into())
@@ -198,6 +207,8 @@ mod tests {
             "host label",
             "endpoint inspect",
             "token create",
+            "key create",
+            "audit ls",
             "tunnel ls",
             "tunnel capture",
             "peer create",

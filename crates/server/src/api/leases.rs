@@ -1,27 +1,48 @@
 //! Blocks and claims: what gives a host's agent authority over addresses.
 
+use std::net::IpAddr;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use model::api::{ApiError, ClaimRequest, ErrorCode, GiveBack, LeaseRequest, ReleaseClaim};
+use axum::response::Response;
+use model::api::{ApiError, ClaimRequest, ErrorCode, GiveBack, LeaseRequest, ReleaseClaim, path};
 use model::{Block, Claim, Driver, Network, Revision};
 
-use super::extract::{self, Agent, Caller};
+use super::extract::{self, Agent, Asked, Caller};
 use super::hosts::find as find_host;
 use super::networks::find;
-use super::{Reply, Shared, refuse};
+use super::page::{Cut, Page};
+use super::{Reply, Shared, adopt, refuse};
 use crate::app::{Plan, put};
 use crate::ipam::{self, Lease};
 use crate::keys::Keys;
+use crate::request;
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
 
 /// Lists the leased blocks.
 #[utoipa::path(get, path = "/v1/environments/{environment}/blocks", tag = "addresses",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), Page),
     responses((status = 200, body = Vec<Block>), (status = "default", body = ApiError)))]
-pub(super) async fn list(State(app): Shared, caller: Caller) -> Reply<Json<Vec<Block>>> {
-    Ok(Json(app.read(&caller.environment, |env| Ok(env.catalog.blocks.values().cloned().collect()))?))
+pub(super) async fn list(State(app): Shared, caller: Caller, Asked(page): Asked<Page>) -> Reply<Response> {
+    let cut = Cut::new(&app, &page)?;
+    let chosen = app.read(&caller.environment, |env| {
+        // In the order of the catalog, whatever addresses look like as text.
+        let all = env.catalog.blocks.values().map(|block| (place(block), block));
+        let (blocks, next) = cut.choose(all);
+        Ok((blocks.into_iter().cloned().collect::<Vec<_>>(), next))
+    })?;
+    Ok(cut.answer(&caller.environment, path::BLOCKS, chosen))
+}
+
+/// A text that sorts as network, family and address do.
+fn place(block: &Block) -> String {
+    let base = match block.cidr.network() {
+        IpAddr::V4(v4) => format!("4-{:08x}", v4.to_bits()),
+        IpAddr::V6(v6) => format!("6-{:032x}", v6.to_bits()),
+    };
+    format!("{} {base}/{:03}", block.network, block.cidr.prefix_len())
 }
 
 /// Leases one more block to the agent's host.
@@ -42,6 +63,7 @@ pub(super) async fn lease(
                 Lease::Held(block) => return Ok(Plan::Nothing((block, network.name.clone()))),
                 Lease::Free(cidr) => cidr,
             };
+            adopt::all_reported(env)?;
             passes_nat(env, network, &agent)?;
             let block = Block {
                 network: network.id.clone(),
@@ -65,6 +87,7 @@ pub(super) async fn lease(
     if block.leased == Revision::default() {
         block.leased = revision;
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("block {} of network {:?}", block.cidr, name.as_str()));
         tracing::info!(%environment, %host, network = %name, block = %block.cidr, "block leased");
     }
     Ok((StatusCode::CREATED, Json(block)))
@@ -133,7 +156,7 @@ pub(super) async fn give_back(
             }
             let key = keys.block(&network.id, &block.cidr);
             let compares = vec![
-                Compare::Created(key.clone(), block.leased),
+                Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()),
                 Compare::NonePutSince(keys.endpoints(), revision),
             ];
             Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))
@@ -142,6 +165,7 @@ pub(super) async fn give_back(
     drop(turn);
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("block {} of network {:?}", given.cidr, network.as_str()));
         tracing::info!(%environment, %host, %network, block = %given.cidr, "block given back");
     }
     Ok(StatusCode::NO_CONTENT)
@@ -169,6 +193,7 @@ pub(super) async fn claim(
             if !ipam::claim(env, network, &claim)? {
                 return Ok(Plan::Nothing((claim, None)));
             }
+            adopt::all_reported(env)?;
             passes_nat(env, network, &agent)?;
             let key = keys.claim(&network.id, &claim.address);
             let compares = vec![
@@ -182,6 +207,7 @@ pub(super) async fn claim(
         .await?;
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("address {} of network {:?}", claim.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %claim.address, endpoint = %claim.endpoint, "address claimed");
     }
     Ok((StatusCode::CREATED, Json(claim)))
@@ -226,6 +252,7 @@ pub(super) async fn release(
         .await?;
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("address {} of network {:?}", given.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %given.address, "claim released");
     }
     Ok(StatusCode::NO_CONTENT)
