@@ -120,7 +120,11 @@ impl Server {
         let packed = answer.headers().get(CONTENT_ENCODING).is_some_and(|coding| coding == "gzip");
         Ok(WatchStream {
             answer,
-            text: if packed { Text::Gzip(MultiGzDecoder::new(Vec::new())) } else { Text::Plain(Vec::new()) },
+            text: if packed {
+                Text::Gzip(Box::new(MultiGzDecoder::new(Vec::new())))
+            } else {
+                Text::Plain(Vec::new())
+            },
             searched: 0,
             received: 0,
             url: url.clone(),
@@ -301,7 +305,7 @@ pub struct WatchStream {
 enum Text {
     Plain(Vec<u8>),
     /// Members of gzip, one after another (RFC 1952 §2.2).
-    Gzip(MultiGzDecoder<Vec<u8>>),
+    Gzip(Box<MultiGzDecoder<Vec<u8>>>),
 }
 
 impl Text {

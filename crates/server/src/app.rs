@@ -33,6 +33,7 @@ pub(crate) struct App {
     pub(crate) domain: String,
     pub(crate) presence: Arc<Presence>,
     pub(crate) stopping: watch::Sender<bool>,
+    pub(crate) started: tokio::time::Instant,
     /// Held while planning and doing changes that others of this server would make fail. It saves attempts; what keeps
     /// the state right, with other servers too, are the compares.
     pub(crate) turn: tokio::sync::Mutex<()>,
@@ -68,6 +69,7 @@ impl App {
             domain,
             presence: Arc::default(),
             stopping: watch::Sender::new(false),
+            started: tokio::time::Instant::now(),
             turn: tokio::sync::Mutex::new(()),
             strangers: Semaphore::new(STRANGERS),
             upkeep,

@@ -8,21 +8,28 @@
 //! hold already they go on using.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use model::api::{ApiError, ErrorCode, Held, HeldAnswer, UnreportedHost};
-use model::{Block, Claim, Geometry, HostId};
+use model::{Block, Claim, EnvironmentId, Geometry, HostId};
+use tokio::time::Instant;
 
 use super::extract::{self, Agent, Item, Person};
 use super::hosts::find;
 use super::{Reply, Shared, refuse};
-use crate::app::{Plan, put};
+use crate::app::{App, Plan, put};
 use crate::ipam;
 use crate::keys::Keys;
-use crate::state::Environment;
+use crate::state::{self, Environment};
 use crate::store::{Compare, Op, Txn};
+
+/// For how long after its start a server tells nobody anything while hosts have not said what they hold.
+const GRACE: Duration = Duration::from_secs(60);
+/// How long a request waits for that; an agent gives up after 20 s.
+const HOLD: Duration = Duration::from_secs(10);
 
 /// Lists the hosts that have not said what they hold since the store was restored.
 #[utoipa::path(get, path = "/v1/environments/{environment}/unreported", tag = "server",
@@ -194,7 +201,9 @@ pub(super) fn all_reported(env: &Environment) -> Result<(), ApiError> {
     if env.unreported.is_empty() {
         return Ok(());
     }
-    let hosts = ipam::list(env.unreported.keys().map(|id| env.host_name(id).to_owned()), 8);
+    let mut hosts: Vec<String> = env.unreported.keys().map(|id| env.host_name(id).to_owned()).collect();
+    hosts.sort();
+    let hosts = ipam::list(hosts, 8);
     Err(refuse(
         ErrorCode::Unavailable,
         format!(
@@ -203,6 +212,26 @@ pub(super) fn all_reported(env: &Environment) -> Result<(), ApiError> {
              longer with `droveway server adopt --without HOST`"
         ),
     ))
+}
+
+/// Waits until all hosts have said what they hold: a host that is told what it does not know yet that another holds would
+/// stop sending there. It waits for as long as a server that has just started may; who is silent for longer is not in the
+/// way of what others are told.
+pub(super) async fn settled(app: &App, environment: &EnvironmentId) -> Result<(), ApiError> {
+    let silent = |state: &state::State| {
+        state.environments.get(environment).is_some_and(|env| !env.unreported.is_empty())
+    };
+    let begun = Instant::now();
+    let mut revisions = app.shared.subscribe();
+    while app.started.elapsed() < GRACE && silent(&app.shared.read()) {
+        if begun.elapsed() >= HOLD {
+            let message =
+                "the store was restored from a backup, and not all hosts have said what they hold; ask again";
+            return Err(refuse(ErrorCode::Unavailable, message));
+        }
+        drop(tokio::time::timeout(Duration::from_secs(1), revisions.changed()).await);
+    }
+    Ok(())
 }
 
 /// Refuses an agent that has not said what its host holds.

@@ -56,6 +56,7 @@ pub(super) async fn watch(
     Asked(resume): Asked<Resume>,
 ) -> Reply<Response> {
     app.read(&agent.environment, |env| adopt::has_reported(env, &agent))?;
+    adopt::settled(&app, &agent.environment).await?;
     hosts::notice(&app, &agent).await?;
     let revisions = app.shared.subscribe();
     let from = match (resume.epoch, resume.revision) {

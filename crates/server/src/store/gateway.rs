@@ -198,10 +198,6 @@ impl Gateway {
         if let Some(token) = self.token.read().unwrap_or_else(PoisonError::into_inner).clone() {
             return Ok(Some(token));
         }
-        #[derive(Deserialize)]
-        struct Session {
-            token: String,
-        }
         let request = self.client.post(format!("{member}/v3/auth/authenticate")).timeout(REQUEST);
         let request = request.json(&json!({ "name": login.user, "password": login.password }));
         let response = request
@@ -255,6 +251,11 @@ fn trouble(message: &str) -> Trouble {
     } else {
         Trouble::Refused(why)
     }
+}
+
+#[derive(Deserialize)]
+struct Session {
+    token: String,
 }
 
 #[derive(Deserialize)]

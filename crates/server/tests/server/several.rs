@@ -100,7 +100,9 @@ async fn a_watch_goes_on_at_the_other_server_where_it_was_with_the_changes_alone
     watch.next().await;
     let changes = watch.delta().await;
     assert_eq!(changes.len(), 3, "the other host, its block and its endpoint: {changes:?}");
-    changes.into_iter().for_each(|change| catalog.apply(change));
+    for change in changes {
+        catalog.apply(change);
+    }
     let mut fresh = two.agent(&host).watch().await;
     fresh.next().await;
     assert_eq!(catalog, Catalog::from_objects(fresh.snapshot().await));
