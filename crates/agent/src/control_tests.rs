@@ -52,7 +52,13 @@ impl Lessor for Server {
         Box::pin(async { Ok(block()) })
     }
 
-    fn claim(&self, _: NetworkId, _: IpAddr, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
+    fn claim(
+        &self,
+        _: NetworkId,
+        _: Option<IpAddr>,
+        _: EndpointId,
+        _: bool,
+    ) -> BoxFuture<Result<model::Claim, ApiError>> {
         Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody claims here")) })
     }
 }

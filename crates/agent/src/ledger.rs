@@ -16,7 +16,7 @@ use model::{
     Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Name, NetworkId, Object, Revision,
     UnixMillis,
 };
-use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
 use serde::{Deserialize, Serialize};
 
 /// "DWAL": this file is a Droveway agent's ledger.
@@ -141,6 +141,29 @@ impl Ledger {
             Some(_) => broken(error.to_string()),
         })?;
         Ok(Self { db, path })
+    }
+
+    /// Opens the ledger in `directory` to be read, and changes nothing; `None` if there is none.
+    pub fn look(directory: &Path) -> Result<Option<Self>, LedgerError> {
+        let path = directory.join(FILE);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let opened = Connection::open_with_flags(&path, flags).and_then(|db| {
+            let application: i64 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
+            Ok((db, application))
+        });
+        match opened {
+            Ok((db, APPLICATION_ID)) => Ok(Some(Self { db, path })),
+            Ok((_, other)) => Err(LedgerError::Foreign(path, format!("application {other:#x}"))),
+            Err(error) => Err(match error.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
+                    LedgerError::InUse(path)
+                }
+                Some(_) | None => LedgerError::Foreign(path, error.to_string()),
+            }),
+        }
     }
 
     fn prepare(db: &Connection) -> rusqlite::Result<()> {

@@ -11,6 +11,7 @@ mod chores;
 pub mod control;
 pub mod dataplane;
 pub mod docker;
+pub mod doctor;
 mod ipam;
 mod ledger;
 mod link;
@@ -180,7 +181,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 }
 
 /// Where namespaces are bound, as `ip netns` has it.
-const NETNS_DIR: &str = "/run/netns";
+pub const NETNS_DIR: &str = "/run/netns";
 
 /// Whether the server answers, and does not know this host any more. A server that does not answer says nothing.
 async fn was_removed(identity: &Identity) -> Result<bool, ApiError> {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use model::agent_api::Connection;
 use model::api::{ApiError, ErrorCode, HostReport};
-use model::{Candidate, Endpoint, EndpointId, Key};
+use model::{Candidate, Endpoint, EndpointId, Epoch, Key, Revision};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -128,6 +128,7 @@ async fn tell(
         control: control.clone(),
         told: BTreeMap::new(),
         idle: BTreeMap::new(),
+        heard: None,
     };
     let mut backoff = Backoff::new();
     report.mark_changed();
@@ -170,6 +171,8 @@ struct Teller {
     told: BTreeMap<EndpointId, (Instant, Option<Arc<Endpoint>>)>,
     /// Since when something has been idle, by its name.
     idle: BTreeMap<String, Instant>,
+    /// Up to where the server knows that withdrawn blocks are gone here.
+    heard: Option<(Epoch, Revision)>,
 }
 
 impl Teller {
@@ -191,6 +194,15 @@ impl Teller {
                 if refusal_is_kept(outcome, &mut first)? {
                     self.told.insert(id.clone(), (Instant::now(), None));
                 }
+            }
+        }
+        for claim in &chores.consent {
+            let consents = self.control.consent(claim).await?;
+            refusal_is_kept(missing_is_fine(self.server.consent(claim, consents).await), &mut first)?;
+        }
+        if let Some((epoch, revision)) = chores.heard.as_ref().filter(|_| self.heard != chores.heard) {
+            if refusal_is_kept(self.server.heard(epoch, *revision).await, &mut first)? {
+                self.heard.clone_from(&chores.heard);
             }
         }
         for (network, held) in &chores.lease {

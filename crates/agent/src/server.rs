@@ -10,8 +10,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use model::api::{
-    ApiError, ClaimRequest, ErrorCode, GiveBack, HostReport, HostRoute, JoinAnswer, JoinRequest,
-    LeaseRequest, ReleaseClaim, path,
+    ApiError, ClaimRequest, Consent, ErrorCode, GiveBack, Heard, HostReport, HostRoute, JoinAnswer,
+    JoinRequest, LeaseRequest, ReleaseClaim, path,
 };
 use model::{
     Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId,
@@ -105,6 +105,18 @@ impl Server {
         self.send(self.request(Method::DELETE, path::CLAIMS), &body).await.map(drop)
     }
 
+    /// Lets go of an address that another host asked for, or does not.
+    pub async fn consent(&self, claim: &Claim, consents: bool) -> Result<(), ApiError> {
+        let body = Consent { network: claim.network.to_string(), address: claim.address, consents };
+        self.send(self.request(Method::PUT, path::CLAIMS), &body).await.map(drop)
+    }
+
+    /// Says up to which revision withdrawn blocks are gone from this host.
+    pub async fn heard(&self, epoch: &Epoch, revision: Revision) -> Result<(), ApiError> {
+        let body = Heard { epoch: epoch.clone(), revision };
+        self.send(self.request(Method::PUT, path::HEARD), &body).await.map(drop)
+    }
+
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
         let client = self.client.read().unwrap_or_else(PoisonError::into_inner).clone();
         client.request(method, format!("{}{}/{}{path}", self.url, path::PREFIX, self.environment))
@@ -137,12 +149,13 @@ impl Lessor for Server {
     fn claim(
         &self,
         network: NetworkId,
-        address: IpAddr,
+        address: Option<IpAddr>,
         endpoint: EndpointId,
+        router: bool,
     ) -> BoxFuture<Result<Claim, ApiError>> {
         let this = self.clone();
         Box::pin(async move {
-            let body = ClaimRequest { network: network.to_string(), address, endpoint };
+            let body = ClaimRequest { network: network.to_string(), address, endpoint, router };
             decode(&this.url, this.send(this.request(Method::POST, path::CLAIMS), &body).await?).await
         })
     }

@@ -21,6 +21,7 @@ use tokio::net::UnixListener;
 use tokio::net::unix::UCred;
 use tokio::sync::watch;
 
+use crate::doctor::Books;
 use crate::tunnels::Tunnels;
 use crate::{Control, VERSION, names, tunnels};
 
@@ -81,6 +82,7 @@ pub(crate) async fn serve(listener: UnixListener, context: Context) -> std::io::
         .route(path::STATUS, get(status))
         .route(path::ENDPOINTS, get(list).post(attach))
         .route(path::ENDPOINT, delete(detach))
+        .route(path::BOOKS, get(books))
         .merge(tunnels::http::routes())
         .fallback(|| async {
             Refused(ApiError::new(
@@ -133,6 +135,11 @@ async fn status(State(context): State<Arc<Context>>) -> Json<AgentStatus> {
         docker: context.docker.borrow().clone(),
         troubles: view.troubles.clone(),
     })
+}
+
+async fn books(State(context): State<Arc<Context>>) -> Result<Json<Books>, Refused> {
+    let engine = !matches!(*context.docker.borrow(), DockerStatus::Off);
+    Ok(Json(Books { engine, ..context.control.books().await? }))
 }
 
 async fn list(State(context): State<Arc<Context>>) -> Result<Json<Vec<model::Endpoint>>, Refused> {

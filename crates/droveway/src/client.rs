@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
-    ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView, path,
+    ApiError, ErrorCode, HostPatch, HostView, IpamView, ServerInfo, TokenCreated, TokenRequest, TokenView,
+    path,
 };
 use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
@@ -212,6 +213,11 @@ impl Client {
     /// All leased blocks.
     pub async fn blocks(&self) -> Result<Vec<Block>, Error> {
         self.get(path::BLOCKS, &[]).await
+    }
+
+    /// Who may give which addresses.
+    pub async fn ipam(&self) -> Result<IpamView, Error> {
+        self.get(path::IPAM, &[]).await
     }
 
     /// All hosts.

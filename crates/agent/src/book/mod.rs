@@ -13,15 +13,16 @@ mod local;
 mod ports;
 
 pub(crate) use endpoints::inode;
-pub(crate) use local::handed;
+pub(crate) use local::{handed, local_with};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Instant;
 
 use model::api::{ApiError, ErrorCode};
 use model::{
-    Candidate, Catalog, Endpoint, EndpointId, Epoch, HostId, Key, Name, Network, NetworkId, Object, Revision,
-    UnixMillis, Watch,
+    Candidate, Catalog, Change, Endpoint, EndpointId, Epoch, HostId, Key, Name, Network, NetworkId, Object,
+    Revision, UnixMillis, Watch,
 };
 
 use crate::control::LocalEndpoint;
@@ -41,7 +42,11 @@ pub(crate) struct Book {
     foreign: BTreeMap<String, EndpointId>,
     reservations: BTreeSet<(NetworkId, IpAddr)>,
     used: BTreeMap<NetworkId, BTreeSet<IpAddr>>,
-    released: BTreeMap<(NetworkId, IpAddr), UnixMillis>,
+    /// When addresses were released, by [`Book::clock`].
+    released: BTreeMap<(NetworkId, IpAddr), i64>,
+    began: Instant,
+    /// The revision of the last word of a block that was withdrawn.
+    withdrawal: Revision,
     slots: BTreeMap<NetworkId, u16>,
     /// The ledger missed something of the snapshot: it is written whole as soon as that can be done.
     behind: bool,
@@ -51,6 +56,11 @@ pub(crate) struct Book {
     differing: BTreeSet<EndpointId>,
     /// Endpoints by the namespace and interface that they were attached to.
     attached: BTreeMap<(Inode, String), EndpointId>,
+}
+
+/// When it was by [`Book::clock`] that began just now. A clock that was set back makes it now; an hour and more is all one.
+fn before(at: UnixMillis) -> i64 {
+    -i64::try_from(crate::now_millis().saturating_sub(at)).unwrap_or(i64::MAX)
 }
 
 /// What tells a namespace from others: device and inode of its file.
@@ -72,7 +82,9 @@ impl Book {
             foreign: BTreeMap::new(),
             reservations: BTreeSet::new(),
             used: BTreeMap::new(),
-            released: contents.released,
+            released: contents.released.into_iter().map(|(name, at)| (name, before(at))).collect(),
+            began: Instant::now(),
+            withdrawal: contents.revision,
             slots: contents.slots,
             behind: false,
             leaving: BTreeSet::new(),
@@ -91,6 +103,20 @@ impl Book {
     }
 
     // ---- what others ask ----
+
+    /// Milliseconds since these books were opened: no jump of the machine's clock makes an address rest for less, or for ever.
+    pub(crate) fn clock(&self) -> i64 {
+        i64::try_from(self.began.elapsed().as_millis()).unwrap_or(i64::MAX)
+    }
+
+    /// The revision of the last word of a block that was withdrawn: the server waits to hear that it arrived.
+    pub(crate) fn withdrawal(&self) -> Revision {
+        self.withdrawal
+    }
+
+    pub(crate) fn slots(&self) -> &BTreeMap<NetworkId, u16> {
+        &self.slots
+    }
 
     pub(crate) fn records(&self) -> impl Iterator<Item = &Record> {
         self.records.values()
@@ -162,6 +188,7 @@ impl Book {
                 self.catalog = Catalog::from_objects(objects);
                 self.epoch = Some(epoch);
                 self.revision = revision;
+                self.withdrawal = revision;
                 self.domain = domain;
                 self.behind = true;
                 self.compare_all();
@@ -169,7 +196,16 @@ impl Book {
             Watch::Delta { revision, changes } => {
                 let written = if self.behind { Ok(()) } else { self.ledger.apply(revision, &changes) };
                 self.revision = revision;
+                let now = self.clock();
                 for change in changes {
+                    match &change {
+                        Change::Delete(Key::Block(..)) => self.withdrawal = revision,
+                        // Others may send to the host that had it for a moment.
+                        Change::Delete(Key::Claim(network, address)) => {
+                            self.released.insert((network.clone(), *address), now);
+                        }
+                        Change::Delete(_) | Change::Put(_) => {}
+                    }
                     let endpoint = match change.key() {
                         Key::Endpoint(id) => Some(id),
                         Key::Host(_) | Key::Network(_) | Key::Block(..) | Key::Claim(..) | Key::Peer(_) => {
@@ -216,10 +252,14 @@ impl Book {
     /// given from it, unless the server grants it again; a ledger that is opened again does not know it.
     pub(crate) fn let_go(&mut self, key: &Key) -> Result<bool, LedgerError> {
         let idle = match key {
-            Key::Block(network, _) => {
-                !self.uses_addresses(network) && !self.catalog.gateway_of(&self.host).any(|id| id == network)
+            Key::Block(network, cidr) => {
+                let unused = !self.uses_addresses(network)
+                    && !self.catalog.gateway_of(&self.host).any(|id| id == network);
+                unused || self.spare_blocks(network).any(|block| block.cidr == *cidr)
             }
-            Key::Claim(network, address) => !self.is_used(network, *address),
+            Key::Claim(network, address) => {
+                !self.is_used(network, *address) && !self.needs_claim_for_router(network, *address)
+            }
             Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
         };
         if idle {
@@ -227,6 +267,11 @@ impl Book {
             self.leaving.insert(key.clone());
         }
         Ok(idle)
+    }
+
+    /// Whether an address is that of this host's router, which has no block to have one from.
+    pub(crate) fn needs_claim_for_router(&self, network: &NetworkId, address: IpAddr) -> bool {
+        self.uses_addresses(network) && self.catalog.router_address(network, &self.host) == Some(address)
     }
 
     /// Forgets what is kept of networks that are gone.

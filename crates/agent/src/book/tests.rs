@@ -84,7 +84,8 @@ fn no_address_is_given_from_a_block_that_goes_back_until_it_is_granted_again() {
 fn a_gateway_to_a_foreign_peer_fetches_its_first_block_and_keeps_it_until_the_peer_goes() {
     let directory = tempfile::tempdir().unwrap();
     let mut book = book(directory.path());
-    let chores = |book: &Book| crate::chores::Chores::of(book, &BTreeMap::new(), |_| false);
+    let chores =
+        |book: &Book| crate::chores::Chores::of(book, &BTreeMap::new(), |_| false, Revision::default());
     let (network, leased) = (network().id, block("10.42.64.0/26"));
     let key = Key::Block(network.clone(), leased.cidr);
     assert_eq!(chores(&book).give_back, std::slice::from_ref(&leased), "nobody needs it");

@@ -5,9 +5,11 @@
 mod agent;
 mod completion;
 mod connection;
+mod doctor;
 mod endpoint;
 mod exit;
 mod host;
+mod ipam;
 mod local;
 mod log;
 mod names;
@@ -80,6 +82,9 @@ enum Command {
     Peer(peer::PeerArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Token(token::TokenArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Ipam(ipam::IpamArgs),
+    Doctor(doctor::DoctorArgs),
     Completion(completion::CompletionArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Lab(lab::cli::LabCommand),
@@ -96,6 +101,7 @@ fn long_help() -> String {
   docker run -d --network managed --name db redis
   droveway endpoint ls                     # what is attached, where
   droveway tunnel ls                       # on a host: how its tunnels are
+  droveway doctor                          # on a host: what is not as it should be
 
 {}
 Environment:
@@ -135,6 +141,8 @@ impl Cli {
             Command::Tunnel(args) => short_lived(args.run(output)),
             Command::Peer(args) => short_lived(args.run(output)),
             Command::Token(args) => short_lived(args.run(output)),
+            Command::Ipam(args) => short_lived(args.run(output)),
+            Command::Doctor(args) => short_lived(args.run(output)),
             Command::Completion(args) => args.run(),
         };
         done.map(|()| Exit::Ok.into())
@@ -200,6 +208,8 @@ mod tests {
             "token create",
             "tunnel ls",
             "tunnel capture",
+            "ipam ls",
+            "doctor",
             "peer create",
             "status",
             "completion",

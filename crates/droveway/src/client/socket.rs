@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use agent::doctor::Books;
 use model::agent_api::{AgentStatus, AttachRequest, Attached, TunnelStatus, path};
 use model::api::ErrorCode;
 use model::{Endpoint, EndpointId};
@@ -48,6 +49,11 @@ impl AgentSocket {
     /// How the agent is.
     pub async fn status(&self) -> Result<AgentStatus, Error> {
         self.send(Method::GET, path::STATUS, None::<&()>).await
+    }
+
+    /// What the agent has written down.
+    pub async fn books(&self) -> Result<Books, Error> {
+        self.send(Method::GET, path::BOOKS, None::<&()>).await
     }
 
     /// What is attached on the host.

@@ -13,6 +13,7 @@ use super::extract::{self, Agent, Item, Person};
 use super::networks::collision;
 use super::{Reply, Shared, peers, refuse};
 use crate::app::{App, Plan, Presence, put};
+use crate::ipam;
 use crate::keys::{Keys, Report};
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
@@ -211,19 +212,24 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Op::Delete(keys.host_key(&host.key)),
                 Op::Delete(keys.report(&host.id)),
             ];
-            let blocks = env.catalog.blocks.values().filter(|block| block.host == host.id);
-            deletes.extend(blocks.map(|block| Op::Delete(keys.block(&block.network, &block.cidr))));
+            // Blocks that wait for this host wait no more; its own wait for the others.
+            let heard = ipam::heard(keys, env, &host.id, revision)?.unwrap_or_default();
+            for block in env.catalog.blocks.values().filter(|block| block.host == host.id) {
+                deletes.extend(ipam::withdraw(keys, env, block, true)?);
+            }
             let claims = env.catalog.claims.values().filter(|claim| claim.host == host.id);
             deletes.extend(claims.map(|claim| Op::Delete(keys.claim(&claim.network, &claim.address))));
             let endpoints = env.endpoints_of_host(&host.id);
             deletes.extend(endpoints.map(|endpoint| Op::Delete(keys.endpoint(&endpoint.id))));
-            let compares = vec![
+            deletes.extend(heard.success);
+            let mut compares = vec![
                 Compare::Present(keys.host(&host.id)),
                 Compare::NonePutSince(keys.all_blocks(), revision),
                 Compare::NonePutSince(keys.all_claims(), revision),
                 Compare::NonePutSince(keys.endpoints(), revision),
                 Compare::NonePutSince(keys.peers(), revision),
             ];
+            compares.extend(heard.compares);
             Ok(Plan::Commit(Txn::new(compares, deletes), host.clone()))
         })
         .await?;
