@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use model::{Block, Claim, Endpoint, EndpointId, Epoch, NetworkId, Revision};
+use model::{Block, Claim, Endpoint, EndpointId, Epoch, NetworkId, Object, Revision};
 
 use crate::book::Book;
 use crate::view::Router;
@@ -25,8 +25,19 @@ pub(crate) struct Chores {
     pub(crate) lease: Vec<(NetworkId, usize)>,
     /// Addresses in this host's blocks that others ask for.
     pub(crate) consent: Vec<Claim>,
-    /// Blocks that were withdrawn up to this revision of this epoch are gone from this host's kernel.
-    pub(crate) heard: Option<(Epoch, Revision)>,
+    /// What was withdrawn is gone from this host's kernel.
+    pub(crate) heard: Option<Heard>,
+}
+
+/// Up to where this host has taken in the server's state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Heard {
+    /// The life of the store.
+    pub(crate) epoch: Epoch,
+    /// The last word of a block that was withdrawn: somebody may wait for it.
+    pub(crate) withdrawal: Revision,
+    /// All up to this is applied.
+    pub(crate) applied: Revision,
 }
 
 impl Chores {
@@ -49,11 +60,14 @@ impl Chores {
                 None => delete.push(id.clone()),
             }
         }
+        let leaving = |claim: &Claim| {
+            book.leaving().any(|object| matches!(object, Object::Claim(other) if other == claim))
+        };
         let release = catalog
             .claims
             .values()
             .filter(|claim| claim.host == book.host && !book.is_used(&claim.network, claim.address))
-            .filter(|claim| !book.needs_claim_for_router(&claim.network, claim.address))
+            .filter(|claim| leaving(claim) || !book.needs_claim_for_router(&claim.network, claim.address))
             .cloned();
         let gateway: BTreeSet<&NetworkId> = catalog.gateway_of(&book.host).collect();
         let idle = |network: &NetworkId| {
@@ -67,8 +81,16 @@ impl Chores {
             })
             .cloned()
             .collect();
+        let known = |block: &Block, of: &[Block]| of.iter().any(|other| other.cidr == block.cidr);
         let spare = routers.keys().filter(|network| !idle(network)).flat_map(|id| book.spare_blocks(id));
         give_back.extend(spare.cloned());
+        for object in book.leaving() {
+            if let Object::Block(block) = object
+                && !known(block, &give_back)
+            {
+                give_back.push(block.clone());
+            }
+        }
         // The oldest block holds the router's address: it goes last.
         give_back.sort_by_key(|block| std::cmp::Reverse(block.leased));
         let low = routers
@@ -83,7 +105,8 @@ impl Chores {
             claim.asked && claim.host != book.host && blocks.any(|block| block.cidr.contains(&claim.address))
         };
         let consent = catalog.claims.values().filter(own).cloned().collect();
-        let heard = (applied >= book.withdrawal()).then(|| (epoch.clone(), book.withdrawal()));
+        let withdrawal = book.withdrawal();
+        let heard = (applied >= withdrawal).then(|| Heard { epoch: epoch.clone(), withdrawal, applied });
         Self { put, delete, release: release.collect(), give_back, lease, consent, heard }
     }
 

@@ -33,6 +33,8 @@ pub struct Control {
 pub trait Lessor: Send + Sync {
     /// Gets one more block of the network for this host, which has `held` of them.
     fn lease(&self, network: NetworkId, held: usize) -> BoxFuture<Result<model::Block, ApiError>>;
+    /// Gives a block or claim back.
+    fn give_back(&self, held: model::Object) -> BoxFuture<Result<(), ApiError>>;
     /// Gets one address for an endpoint: the given one, or any where no block is free; or one for the `router` of a host
     /// that got no block.
     fn claim(
@@ -120,6 +122,8 @@ pub(crate) enum Command {
     Claimed { claim: model::Claim },
     /// Let go of an address that another host asks for; whether nobody has it.
     Consent { claim: model::Claim, reply: Reply<bool> },
+    /// What is on its way back to the server.
+    Leaving { reply: Reply<Vec<model::Object>> },
     /// What is written down, for whoever checks it.
     Books { reply: Reply<Box<Books>> },
     /// Let go of a block or claim that is to be given back; whether it is idle still.
@@ -302,6 +306,10 @@ impl Control {
                     turn = Some(self.turn.lock().await);
                 }
                 Err(Refusal::NeedBlock { network, held }) => {
+                    // What is on its way back counts as held at the server.
+                    for object in self.ask(|reply| Command::Leaving { reply }).await? {
+                        self.lessor.give_back(object).await?;
+                    }
                     match self.lessor.lease(network.clone(), held).await {
                         Ok(block) => self.send(Command::Leased { block }),
                         Err(error) if error.code == ErrorCode::Exhausted => {

@@ -36,6 +36,7 @@ impl World {
             Command::LetGo { reply, .. } => {
                 drop(reply.send(Ok(self.has_block.swap(false, Ordering::SeqCst))));
             }
+            Command::Leaving { reply } => drop(reply.send(Ok(Vec::new()))),
             Command::Leased { .. } => self.has_block.store(true, Ordering::SeqCst),
             _ => panic!("nobody asks that here"),
         }
@@ -50,6 +51,10 @@ impl Lessor for Server {
             self.0.leased_too_soon.store(true, Ordering::SeqCst);
         }
         Box::pin(async { Ok(block()) })
+    }
+
+    fn give_back(&self, _: model::Object) -> BoxFuture<Result<(), ApiError>> {
+        Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody gives back here")) })
     }
 
     fn claim(

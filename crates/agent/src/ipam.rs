@@ -12,7 +12,7 @@ use model::{Claim, Geometry, NetworkId};
 pub const QUARANTINE: i64 = 60_000;
 
 /// Whether an address that was released at `at` still rests at `now`.
-pub(crate) fn rests(at: i64, now: i64) -> bool {
+pub fn rests(at: i64, now: i64) -> bool {
     now - at < QUARANTINE
 }
 

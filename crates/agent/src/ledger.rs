@@ -22,6 +22,8 @@ use serde::{Deserialize, Serialize};
 /// "DWAL": this file is a Droveway agent's ledger.
 const APPLICATION_ID: i64 = 0x4457_414c;
 const FORMAT: i64 = 1;
+/// Before the keys of what is on its way back to the server.
+const LEAVING: &str = "leaving ";
 /// The ledger's file in the state directory.
 pub const FILE: &str = "ledger.sqlite";
 
@@ -87,6 +89,8 @@ pub struct Contents {
     pub domain: Option<String>,
     /// The last snapshot.
     pub catalog: Catalog,
+    /// What is on its way back to the server.
+    pub leaving: Vec<Key>,
     /// This host's endpoints.
     pub records: Vec<Record>,
     /// Addresses kept for no endpoint yet.
@@ -183,7 +187,11 @@ impl Ledger {
         db.pragma_update(None, "cache_size", -1024)?;
         // A ledger that is there is opened without writing: also where the disk is full.
         if application == APPLICATION_ID {
-            return Ok(());
+            let whole: String = db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+            return match whole.as_str() {
+                "ok" => Ok(()),
+                _ => Err(rusqlite::Error::InvalidParameterName(format!("it is damaged: {whole}"))),
+            };
         }
         db.execute_batch(&format!(
             "BEGIN IMMEDIATE;
@@ -248,6 +256,11 @@ impl Ledger {
         for text in self.texts("SELECT json_array(network, address, at) FROM released")? {
             let (network, address, at) = self.parse(&text)?;
             contents.released.insert((network, address), at);
+        }
+        for text in self.texts("SELECT key FROM meta")? {
+            if let Some(key) = text.strip_prefix(LEAVING) {
+                contents.leaving.push(self.parse(key)?);
+            }
         }
         for text in self.texts("SELECT json_array(network, slot) FROM slot")? {
             let (network, slot) = self.parse(&text)?;
@@ -329,9 +342,16 @@ impl Ledger {
         })
     }
 
-    /// Forgets an object before the server is told that this host does without (a block, a claim).
-    pub fn delete_object(&mut self, key: &Key) -> Result<(), LedgerError> {
-        self.write(true, |tx| tx.execute("DELETE FROM object WHERE key = ?1", [json(key)]).map(drop))
+    /// Notes that the server is being given an object back (a block, a claim), or that this is settled.
+    pub fn set_leaving(&mut self, key: &Key, leaving: bool) -> Result<(), LedgerError> {
+        let name = format!("{LEAVING}{}", json(key));
+        self.write(leaving, |tx| {
+            if leaving {
+                tx.execute("INSERT OR REPLACE INTO meta VALUES (?1, '')", [name]).map(drop)
+            } else {
+                tx.execute("DELETE FROM meta WHERE key = ?1", [name]).map(drop)
+            }
+        })
     }
 
     /// Replaces the snapshot.
@@ -510,6 +530,25 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         Connection::open(&path).unwrap().execute_batch("CREATE TABLE theirs (x)").unwrap();
         assert!(matches!(Ledger::open(dir.path()), Err(LedgerError::Foreign(..))));
+    }
+
+    #[test]
+    fn a_truncated_ledger_is_refused_with_the_remedy_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        {
+            let mut ledger = Ledger::open(dir.path()).unwrap();
+            for seed in 0..200 {
+                ledger.put_record(&record(seed, &format!("10.42.16.{seed}"))).unwrap();
+            }
+        }
+        let whole = std::fs::read(&path).unwrap();
+        for part in [whole.len() / 2, whole.len() - 4096, 4096, 1000] {
+            std::fs::write(&path, &whole[..part]).unwrap();
+            let error = Ledger::open(dir.path()).err().unwrap_or_else(|| panic!("{part} bytes are taken"));
+            assert!(error.to_string().contains("move it away"), "{part} bytes: {error}");
+            assert_eq!(std::fs::read(&path).unwrap(), whole[..part]);
+        }
     }
 
     #[test]

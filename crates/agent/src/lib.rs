@@ -12,7 +12,7 @@ pub mod control;
 pub mod dataplane;
 pub mod docker;
 pub mod doctor;
-mod ipam;
+pub mod ipam;
 mod ledger;
 mod link;
 pub mod metadata;

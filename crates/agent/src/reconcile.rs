@@ -53,8 +53,8 @@ pub(crate) struct Reconciler {
     tuns: BTreeMap<NetworkId, u64>,
     tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
-    /// What was to go by the snapshot of this revision is gone.
-    applied: Revision,
+    /// What was to go, when all was last compared, is gone.
+    clean: bool,
     /// What the kernel refuses now.
     refused: Vec<String>,
     /// What else went wrong lately, newest last.
@@ -91,7 +91,7 @@ impl Reconciler {
             tuns: BTreeMap::new(),
             tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
-            applied: Revision::default(),
+            clean: false,
             refused: Vec::new(),
             troubles: VecDeque::new(),
             wanted: State::new(),
@@ -197,6 +197,9 @@ impl Reconciler {
             Command::Reservations { reply } => drop(reply.send(Ok(self.book.reservations()))),
             Command::Consent { claim, reply } => {
                 drop(reply.send(self.book.consent(&claim).map_err(|e| unwritten(e).into())));
+            }
+            Command::Leaving { reply } => {
+                drop(reply.send(Ok(self.book.leaving().cloned().collect())));
             }
             Command::Books { reply } => {
                 let routers = self.routers_wanted();
@@ -437,9 +440,7 @@ impl Reconciler {
             };
             if *scope == Scope::Everything {
                 self.unconverged = steps.iter().map(|step| place_of(step).clone()).collect();
-                if !steps.iter().any(|step| matches!(step, Step::Remove(..) | Step::Change(..))) {
-                    self.applied = self.book.revision;
-                }
+                self.clean = !steps.iter().any(|step| matches!(step, Step::Remove(..) | Step::Change(..)));
             }
             if steps.is_empty() {
                 if *scope == Scope::Everything {
@@ -575,7 +576,7 @@ impl Reconciler {
             &self.book,
             &view.routers,
             |network| self.lingering.contains_key(network),
-            if self.stale { Revision::default() } else { self.applied },
+            if self.stale || !self.clean { Revision::default() } else { self.book.revision },
         );
         self.published.send_replace(Arc::new(view));
         self.chores.send_replace(Arc::new(chores));

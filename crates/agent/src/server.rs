@@ -14,7 +14,7 @@ use model::api::{
     JoinRequest, LeaseRequest, ReleaseClaim, path,
 };
 use model::{
-    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId,
+    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId, Object,
     Revision, Watch,
 };
 use reqwest::{Client, Method, RequestBuilder, Response};
@@ -95,19 +95,29 @@ impl Server {
 
     /// Gives a block back.
     pub async fn give_back(&self, block: &Block) -> Result<(), ApiError> {
-        let body = GiveBack { network: block.network.to_string(), cidr: block.cidr };
+        let body =
+            GiveBack { network: block.network.to_string(), cidr: block.cidr, leased: Some(block.leased) };
         self.send(self.request(Method::DELETE, path::BLOCKS), &body).await.map(drop)
     }
 
     /// Gives a claimed address back.
     pub async fn release(&self, claim: &Claim) -> Result<(), ApiError> {
-        let body = ReleaseClaim { network: claim.network.to_string(), address: claim.address };
+        let body = ReleaseClaim {
+            network: claim.network.to_string(),
+            address: claim.address,
+            endpoint: Some(claim.endpoint.clone()),
+        };
         self.send(self.request(Method::DELETE, path::CLAIMS), &body).await.map(drop)
     }
 
     /// Lets go of an address that another host asked for, or does not.
     pub async fn consent(&self, claim: &Claim, consents: bool) -> Result<(), ApiError> {
-        let body = Consent { network: claim.network.to_string(), address: claim.address, consents };
+        let body = Consent {
+            network: claim.network.to_string(),
+            address: claim.address,
+            endpoint: claim.endpoint.clone(),
+            consents,
+        };
         self.send(self.request(Method::PUT, path::CLAIMS), &body).await.map(drop)
     }
 
@@ -143,6 +153,17 @@ impl Lessor for Server {
         Box::pin(async move {
             let body = LeaseRequest { network: network.to_string(), held };
             decode(&this.url, this.send(this.request(Method::POST, path::BLOCKS), &body).await?).await
+        })
+    }
+
+    fn give_back(&self, held: Object) -> BoxFuture<Result<(), ApiError>> {
+        let this = self.clone();
+        Box::pin(async move {
+            match &held {
+                Object::Block(block) => Server::give_back(&this, block).await,
+                Object::Claim(claim) => this.release(claim).await,
+                Object::Host(_) | Object::Network(_) | Object::Endpoint(_) | Object::Peer(_) => Ok(()),
+            }
         })
     }
 

@@ -232,6 +232,9 @@ pub struct GiveBack {
     /// The block.
     #[schema(value_type = String)]
     pub cidr: IpNet,
+    /// Which lease of it is meant: one that comes late takes no later one away. Whichever there is, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leased: Option<Revision>,
 }
 
 /// A host asks for one given address outside its blocks.
@@ -260,6 +263,8 @@ pub struct Consent {
     /// The address.
     #[schema(value_type = String)]
     pub address: IpAddr,
+    /// The endpoint that it is asked for.
+    pub endpoint: EndpointId,
     /// Whether it lets go: from now on it gives the address to nobody.
     pub consents: bool,
 }
@@ -296,6 +301,9 @@ pub struct ReleaseClaim {
     /// The address.
     #[schema(value_type = String)]
     pub address: IpAddr,
+    /// The endpoint it was claimed for: one that comes late takes no later claim away. Whichever there is, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<EndpointId>,
 }
 
 /// Asks for a join token.

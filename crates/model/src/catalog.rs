@@ -168,6 +168,18 @@ impl Catalog {
         }
     }
 
+    /// The object of that key.
+    pub fn get(&self, key: &Key) -> Option<Object> {
+        match key {
+            Key::Host(id) => self.hosts.get(id).cloned().map(Object::Host),
+            Key::Network(id) => self.networks.get(id).cloned().map(Object::Network),
+            Key::Block(id, cidr) => self.blocks.get(&(id.clone(), *cidr)).cloned().map(Object::Block),
+            Key::Claim(id, address) => self.claims.get(&(id.clone(), *address)).cloned().map(Object::Claim),
+            Key::Endpoint(id) => self.endpoint(id).cloned().map(Object::Endpoint),
+            Key::Peer(id) => self.peers.get(id).cloned().map(Object::Peer),
+        }
+    }
+
     /// Removes an object, if it is there.
     pub fn delete(&mut self, key: &Key) {
         match key {

@@ -14,7 +14,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use model::api::{ApiError, ErrorCode};
-use model::{Block, Claim, Geometry, HostId, Network, Revision, Withdrawn};
+use model::{Block, Claim, EndpointId, Geometry, HostId, Network, Revision, Withdrawn};
 
 use crate::app::put;
 use crate::keys::Keys;
@@ -22,12 +22,13 @@ use crate::secret;
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
 
-/// What a host gets.
+/// What a host gets, if this transaction succeeds.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Grant<T> {
-    /// It has it already: the answer to an earlier request was lost.
-    Held(T),
-    /// By this transaction.
+    /// It has it already: the answer to an earlier request was lost. The transaction changes nothing, and makes sure that it
+    /// still has: what this server knows may be behind what another one did.
+    Held(Txn, T),
+    /// It has it by this transaction.
     New(Txn, T),
 }
 
@@ -43,7 +44,8 @@ pub(crate) fn lease(
     let mut own: Vec<&Block> = env.blocks_of(&network.id).filter(|block| block.host == *host).collect();
     own.sort_by_key(|block| (block.leased, block.cidr));
     if let Some(block) = own.get(held) {
-        return Ok(Grant::Held((*block).clone()));
+        let compares = vec![Compare::Created(keys.block(&network.id, &block.cidr), block.leased)];
+        return Ok(Grant::Held(Txn::new(compares, Vec::new()), (*block).clone()));
     }
     let rests = |cidr: &IpNet| env.withdrawn.get(&(network.id.clone(), *cidr));
     let taken = |cidr: &IpNet| {
@@ -112,27 +114,113 @@ fn first_free(geometry: &Geometry, host: &HostId, taken: impl Fn(&IpNet) -> bool
     indices.filter_map(|index| geometry.block(index)).find(|cidr| !taken(cidr))
 }
 
+/// That `host` gives a block back. `None` if nobody holds it: an answer may have been lost.
+pub(crate) fn give_back(
+    keys: Keys<'_>,
+    env: &Environment,
+    revision: Revision,
+    network: &Network,
+    host: &HostId,
+    cidr: IpNet,
+    leased: Option<Revision>,
+) -> Result<Option<Txn>, ApiError> {
+    let block = env.catalog.blocks.get(&(network.id.clone(), cidr));
+    let Some(block) = block.filter(|block| leased.is_none_or(|leased| block.leased == leased)) else {
+        return Ok(None);
+    };
+    if block.host != *host {
+        let message = format!(
+            "block {} is leased to host {}; host {} may give back its own only",
+            block.cidr,
+            env.host_name(&block.host),
+            env.host_name(host),
+        );
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
+    }
+    let inside = |address: &IpAddr| block.cidr.contains(address);
+    let users = env.endpoints_of_host(host);
+    let users =
+        users.filter(|endpoint| endpoint.network == network.id && endpoint.addresses.iter().any(inside));
+    let users: Vec<String> =
+        users.map(|e| e.name.as_ref().map_or_else(|| e.id.to_string(), ToString::to_string)).collect();
+    if !users.is_empty() {
+        let message = format!(
+            "block {} of network \"{}\" is in use by {}; remove them first",
+            block.cidr,
+            network.name,
+            list(users, 10)
+        );
+        return Err(ApiError::new(ErrorCode::InUse, message));
+    }
+    let (mut compares, mut ops) = withdraw(keys, env, block, false)?;
+    compares.extend([
+        Compare::Created(keys.block(&network.id, &block.cidr), block.leased),
+        Compare::NonePutSince(keys.endpoints(), revision),
+        // Whoever takes part since then would not be waited for.
+        Compare::NonePutSince(keys.blocks(&network.id), revision),
+        Compare::NonePutSince(keys.claims(&network.id), revision),
+    ]);
+    // Nobody is left who could consent.
+    let asked = env.claims_of(&network.id).filter(|claim| claim.asked && inside(&claim.address));
+    ops.extend(asked.map(|claim| Op::Delete(keys.claim(&network.id, &claim.address))));
+    Ok(Some(Txn::new(compares, ops)))
+}
+
+/// That `host` lets a claimed address go. `None` if nobody holds it: an answer may have been lost.
+pub(crate) fn release(
+    keys: Keys<'_>,
+    env: &Environment,
+    revision: Revision,
+    network: &Network,
+    host: &HostId,
+    address: IpAddr,
+    endpoint: Option<&EndpointId>,
+) -> Result<Option<Txn>, ApiError> {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address));
+    let Some(claim) = claim.filter(|claim| endpoint.is_none_or(|endpoint| claim.endpoint == *endpoint))
+    else {
+        return Ok(None);
+    };
+    if claim.host != *host {
+        let (holder, host) = (env.host_name(&claim.host), env.host_name(host));
+        let message =
+            format!("address {address} is claimed by host {holder}; host {host} may release its own only");
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
+    }
+    if let Some(endpoint) = env.holder(&network.id, address).filter(|endpoint| endpoint.host == *host) {
+        let message = format!("address {address} is that of endpoint {}; remove it first", endpoint.id);
+        return Err(ApiError::new(ErrorCode::InUse, message));
+    }
+    let key = keys.claim(&network.id, &address);
+    let compares = vec![
+        Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()),
+        Compare::NonePutSince(keys.endpoints(), revision),
+    ];
+    Ok(Some(Txn::new(compares, vec![Op::Delete(key)])))
+}
+
 /// What takes a block from its host: it is withdrawn until the others have heard of it, and the host itself unless it is
-/// `removed`. The compares are those that this depends on.
+/// `removed`. Nobody who is gone is waited for: that each of them is there is compared.
 pub(crate) fn withdraw(
     keys: Keys<'_>,
     env: &Environment,
     block: &Block,
     removed: bool,
-) -> Result<Vec<Op>, ApiError> {
+) -> Result<(Vec<Compare>, Vec<Op>), ApiError> {
     let mut waits_for: BTreeSet<HostId> = env.hosts_of(&block.network).cloned().collect();
     // Who left the network a moment ago may not have heard of that yet.
     waits_for.extend(env.withdrawn_of(&block.network).flat_map(|other| other.waits_for.iter().cloned()));
     if removed {
         waits_for.remove(&block.host);
     }
+    let compares = waits_for.iter().map(|host| Compare::Present(keys.host(host))).collect();
     let mut ops = vec![Op::Delete(keys.block(&block.network, &block.cidr))];
     if !waits_for.is_empty() {
         let (network, cidr, host) = (block.network.clone(), block.cidr, block.host.clone());
         let withdrawn = Withdrawn { network, cidr, host, at: Revision::default(), waits_for };
         ops.push(put(keys.withdrawn(&block.network, &block.cidr), &withdrawn)?);
     }
-    Ok(ops)
+    Ok((compares, ops))
 }
 
 /// That a host has heard of all up to `revision`, or is removed: which withdrawn blocks wait for it no more. `None` if none
@@ -201,7 +289,9 @@ pub(crate) fn claim(
     }
     if let Some(claim) = env.catalog.claims.get(&(network.id.clone(), address)) {
         if (&claim.host, &claim.endpoint) == (&wanted.host, &wanted.endpoint) {
-            return Ok(Grant::Held(claim.clone()));
+            let key = keys.claim(&network.id, &address);
+            let compares = vec![Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default())];
+            return Ok(Grant::Held(Txn::new(compares, Vec::new()), claim.clone()));
         }
         let holder = env.catalog.endpoints.get(&claim.endpoint).and_then(|endpoint| endpoint.name.as_ref());
         let holder = holder.map_or_else(|| claim.endpoint.to_string(), ToString::to_string);
@@ -258,10 +348,11 @@ pub(crate) fn consent(
     network: &Network,
     holder: &HostId,
     address: IpAddr,
+    endpoint: &EndpointId,
     consents: bool,
 ) -> Result<Option<Txn>, ApiError> {
-    let Some(claim) = env.catalog.claims.get(&(network.id.clone(), address)).filter(|claim| claim.asked)
-    else {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address));
+    let Some(claim) = claim.filter(|claim| claim.asked && claim.endpoint == *endpoint) else {
         return Ok(None);
     };
     let block = network.geometry().block_of(address);

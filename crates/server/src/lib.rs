@@ -10,6 +10,8 @@ mod app;
 mod ca;
 mod files;
 mod ipam;
+#[cfg(test)]
+mod ipam_model;
 mod keys;
 mod secret;
 mod serve;

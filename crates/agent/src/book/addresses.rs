@@ -63,7 +63,7 @@ impl Book {
     fn has_claim(&self, network: &NetworkId, address: IpAddr) -> bool {
         let name = (network.clone(), address);
         self.catalog.claims.get(&name).is_some_and(|claim| claim.host == self.host && !claim.asked)
-            && !self.leaving.contains(&Key::Claim(name.0, name.1))
+            && !self.leaving.contains_key(&Key::Claim(name.0, name.1))
     }
 
     /// An address that was claimed for no endpoint in particular, or for one that is gone.
@@ -127,8 +127,9 @@ impl Book {
 
     /// The blocks of a network that this host holds, and keeps.
     fn own_blocks(&self, network: &NetworkId) -> Vec<IpNet> {
-        let kept =
-            |block: &&model::Block| !self.leaving.contains(&Key::Block(block.network.clone(), block.cidr));
+        let kept = |block: &&model::Block| {
+            !self.leaving.contains_key(&Key::Block(block.network.clone(), block.cidr))
+        };
         let blocks = self.catalog.blocks_of(network).filter(|block| block.host == self.host).filter(kept);
         blocks.map(|block| block.cidr).collect()
     }

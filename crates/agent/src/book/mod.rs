@@ -50,8 +50,9 @@ pub(crate) struct Book {
     slots: BTreeMap<NetworkId, u16>,
     /// The ledger missed something of the snapshot: it is written whole as soon as that can be done.
     behind: bool,
-    /// Blocks and claims that the server is being given back, and may have: no address is given from them.
-    leaving: BTreeSet<Key>,
+    /// Blocks and claims that the server is being given back, and may have: no address is given from them until it has
+    /// granted them anew. A restart does not change that: what was asked of the server may come to it late.
+    leaving: BTreeMap<Key, Object>,
     /// This host's endpoints that the catalog does not have like this, or has and should not.
     differing: BTreeSet<EndpointId>,
     /// Endpoints by the namespace and interface that they were attached to.
@@ -87,7 +88,7 @@ impl Book {
             withdrawal: contents.revision,
             slots: contents.slots,
             behind: false,
-            leaving: BTreeSet::new(),
+            leaving: BTreeMap::new(),
             differing: BTreeSet::new(),
             attached: BTreeMap::new(),
         };
@@ -97,6 +98,11 @@ impl Book {
         for (network, address) in contents.reservations {
             book.used.entry(network.clone()).or_default().insert(address);
             book.reservations.insert((network, address));
+        }
+        for key in contents.leaving {
+            if let Some(object) = book.catalog.get(&key) {
+                book.leaving.insert(key, object);
+            }
         }
         book.compare_all();
         Ok(book)
@@ -220,14 +226,19 @@ impl Book {
                 self.behind |= written.is_err();
                 written?;
             }
-            Watch::Heartbeat { .. } => {}
+            Watch::Heartbeat { revision } => self.revision = revision,
         }
         let catalog = &self.catalog;
-        self.leaving.retain(|key| match key {
-            Key::Block(network, cidr) => catalog.blocks.contains_key(&(network.clone(), *cidr)),
-            Key::Claim(network, address) => catalog.claims.contains_key(&(network.clone(), *address)),
-            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
-        });
+        let settled: Vec<Key> = self
+            .leaving
+            .iter()
+            .filter(|(key, object)| catalog.get(key).as_ref() != Some(object))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in settled {
+            self.leaving.remove(&key);
+            self.ledger.set_leaving(&key, false)?;
+        }
         self.catch_up()
     }
 
@@ -242,15 +253,25 @@ impl Book {
 
     /// Takes in what the server answered to a lease or claim: addresses may be given from it at once.
     pub(crate) fn granted(&mut self, object: Object) -> Result<(), LedgerError> {
+        let key = object.key();
+        if self.leaving.get(&key) == Some(&object) {
+            // As it was, from before the server had it back.
+            return Ok(());
+        }
         self.ledger.put_object(&object)?;
-        self.leaving.remove(&object.key());
+        if self.leaving.remove(&key).is_some() {
+            self.ledger.set_leaving(&key, false)?;
+        }
         self.catalog.put(object);
         Ok(())
     }
 
     /// Lets go of a block or claim before the server is told: whether no address of it is used here. From now on none is
-    /// given from it, unless the server grants it again; a ledger that is opened again does not know it.
+    /// given from it, unless the server grants it anew.
     pub(crate) fn let_go(&mut self, key: &Key) -> Result<bool, LedgerError> {
+        if self.leaving.contains_key(key) {
+            return Ok(true);
+        }
         let idle = match key {
             Key::Block(network, cidr) => {
                 let unused = !self.uses_addresses(network)
@@ -262,11 +283,15 @@ impl Book {
             }
             Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
         };
-        if idle {
-            self.ledger.delete_object(key)?;
-            self.leaving.insert(key.clone());
-        }
-        Ok(idle)
+        let Some(object) = self.catalog.get(key).filter(|_| idle) else { return Ok(false) };
+        self.ledger.set_leaving(key, true)?;
+        self.leaving.insert(key.clone(), object);
+        Ok(true)
+    }
+
+    /// What of a network is on its way back to the server.
+    pub(crate) fn leaving(&self) -> impl Iterator<Item = &Object> {
+        self.leaving.values()
     }
 
     /// Whether an address is that of this host's router, which has no block to have one from.

@@ -213,9 +213,16 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Op::Delete(keys.report(&host.id)),
             ];
             // Blocks that wait for this host wait no more; its own wait for the others.
+            let mut waited_for = Vec::new();
             let heard = ipam::heard(keys, env, &host.id, revision)?.unwrap_or_default();
             for block in env.catalog.blocks.values().filter(|block| block.host == host.id) {
-                deletes.extend(ipam::withdraw(keys, env, block, true)?);
+                let (present, ops) = ipam::withdraw(keys, env, block, true)?;
+                for compare in present {
+                    if !waited_for.contains(&compare) {
+                        waited_for.push(compare);
+                    }
+                }
+                deletes.extend(ops);
             }
             let claims = env.catalog.claims.values().filter(|claim| claim.host == host.id);
             deletes.extend(claims.map(|claim| Op::Delete(keys.claim(&claim.network, &claim.address))));
@@ -230,6 +237,7 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Compare::NonePutSince(keys.peers(), revision),
             ];
             compares.extend(heard.compares);
+            compares.extend(waited_for);
             Ok(Plan::Commit(Txn::new(compares, deletes), host.clone()))
         })
         .await?;

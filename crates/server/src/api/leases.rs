@@ -44,7 +44,7 @@ pub(super) async fn lease(
             let network = find(env, &asked.network)?;
             let name = network.name.clone();
             Ok(match ipam::lease(keys, env, revision, network, &agent.host, asked.held)? {
-                Grant::Held(block) => Plan::Nothing((block, name)),
+                Grant::Held(txn, block) => Plan::Commit(txn, (block, name)),
                 Grant::New(txn, block) => {
                     passes_nat(env, network, &agent)?;
                     Plan::Commit(txn, (block, name))
@@ -96,44 +96,8 @@ pub(super) async fn give_back(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
-            let Some(block) = env.catalog.blocks.get(&(network.id.clone(), given.cidr)) else {
-                return Ok(Plan::Nothing(None));
-            };
-            if block.host != agent.host {
-                let message = format!(
-                    "block {} is leased to host {}; {agent} may give back its own only",
-                    block.cidr,
-                    env.host_name(&block.host)
-                );
-                return Err(refuse(ErrorCode::Forbidden, message));
-            }
-            let inside = |address: &std::net::IpAddr| block.cidr.contains(address);
-            let users = env.endpoints_of_host(&agent.host);
-            let users = users
-                .filter(|endpoint| endpoint.network == network.id && endpoint.addresses.iter().any(inside));
-            let users: Vec<String> = users
-                .map(|e| e.name.as_ref().map_or_else(|| e.id.to_string(), ToString::to_string))
-                .collect();
-            if !users.is_empty() {
-                let users = ipam::list(users, 10);
-                let message = format!(
-                    "block {} of network \"{}\" is in use by {users}; remove them first",
-                    block.cidr, network.name
-                );
-                return Err(refuse(ErrorCode::InUse, message));
-            }
-            let compares = vec![
-                Compare::Created(keys.block(&network.id, &block.cidr), block.leased),
-                Compare::NonePutSince(keys.endpoints(), revision),
-                // Whoever takes part since then would not be waited for.
-                Compare::NonePutSince(keys.blocks(&network.id), revision),
-                Compare::NonePutSince(keys.claims(&network.id), revision),
-            ];
-            let mut ops = ipam::withdraw(keys, env, block, false)?;
-            // Nobody is left who could consent.
-            let asked = env.claims_of(&network.id).filter(|claim| claim.asked && inside(&claim.address));
-            ops.extend(asked.map(|claim| Op::Delete(keys.claim(&network.id, &claim.address))));
-            Ok(Plan::Commit(Txn::new(compares, ops), Some(network.name.clone())))
+            let txn = ipam::give_back(keys, env, revision, network, &agent.host, given.cidr, given.leased)?;
+            Ok(txn.map_or(Plan::Nothing(None), |txn| Plan::Commit(txn, Some(network.name.clone()))))
         })
         .await?;
     drop(turn);
@@ -173,7 +137,7 @@ pub(super) async fn claim(
                 router: asked.router,
             };
             Ok(match ipam::claim(keys, env, revision, network, &claim)? {
-                Grant::Held(claim) => Plan::Nothing((claim, None)),
+                Grant::Held(txn, claim) => Plan::Commit(txn, (claim, None)),
                 Grant::New(txn, claim) => {
                     passes_nat(env, network, &agent)?;
                     Plan::Commit(txn, (claim, Some(network.name.clone())))
@@ -266,7 +230,8 @@ pub(super) async fn consent(
     let keys = Keys(&agent.environment);
     app.change(&agent.environment, |env, _| {
         let network = find(env, &said.network)?;
-        let txn = ipam::consent(keys, env, network, &agent.host, said.address, said.consents)?;
+        let txn =
+            ipam::consent(keys, env, network, &agent.host, said.address, &said.endpoint, said.consents)?;
         Ok(txn.map_or(Plan::Nothing(()), |txn| Plan::Commit(txn, ())))
     })
     .await?;
@@ -325,28 +290,16 @@ pub(super) async fn release(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
-            let Some(claim) = env.catalog.claims.get(&(network.id.clone(), given.address)) else {
-                return Ok(Plan::Nothing(None));
-            };
-            if claim.host != agent.host {
-                let host = env.host_name(&claim.host);
-                let message = format!(
-                    "address {} is claimed by host {host}; {agent} may release its own only",
-                    claim.address
-                );
-                return Err(refuse(ErrorCode::Forbidden, message));
-            }
-            if let Some(endpoint) = env.holder(&network.id, claim.address) {
-                let message =
-                    format!("address {} is that of endpoint {}; remove it first", claim.address, endpoint.id);
-                return Err(refuse(ErrorCode::InUse, message));
-            }
-            let key = keys.claim(&network.id, &claim.address);
-            let compares = vec![
-                Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()),
-                Compare::NonePutSince(keys.endpoints(), revision),
-            ];
-            Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))
+            let txn = ipam::release(
+                keys,
+                env,
+                revision,
+                network,
+                &agent.host,
+                given.address,
+                given.endpoint.as_ref(),
+            )?;
+            Ok(txn.map_or(Plan::Nothing(None), |txn| Plan::Commit(txn, Some(network.name.clone()))))
         })
         .await?;
     if let Some(network) = name {
