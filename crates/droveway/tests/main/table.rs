@@ -21,8 +21,9 @@ use crate::doctor::well;
 use crate::steady::Steady;
 use crate::support::Look;
 use crate::support::{
-    LIMIT, idle, idle_in, lab, meet, network_in_clear, run_soon, says, skipped, spec, ttl, until,
+    LIMIT, idle, idle_in, lab, meet, network_in_clear, run_soon, says, skipped, spec, succeeds, ttl, until,
 };
+use crate::watch::Watched;
 
 /// What there is in CI, and in the long form.
 fn long<T>(short: T, long: T) -> T {
@@ -55,6 +56,12 @@ fn netns(lab: &Lab, host: &str, verb: &str, names: &[String]) {
     lab.check(host, &["sh", "-c", &script]).unwrap();
 }
 
+/// As [`meet`], without the canary.
+pub fn meet_in_clear(lab: &Lab, from: &Container, to: &Container) {
+    let ping = ["ping", "-n", "-c", "1", "-W", "1", &to.ip().to_string()];
+    until(LIMIT, "they reach each other", || succeeds(lab, &from.path(), &ping));
+}
+
 /// Traffic of an encrypted network and of one in clear, between two hosts.
 struct Traffic<'a> {
     lab: &'a Lab,
@@ -69,7 +76,7 @@ impl<'a> Traffic<'a> {
         let secret = (run(one, "managed", "from"), run(other, "managed", "to"));
         let clear = (run(one, "clear", "clear-from"), run(other, "clear", "clear-to"));
         meet(lab, &secret.0, &secret.1);
-        meet(lab, &clear.0, &clear.1);
+        meet_in_clear(lab, &clear.0, &clear.1);
         Self { lab, secret, clear }
     }
 
@@ -78,7 +85,7 @@ impl<'a> Traffic<'a> {
     }
 
     fn clearly(&self) -> Steady {
-        Steady::start(self.lab, &self.clear.0, &self.clear.1)
+        Steady::start_saying(self.lab, &self.clear.0.path(), &[&self.clear.1.ip().to_string()])
     }
 
     #[track_caller]
@@ -185,23 +192,24 @@ fn the_server_is_away_while_all_hosts_attach_and_detach() {
 
 #[test]
 fn an_agent_that_is_killed_at_any_point_of_attach_and_detach_leaves_nothing_and_loses_nothing() {
-    let lab = lab(2);
-    let traffic = Traffic::between(&lab, "h1", "h2");
+    let watched = lab(2);
+    let lab: &Lab = &watched;
+    let traffic = Traffic::between(lab, "h1", "h2");
     let clear = traffic.clearly();
     let (mut random, mut held) = (seed(), BTreeMap::new());
     for point in 0..long(8, 50) {
         let name = format!("point-{point}");
-        netns(&lab, "h1", "add", std::slice::from_ref(&name));
+        netns(lab, "h1", "add", std::slice::from_ref(&name));
         let pid = lab.daemon_pid("h1", Daemon::Agent).unwrap().unwrap();
         let after = Duration::from_micros(below(&mut random, 25_000));
         let attaches = point % 2 == 0 || held.is_empty();
         let outcome = std::thread::scope(|scope| {
             let asked = scope.spawn(|| {
                 if attaches {
-                    return attach(&lab, "h1", "managed", &name).map(|it| Some(it.endpoint.id));
+                    return attach(lab, "h1", "managed", &name).map(|it| Some(it.endpoint.id));
                 }
                 let (_, id): (&String, &EndpointId) = held.iter().next().unwrap();
-                detach(&lab, "h1", id).map(|()| None)
+                detach(lab, "h1", id).map(|()| None)
             });
             // The point of this test: no event to wait for, any moment will do.
             std::thread::sleep(after);
@@ -220,21 +228,21 @@ fn an_agent_that_is_killed_at_any_point_of_attach_and_detach_leaves_nothing_and_
             Ok(None) => {
                 let (name, id) = held.pop_first().unwrap();
                 assert!(!known.contains(&id), "{name}: detached, and there again");
-                netns(&lab, "h1", "del", &[name]);
+                netns(lab, "h1", "del", &[name]);
             }
             // Whoever asked does without: an engine takes the container away, or asks again.
-            Err(_) if attaches => netns(&lab, "h1", "del", &[name]),
+            Err(_) if attaches => netns(lab, "h1", "del", &[name]),
             Err(_) => {
                 let (name, id) = held.pop_first().unwrap();
-                detach(&lab, "h1", &id).unwrap();
-                netns(&lab, "h1", "del", &[name]);
+                detach(lab, "h1", &id).unwrap();
+                netns(lab, "h1", "del", &[name]);
             }
         }
     }
     lab.wait_connected("h1").unwrap();
     traffic.all_arrived(None, Some(clear));
-    meet(&lab, &traffic.secret.0, &traffic.secret.1);
-    well(&lab);
+    meet(lab, &traffic.secret.0, &traffic.secret.1);
+    well(lab);
 }
 
 #[test]
@@ -324,7 +332,7 @@ fn a_clock_that_jumps_an_hour_either_way_disturbs_nothing() {
     std::fs::write(&program, script).unwrap();
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
     std::fs::set_permissions(scratch.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-    let lab = Lab::up(droveway::lab::LabSpec { program, ..spec(2) }).unwrap();
+    let lab = Watched::up(droveway::lab::LabSpec { program, ..spec(2) });
     let traffic = Traffic::between(&lab, "h1", "h2");
     let mut churn = Churn::default();
     for (offset, hours) in [("+1h", 1), ("-1h", -1)] {
@@ -362,12 +370,13 @@ fn a_clock_that_jumps_an_hour_either_way_disturbs_nothing() {
 
 #[test]
 fn two_hundred_attaches_at_once_with_a_server_that_comes_and_goes_lose_no_address_and_give_none_twice() {
-    let lab = lab(3);
+    let watched = lab(3);
+    let lab: &Lab = &watched;
     let hosts = lab.hosts();
     let each = 67;
     let names = |host: &str| -> Vec<String> { (0..each).map(|i| format!("{host}-{i}")).collect() };
     for host in &hosts {
-        netns(&lab, host, "add", &names(host));
+        netns(lab, host, "add", &names(host));
     }
     let over = AtomicBool::new(false);
     let attached: Vec<(String, Attached)> = std::thread::scope(|scope| {
@@ -380,7 +389,7 @@ fn two_hundred_attaches_at_once_with_a_server_that_comes_and_goes_lose_no_addres
             }
             times
         });
-        let (lab, names) = (&lab, &names);
+        let names = &names;
         let asked: Vec<_> = hosts
             .iter()
             .flat_map(|host| names(host).into_iter().map(move |name| (host.clone(), name)))
@@ -417,15 +426,15 @@ fn two_hundred_attaches_at_once_with_a_server_that_comes_and_goes_lose_no_addres
             attached.iter().filter(|(on, _)| on == host).map(|(_, it)| it.endpoint.id.clone()).collect();
         assert_eq!(known, told, "{host}");
     }
-    well(&lab);
+    well(lab);
     for (host, attached) in &attached {
-        detach(&lab, host, &attached.endpoint.id).unwrap();
+        detach(lab, host, &attached.endpoint.id).unwrap();
     }
     for host in &hosts {
-        netns(&lab, host, "del", &names(host));
+        netns(lab, host, "del", &names(host));
     }
     until(LIMIT, "the server forgets them", || {
-        says(&lab, SERVER, &["droveway", "endpoint", "ls", "-o", "json"]).trim() == "[]"
+        says(lab, SERVER, &["droveway", "endpoint", "ls", "-o", "json"]).trim() == "[]"
     });
-    well(&lab);
+    well(lab);
 }
