@@ -118,7 +118,7 @@ fn containers(books: &Books, local: &Local) -> Vec<Finding> {
     }
     for network in local.routers.keys() {
         let routers = catalog.hosts.keys().filter_map(|host| catalog.router_address(network, host));
-        let gateway = catalog.networks.get(network).map(|network| network.gateway());
+        let gateway = catalog.networks.get(network).map(model::Network::gateway);
         for address in routers.chain(gateway).chain([IpAddr::V4(SERVICE_ADDRESS)]) {
             macs.insert((network.clone(), address), plan::gateway_mac(network));
         }

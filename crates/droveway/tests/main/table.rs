@@ -427,6 +427,12 @@ fn two_hundred_attaches_at_once_with_a_server_that_comes_and_goes_lose_no_addres
         assert_eq!(known, told, "{host}");
     }
     well(lab);
+    // Something goes from host to host, with the canary in it: what was attached has nothing that runs in it.
+    let (one, other) = (lab.run("h1", &idle("one")).unwrap(), lab.run("h2", &idle("other")).unwrap());
+    meet(lab, &one, &other);
+    for container in [&one, &other] {
+        lab.kill_container(&container.host, &container.name).unwrap();
+    }
     for (host, attached) in &attached {
         detach(lab, host, &attached.endpoint.id).unwrap();
     }
