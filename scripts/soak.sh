@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The long form: the whole test set again and again with many random cases, and a lab under a storm of attaches,
-# detaches, killed agents, a killed server and lost packets. Half of the time each.
+# detaches, killed agents, a killed server and lost packets. Half of the time each; between them the fault table once, a few
+# minutes.
 #   SOAK_MINUTES=30      how long, building not counted; what has begun is finished
 #   SOAK_SEED=N          the storm's seed; it is printed, so that a storm can be had again
 #   PROPTEST_CASES=N     random cases for each property
@@ -18,6 +19,9 @@ cargo test --workspace --locked --no-run --quiet
 
 echo "storm: $half s, SOAK_SEED=$seed"
 SOAK_SECONDS=$half SOAK_SEED=$seed cargo test -p droveway --locked --test storm -- --nocapture
+
+echo "fault table, SOAK_SEED=$seed"
+SOAK_FAULTS=1 SOAK_SEED=$seed cargo test -p droveway --locked --test main table:: -- --nocapture
 
 round=0
 started=$SECONDS

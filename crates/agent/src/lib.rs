@@ -12,7 +12,8 @@ pub mod control;
 mod counts;
 pub mod dataplane;
 pub mod docker;
-mod ipam;
+pub mod doctor;
+pub mod ipam;
 mod ledger;
 mod link;
 pub mod metadata;
@@ -208,7 +209,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
 }
 
 /// Where namespaces are bound, as `ip netns` has it.
-const NETNS_DIR: &str = "/run/netns";
+pub const NETNS_DIR: &str = "/run/netns";
 
 /// Whether a server answers, and does not know this host any more. One that does not answer says nothing.
 async fn was_removed(identity: &Identity, learned: &[String]) -> Result<bool, ApiError> {

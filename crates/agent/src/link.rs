@@ -15,7 +15,7 @@ use model::{Candidate, Endpoint, EndpointId, Key, Watch};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::chores::Chores;
+use crate::chores::{Chores, Heard};
 use crate::control::{Command, Control, Lessor};
 use crate::counts::Counts;
 use crate::ledger::Identity;
@@ -24,6 +24,8 @@ use crate::{View, now_millis, random};
 
 /// How long a claim or block must have been idle before it is given back: an attach may be on its way to use it.
 const IDLE: Duration = Duration::from_secs(5);
+/// How often to say how far this host is where nobody is known to wait for it.
+const HEARD: Duration = Duration::from_secs(30);
 /// How long to wait for the snapshot to show what was told before telling it again.
 const ECHO: Duration = Duration::from_secs(10);
 
@@ -175,6 +177,7 @@ async fn tell(
         control: control.clone(),
         told: BTreeMap::new(),
         idle: BTreeMap::new(),
+        heard: None,
     };
     let mut backoff = Backoff::new();
     report.mark_changed();
@@ -218,6 +221,8 @@ struct Teller {
     told: BTreeMap<EndpointId, (Instant, Option<Arc<Endpoint>>)>,
     /// Since when something has been idle, by its name.
     idle: BTreeMap<String, Instant>,
+    /// Up to where the server knows that withdrawn blocks are gone here, and since when.
+    heard: Option<(Instant, Heard)>,
 }
 
 impl Teller {
@@ -239,6 +244,16 @@ impl Teller {
                 if refusal_is_kept(outcome, &mut first)? {
                     self.told.insert(id.clone(), (Instant::now(), None));
                 }
+            }
+        }
+        for claim in &chores.consent {
+            let consents = self.control.consent(claim).await?;
+            refusal_is_kept(missing_is_fine(self.server.consent(claim, consents).await), &mut first)?;
+        }
+        if let Some(heard) = chores.heard.as_ref().filter(|heard| self.is_news(heard)) {
+            let outcome = self.server.heard(&heard.epoch, heard.applied).await;
+            if refusal_is_kept(outcome, &mut first)? {
+                self.heard = Some((Instant::now(), heard.clone()));
             }
         }
         for (network, held) in &chores.lease {
@@ -268,6 +283,15 @@ impl Teller {
         }
         self.idle = still_idle;
         first
+    }
+
+    /// Whether the server should hear how far this host is: at once where it may wait for it, else now and then.
+    fn is_news(&self, heard: &Heard) -> bool {
+        self.heard.as_ref().is_none_or(|(at, known)| {
+            known.epoch != heard.epoch
+                || heard.withdrawal > known.applied
+                || (heard.applied > known.applied && at.elapsed() >= HEARD)
+        })
     }
 
     fn has_been_idle(&self, name: String, still_idle: &mut BTreeMap<String, Instant>) -> bool {

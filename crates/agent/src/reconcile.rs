@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use linux::{Kernel, Woken};
 use model::agent_api::{AttachRequest, Attached};
 use model::api::{ApiError, ErrorCode};
-use model::{Change, EndpointId, NetworkId, Object, Watch};
+use model::{Change, EndpointId, NetworkId, Object, Revision, Watch};
 use nix::errno::Errno;
 use plan::object::{Ifname, Set};
 use plan::{End, Key, Place, Scope, State, Step};
@@ -25,6 +25,7 @@ use crate::book::{self, Book, handed, unwritten};
 use crate::chores::Chores;
 use crate::control::{Command, Handed, Refusal};
 use crate::counts::Counts;
+use crate::doctor::Books;
 use crate::ledger::Sandbox;
 use crate::view::{Router, View};
 
@@ -54,6 +55,8 @@ pub(crate) struct Reconciler {
     tuns: BTreeMap<NetworkId, u64>,
     tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
+    /// What was to go, when all was last compared, is gone.
+    clean: bool,
     /// What the kernel refuses now.
     refused: Vec<String>,
     /// What else went wrong lately, newest last.
@@ -66,6 +69,8 @@ pub(crate) struct Reconciler {
     unpublished: bool,
     last_published: Instant,
     publish_pause: Duration,
+    /// When an address has rested: a block may be spare by then.
+    rested: Option<Instant>,
     retry: Option<(Instant, Duration)>,
 }
 
@@ -90,6 +95,7 @@ impl Reconciler {
             tuns: BTreeMap::new(),
             tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
+            clean: false,
             refused: Vec::new(),
             troubles: VecDeque::new(),
             wanted: State::new(),
@@ -97,6 +103,7 @@ impl Reconciler {
             unpublished: true,
             last_published: Instant::now(),
             publish_pause: PUBLISH_EVERY,
+            rested: None,
             retry: None,
         }
     }
@@ -122,6 +129,7 @@ impl Reconciler {
                 Woken::Waker => {}
                 Woken::Timeout => {}
             }
+            self.unpublished |= self.rested.is_some_and(|at| Instant::now() >= at);
             if self.retry.is_some_and(|(at, _)| Instant::now() >= at) {
                 self.stale = true;
             }
@@ -191,6 +199,16 @@ impl Reconciler {
             }
             Command::List { reply } => drop(reply.send(Ok(self.book.list()))),
             Command::Reservations { reply } => drop(reply.send(Ok(self.book.reservations()))),
+            Command::Consent { claim, reply } => {
+                drop(reply.send(self.book.consent(&claim).map_err(|e| unwritten(e).into())));
+            }
+            Command::Leaving { reply } => {
+                drop(reply.send(Ok(self.book.leaving().cloned().collect())));
+            }
+            Command::Books { reply } => {
+                let routers = self.routers_wanted();
+                drop(reply.send(Ok(Box::new(Books::of(&self.book, routers)))));
+            }
             Command::Leased { block } => self.keep(Object::Block(block)),
             Command::Claimed { claim } => self.keep(Object::Claim(claim)),
             Command::LetGo { key, reply } => {
@@ -436,6 +454,7 @@ impl Reconciler {
             };
             if *scope == Scope::Everything {
                 self.unconverged = steps.iter().map(|step| place_of(step).clone()).collect();
+                self.clean = !steps.iter().any(|step| matches!(step, Step::Remove(..) | Step::Change(..)));
             }
             if steps.is_empty() {
                 if *scope == Scope::Everything {
@@ -498,13 +517,7 @@ impl Reconciler {
         if let Err(error) = self.book.forget_gone_networks() {
             self.trouble(error.to_string());
         }
-        let routers: BTreeSet<NetworkId> = self
-            .book
-            .records()
-            .map(|record| record.endpoint.network.clone())
-            .chain(self.lingering.keys().cloned())
-            .chain(self.book.catalog.gateway_of(&self.book.host).cloned())
-            .collect();
+        let routers = self.routers_wanted();
         for network in &routers {
             if self.book.catalog.networks.contains_key(network)
                 && let Err(error) = self.book.slot(network)
@@ -518,6 +531,16 @@ impl Reconciler {
             local.attachments.remove(id);
         }
         plan::desired(&self.book.catalog, &local)
+    }
+
+    /// The networks that are to have a router here.
+    fn routers_wanted(&self) -> BTreeSet<NetworkId> {
+        self.book
+            .records()
+            .map(|record| record.endpoint.network.clone())
+            .chain(self.lingering.keys().cloned())
+            .chain(self.book.catalog.gateway_of(&self.book.host).cloned())
+            .collect()
     }
 
     /// The names of everything an attachment has, or would have.
@@ -550,7 +573,7 @@ impl Reconciler {
         let publish = self.unpublished.then(|| self.last_published + self.publish_pause);
         let retry = self.retry.map(|(at, _)| at);
         let linger = self.lingering.values().min().copied();
-        let next = [publish, retry, linger].into_iter().flatten().min()?;
+        let next = [publish, retry, linger, self.rested].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -562,8 +585,14 @@ impl Reconciler {
         }
         self.unpublished = false;
         self.last_published = Instant::now();
+        self.rested = self.book.rested_in().map(|ms| Instant::now() + Duration::from_millis(ms + 1));
         let view = self.view();
-        let chores = Chores::of(&self.book, &view.routers, |network| self.lingering.contains_key(network));
+        let chores = Chores::of(
+            &self.book,
+            &view.routers,
+            |network| self.lingering.contains_key(network),
+            if self.stale || !self.clean { Revision::default() } else { self.book.revision },
+        );
         self.published.send_replace(Arc::new(view));
         self.chores.send_replace(Arc::new(chores));
         self.publish_pause = PUBLISH_EVERY.max(self.last_published.elapsed() * PUBLISH_SHARE);

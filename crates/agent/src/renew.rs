@@ -115,6 +115,7 @@ mod tests {
             name: "h1".parse().unwrap(),
             environment: EnvironmentId::default(),
             server: String::new(),
+            servers: Vec::new(),
             ca: String::new(),
             certificate: params.self_signed(&key).unwrap().pem(),
             key: key.serialize_pem(),

@@ -14,11 +14,11 @@ use std::time::Duration;
 
 use flate2::write::MultiGzDecoder;
 use model::api::{
-    ApiError, ClaimRequest, ErrorCode, GiveBack, Held, HeldAnswer, HostReport, HostRoute, JoinAnswer,
-    JoinRequest, LeaseRequest, ReleaseClaim, RenewAnswer, RenewRequest, path,
+    ApiError, ClaimRequest, Consent, ErrorCode, GiveBack, Heard, Held, HeldAnswer, HostReport, HostRoute,
+    JoinAnswer, JoinRequest, LeaseRequest, ReleaseClaim, RenewAnswer, RenewRequest, path,
 };
 use model::{
-    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId,
+    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId, Object,
     Revision, Watch,
 };
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
@@ -167,14 +167,36 @@ impl Server {
 
     /// Gives a block back.
     pub async fn give_back(&self, block: &Block) -> Result<(), ApiError> {
-        let body = GiveBack { network: block.network.to_string(), cidr: block.cidr };
+        let body =
+            GiveBack { network: block.network.to_string(), cidr: block.cidr, leased: Some(block.leased) };
         self.send(Method::DELETE, path::BLOCKS, &body).await.map(drop)
     }
 
     /// Gives a claimed address back.
     pub async fn release(&self, claim: &Claim) -> Result<(), ApiError> {
-        let body = ReleaseClaim { network: claim.network.to_string(), address: claim.address };
+        let body = ReleaseClaim {
+            network: claim.network.to_string(),
+            address: claim.address,
+            endpoint: Some(claim.endpoint.clone()),
+        };
         self.send(Method::DELETE, path::CLAIMS, &body).await.map(drop)
+    }
+
+    /// Lets go of an address that another host asked for, or does not.
+    pub async fn consent(&self, claim: &Claim, consents: bool) -> Result<(), ApiError> {
+        let body = Consent {
+            network: claim.network.to_string(),
+            address: claim.address,
+            endpoint: claim.endpoint.clone(),
+            consents,
+        };
+        self.send(Method::PUT, path::CLAIMS, &body).await.map(drop)
+    }
+
+    /// Says up to which revision withdrawn blocks are gone from this host.
+    pub async fn heard(&self, epoch: &Epoch, revision: Revision) -> Result<(), ApiError> {
+        let body = Heard { epoch: epoch.clone(), revision };
+        self.send(Method::PUT, path::HEARD, &body).await.map(drop)
     }
 
     fn request(&self, url: &str, method: Method, path: &str) -> RequestBuilder {
@@ -213,15 +235,27 @@ impl Lessor for Server {
         })
     }
 
+    fn give_back(&self, held: Object) -> BoxFuture<Result<(), ApiError>> {
+        let this = self.clone();
+        Box::pin(async move {
+            match &held {
+                Object::Block(block) => Server::give_back(&this, block).await,
+                Object::Claim(claim) => this.release(claim).await,
+                Object::Host(_) | Object::Network(_) | Object::Endpoint(_) | Object::Peer(_) => Ok(()),
+            }
+        })
+    }
+
     fn claim(
         &self,
         network: NetworkId,
-        address: IpAddr,
+        address: Option<IpAddr>,
         endpoint: EndpointId,
+        router: bool,
     ) -> BoxFuture<Result<Claim, ApiError>> {
         let this = self.clone();
         Box::pin(async move {
-            let body = ClaimRequest { network: network.to_string(), address, endpoint };
+            let body = ClaimRequest { network: network.to_string(), address, endpoint, router };
             this.ask(Method::POST, path::CLAIMS, &body).await
         })
     }

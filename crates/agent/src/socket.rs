@@ -22,6 +22,7 @@ use tokio::net::unix::UCred;
 use tokio::sync::watch;
 
 use crate::counts::Counts;
+use crate::doctor::Books;
 use crate::ledger::Identity;
 use crate::names::Forwarder;
 use crate::server::Server;
@@ -97,6 +98,7 @@ pub(crate) async fn serve(listener: UnixListener, context: Context) -> std::io::
         .route(path::STATUS, get(status))
         .route(path::ENDPOINTS, get(list).post(attach))
         .route(path::ENDPOINT, delete(detach))
+        .route(path::BOOKS, get(books))
         .merge(tunnels::http::routes())
         .merge(metrics::routes())
         .fallback(|| async {
@@ -151,6 +153,11 @@ async fn status(State(context): State<Arc<Context>>) -> Json<AgentStatus> {
         docker: context.docker.borrow().clone(),
         troubles: view.troubles.clone(),
     })
+}
+
+async fn books(State(context): State<Arc<Context>>) -> Result<Json<Books>, Refused> {
+    let engine = !matches!(*context.docker.borrow(), DockerStatus::Off);
+    Ok(Json(Books { engine, ..context.control.books().await? }))
 }
 
 async fn list(State(context): State<Arc<Context>>) -> Result<Json<Vec<model::Endpoint>>, Refused> {

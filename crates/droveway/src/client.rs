@@ -14,8 +14,8 @@ use std::time::Duration;
 
 use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
-    ApiError, AuditEntry, ErrorCode, HostPatch, HostView, KeyCreated, KeyRequest, KeyView, ServerInfo,
-    TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
+    ApiError, AuditEntry, ErrorCode, HostPatch, HostView, IpamView, KeyCreated, KeyRequest, KeyView,
+    ServerInfo, TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
 };
 use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec, UnixMillis};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LINK};
@@ -215,6 +215,11 @@ impl Client {
     /// All leased blocks.
     pub async fn blocks(&self) -> Result<Vec<Block>, Error> {
         self.list(path::BLOCKS).await
+    }
+
+    /// Who may give which addresses.
+    pub async fn ipam(&self) -> Result<IpamView, Error> {
+        self.get(path::IPAM, &[]).await
     }
 
     /// All hosts.

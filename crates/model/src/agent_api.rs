@@ -25,6 +25,8 @@ pub mod path {
     pub const ENDPOINTS: &str = "/v1/endpoints";
     /// `DELETE /v1/endpoints/{id}`: detach.
     pub const ENDPOINT: &str = "/v1/endpoints/{id}";
+    /// `GET` → what the agent has written down, for `droveway doctor`. Its shape changes with the program.
+    pub const BOOKS: &str = "/v1/books";
     /// `GET` → list of [`super::TunnelStatus`].
     pub const TUNNELS: &str = "/v1/tunnels";
     /// `GET /v1/tunnels/{peer}` → [`super::TunnelStatus`]; `peer` is the name or id of a host or foreign peer.

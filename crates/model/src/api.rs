@@ -9,8 +9,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, Candidate, Claim, EndpointId, EnvironmentId, Epoch, Fingerprint, Host, HostId, Name, Revision,
-    UnixMillis,
+    Block, Candidate, Claim, EndpointId, EnvironmentId, Epoch, Fingerprint, Host, HostId, Name, Network,
+    Revision, UnixMillis, Withdrawn,
 };
 
 /// Where things are.
@@ -39,8 +39,13 @@ pub mod path {
     pub const ENDPOINTS: &str = "/endpoints";
     /// `GET` → list of [`crate::Block`]. `POST` [`super::LeaseRequest`] → [`crate::Block`]; `DELETE` [`super::GiveBack`]: agents only.
     pub const BLOCKS: &str = "/blocks";
-    /// `POST` [`super::ClaimRequest`] → [`crate::Claim`]; `DELETE` [`super::ReleaseClaim`]: agents only.
+    /// `POST` [`super::ClaimRequest`] → [`crate::Claim`]; `DELETE` [`super::ReleaseClaim`]; `PUT` [`super::Consent`]: agents
+    /// only.
     pub const CLAIMS: &str = "/claims";
+    /// `GET` → [`super::IpamView`].
+    pub const IPAM: &str = "/ipam";
+    /// `PUT` [`super::Heard`]; agents only.
+    pub const HEARD: &str = "/hosts/self/heard";
     /// `GET` → list of [`crate::Peer`], without secrets; `POST` [`crate::PeerSpec`] → [`crate::Peer`]. `GET`, `DELETE` on
     /// `/{name or id}`.
     pub const PEERS: &str = "/peers";
@@ -328,6 +333,9 @@ pub struct GiveBack {
     /// The block.
     #[schema(value_type = String)]
     pub cidr: IpNet,
+    /// Which lease of it is meant: one that comes late takes no later one away. Whichever there is, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leased: Option<Revision>,
 }
 
 /// A host asks for one given address outside its blocks.
@@ -336,11 +344,53 @@ pub struct GiveBack {
 pub struct ClaimRequest {
     /// Name or id of the network.
     pub network: String,
+    /// The address; any that is in no block, where no block is free, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub address: Option<IpAddr>,
+    /// The endpoint it is for.
+    pub endpoint: EndpointId,
+    /// It is for the router of a host that holds no block.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub router: bool,
+}
+
+/// A host lets go of an address in one of its blocks that another host asked for, or does not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Consent {
+    /// Name or id of the network.
+    pub network: String,
     /// The address.
     #[schema(value_type = String)]
     pub address: IpAddr,
-    /// The endpoint it is for.
+    /// The endpoint that it is asked for.
     pub endpoint: EndpointId,
+    /// Whether it lets go: from now on it gives the address to nobody.
+    pub consents: bool,
+}
+
+/// A host has taken in all that was up to a revision: nothing on it leads to a block that was withdrawn before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Heard {
+    /// The life of the store that the revision is of.
+    pub epoch: Epoch,
+    /// The revision.
+    pub revision: Revision,
+}
+
+/// Who may give which addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct IpamView {
+    /// The networks.
+    pub networks: Vec<Network>,
+    /// The leased blocks.
+    pub blocks: Vec<Block>,
+    /// The blocks that were given back and are not free yet.
+    pub withdrawn: Vec<Withdrawn>,
+    /// The claimed addresses.
+    pub claims: Vec<Claim>,
 }
 
 /// A host gives a claimed address back.
@@ -352,6 +402,9 @@ pub struct ReleaseClaim {
     /// The address.
     #[schema(value_type = String)]
     pub address: IpAddr,
+    /// The endpoint it was claimed for: one that comes late takes no later claim away. Whichever there is, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<EndpointId>,
 }
 
 /// Asks for a join token.

@@ -10,6 +10,7 @@
 //! /droveway/{environment}/reports/{host}           Report
 //! /droveway/{environment}/blocks/{network}/{cidr}  Block            `/` of the CIDR written `-`
 //! /droveway/{environment}/claims/{network}/{address} Claim
+//! /droveway/{environment}/withdrawn/{network}/{cidr} Withdrawn
 //! /droveway/{environment}/endpoints/{id}           Endpoint
 //! /droveway/{environment}/peers/{id}               Peer, with its secret        names/peer/{name}
 //! /droveway/{environment}/tokens/{id}              Token
@@ -23,7 +24,7 @@ use ipnet::IpNet;
 use model::api::{HostRoute, Role};
 use model::{
     Block, Claim, Endpoint, EndpointId, EnvironmentId, Fingerprint, Host, HostId, Name, Network, NetworkId,
-    Object, Peer, PeerId, Revision, UnixMillis,
+    Object, Peer, PeerId, Revision, UnixMillis, Withdrawn,
 };
 use serde::{Deserialize, Serialize};
 
@@ -108,6 +109,7 @@ pub(crate) enum Slot {
     Report(HostId),
     Block(NetworkId, IpNet),
     Claim(NetworkId, IpAddr),
+    Withdrawn(NetworkId, IpNet),
     Endpoint(EndpointId),
     Peer(PeerId),
     Token(String),
@@ -121,6 +123,7 @@ pub(crate) enum Slot {
 pub(crate) enum Record {
     Object(Object),
     Report(HostId, Report),
+    Withdrawn(Withdrawn),
     Token(String, Token),
     ApiKey(String, ApiKey),
     Server(String, Urls),
@@ -196,6 +199,12 @@ impl Keys<'_> {
     pub(crate) fn all_claims(self) -> String {
         self.at("claims/")
     }
+    pub(crate) fn withdrawn(self, network: &NetworkId, cidr: &IpNet) -> String {
+        self.at(&format!("withdrawn/{network}/{}-{}", cidr.network(), cidr.prefix_len()))
+    }
+    pub(crate) fn all_withdrawn(self, network: &NetworkId) -> String {
+        self.at(&format!("withdrawn/{network}/"))
+    }
     pub(crate) fn endpoint(self, id: &EndpointId) -> String {
         self.at(&format!("endpoints/{id}"))
     }
@@ -236,11 +245,8 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
         ("networks", Some(id), None) => Slot::Network(id.parse().ok()?),
         ("hosts", Some(id), None) => Slot::Host(id.parse().ok()?),
         ("reports", Some(id), None) => Slot::Report(id.parse().ok()?),
-        ("blocks", Some(id), Some(cidr)) => {
-            let (base, prefix) = cidr.split_once('-')?;
-            let cidr = IpNet::new(base.parse().ok()?, prefix.parse().ok()?).ok()?;
-            Slot::Block(id.parse().ok()?, cidr)
-        }
+        ("blocks", Some(id), Some(cidr)) => Slot::Block(id.parse().ok()?, block(cidr)?),
+        ("withdrawn", Some(id), Some(cidr)) => Slot::Withdrawn(id.parse().ok()?, block(cidr)?),
         ("claims", Some(id), Some(address)) => Slot::Claim(id.parse().ok()?, address.parse().ok()?),
         ("endpoints", Some(id), None) => Slot::Endpoint(id.parse().ok()?),
         ("peers", Some(id), None) => Slot::Peer(id.parse().ok()?),
@@ -250,6 +256,11 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
         _ => return None,
     };
     parts.next().is_none().then_some((environment, slot))
+}
+
+fn block(text: &str) -> Option<IpNet> {
+    let (base, prefix) = text.split_once('-')?;
+    IpNet::new(base.parse().ok()?, prefix.parse().ok()?).ok()
 }
 
 /// What a key holds. A block's place in the order of leases is the revision that made its key, or the one in its value if
@@ -268,6 +279,10 @@ pub(crate) fn decode(slot: &Slot, kv: &KeyValue) -> Result<Record, serde_json::E
             let block: Block = serde_json::from_slice(value)?;
             let leased = if block.leased == Revision::default() { kv.created } else { block.leased };
             Record::Object(Object::Block(Block { leased, ..block }))
+        }
+        Slot::Withdrawn(..) => {
+            let withdrawn: Withdrawn = serde_json::from_slice(value)?;
+            Record::Withdrawn(Withdrawn { at: kv.created, ..withdrawn })
         }
         Slot::Claim(..) => Record::Object(Object::Claim(serde_json::from_slice::<Claim>(value)?)),
         Slot::Peer(_) => Record::Object(Object::Peer(serde_json::from_slice::<Peer>(value)?)),
@@ -297,6 +312,7 @@ mod tests {
             (keys.unreported(&host), Slot::Unreported(host.clone())),
             (keys.network(&network), Slot::Network(network.clone())),
             (keys.host(&host), Slot::Host(host.clone())),
+            (keys.withdrawn(&network, &cidr), Slot::Withdrawn(network.clone(), cidr)),
             (keys.report(&host), Slot::Report(host.clone())),
             (keys.block(&network, &cidr), Slot::Block(network.clone(), cidr)),
             (keys.claim(&network, &address), Slot::Claim(network.clone(), address)),

@@ -16,6 +16,8 @@ mod backup;
 mod ca;
 mod files;
 mod ipam;
+#[cfg(test)]
+mod ipam_model;
 mod keys;
 mod limits;
 mod lines;

@@ -8,9 +8,10 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use model::{
     Block, Catalog, Endpoint, EndpointId, EnvironmentId, Host, HostId, Key, Network, NetworkId, Object, Peer,
-    PeerId, Revision,
+    PeerId, Revision, Withdrawn,
 };
 use tokio::sync::watch;
 
@@ -35,6 +36,8 @@ pub(crate) struct State {
 pub(crate) struct Environment {
     pub(crate) catalog: Catalog,
     pub(crate) reports: BTreeMap<HostId, Report>,
+    /// Blocks that were given back and are not free yet.
+    pub(crate) withdrawn: BTreeMap<(NetworkId, IpNet), Withdrawn>,
     pub(crate) tokens: BTreeMap<String, Token>,
     pub(crate) api_keys: BTreeMap<String, ApiKey>,
     /// How agents reach each server.
@@ -169,6 +172,10 @@ impl Environment {
                 self.reports.insert(id, report);
                 None
             }
+            Record::Withdrawn(withdrawn) => {
+                self.withdrawn.insert((withdrawn.network.clone(), withdrawn.cidr), withdrawn);
+                None
+            }
             Record::Token(id, token) => {
                 self.tokens.insert(id, token);
                 None
@@ -201,6 +208,10 @@ impl Environment {
             }
             Slot::Report(id) => {
                 self.reports.remove(id);
+                return None;
+            }
+            Slot::Withdrawn(network, cidr) => {
+                self.withdrawn.remove(&(network.clone(), *cidr));
                 return None;
             }
             Slot::Token(id) => {
@@ -347,6 +358,14 @@ impl Environment {
             .range(first..)
             .take_while(move |((id, _), _)| id == network)
             .map(|(_, claim)| claim)
+    }
+
+    /// The blocks of a network that were given back and are not free yet.
+    pub(crate) fn withdrawn_of<'a>(
+        &'a self,
+        network: &'a NetworkId,
+    ) -> impl Iterator<Item = &'a Withdrawn> + 'a {
+        self.withdrawn.values().filter(move |withdrawn| withdrawn.network == *network)
     }
 
     /// The endpoints of a network.

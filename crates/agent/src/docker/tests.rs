@@ -44,7 +44,17 @@ impl Lessor for NoLessor {
         Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
     }
 
-    fn claim(&self, _: NetworkId, _: IpAddr, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
+    fn give_back(&self, _: model::Object) -> BoxFuture<Result<(), ApiError>> {
+        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
+    }
+
+    fn claim(
+        &self,
+        _: NetworkId,
+        _: Option<IpAddr>,
+        _: EndpointId,
+        _: bool,
+    ) -> BoxFuture<Result<model::Claim, ApiError>> {
         Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
     }
 }
@@ -167,6 +177,9 @@ impl World {
             | Command::Certified { .. }
             | Command::EngineStarted
             | Command::LetGo { .. }
+            | Command::Consent { .. }
+            | Command::Leaving { .. }
+            | Command::Books { .. }
             | Command::Stop => {}
         }
     }

@@ -27,11 +27,13 @@ pub enum Exit {
     Unreachable = 6,
     /// Nothing free is left.
     Exhausted = 7,
+    /// Something is not as it should be.
+    Unwell = 8,
 }
 
 impl Exit {
     /// Every code, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Ok,
         Self::Internal,
         Self::Usage,
@@ -40,6 +42,7 @@ impl Exit {
         Self::Denied,
         Self::Unreachable,
         Self::Exhausted,
+        Self::Unwell,
     ];
 
     /// What it means, for the help.
@@ -53,6 +56,7 @@ impl Exit {
             Self::Denied => "no valid key or certificate, or not allowed",
             Self::Unreachable => "the server or the agent does not answer",
             Self::Exhausted => "no address or block is free",
+            Self::Unwell => "`doctor` or `ipam check` found something",
         }
     }
 
@@ -239,7 +243,7 @@ mod tests {
         let help = help();
         let codes: Vec<&str> =
             help.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
-        assert_eq!(codes, ["0", "1", "2", "3", "4", "5", "6", "7"]);
+        assert_eq!(codes, ["0", "1", "2", "3", "4", "5", "6", "7", "8"]);
     }
 
     #[test]

@@ -6,9 +6,11 @@ mod agent;
 mod audit;
 mod completion;
 mod connection;
+mod doctor;
 mod endpoint;
 mod exit;
 mod host;
+mod ipam;
 mod key;
 mod local;
 mod log;
@@ -67,7 +69,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Server(server::ServerArgs),
+    Server(Box<server::ServerArgs>),
     Agent(agent::AgentArgs),
     Status(status::StatusArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
@@ -86,6 +88,8 @@ enum Command {
     Key(key::KeyArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Audit(audit::AuditArgs),
+    Ipam(ipam::IpamArgs),
+    Doctor(doctor::DoctorArgs),
     Completion(completion::CompletionArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Lab(lab::cli::LabCommand),
@@ -102,6 +106,7 @@ fn long_help() -> String {
   docker run -d --network managed --name db redis
   droveway endpoint ls                     # what is attached, where
   droveway tunnel ls                       # on a host: how its tunnels are
+  droveway doctor                          # on a host: what is not as it should be
 
 {}
 Environment:
@@ -144,6 +149,8 @@ impl Cli {
             Command::Token(args) => short_lived(args.run(output)),
             Command::Key(args) => short_lived(args.run(output)),
             Command::Audit(args) => short_lived(args.run(output)),
+            Command::Ipam(args) => short_lived(args.run(output)),
+            Command::Doctor(args) => short_lived(args.run(output)),
             Command::Completion(args) => args.run(),
         };
         done.map(|()| Exit::Ok.into())
@@ -211,6 +218,8 @@ mod tests {
             "audit ls",
             "tunnel ls",
             "tunnel capture",
+            "ipam ls",
+            "doctor",
             "peer create",
             "status",
             "completion",

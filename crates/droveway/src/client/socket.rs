@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use agent::doctor::Books;
 use model::agent_api::{AgentStatus, AttachRequest, Attached, TunnelStatus, path};
 use model::api::{ErrorCode, Readiness};
 use model::{Endpoint, EndpointId};
@@ -57,6 +58,11 @@ impl AgentSocket {
         // "Not ready" is an answer, with the status 503.
         let answer = request.send().await.map_err(|error| self.away(failed(&error, &at)))?;
         decode(&answer.bytes().await.map_err(|error| self.away(failed(&error, &at)))?, || at)
+    }
+
+    /// What the agent has written down.
+    pub async fn books(&self) -> Result<Books, Error> {
+        self.send(Method::GET, path::BOOKS, None::<&()>).await
     }
 
     /// What is attached on the host.

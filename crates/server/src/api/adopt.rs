@@ -2,7 +2,8 @@
 //!
 //! The backup is older than what hosts hold: blocks were leased, given back, and leased to others since. So each host that
 //! the backup knows is marked, and says what its ledger has before it is told anything. Of two hosts that hold a block, the
-//! one that it was leased to later is right.
+//! one that it was leased to later is right. Blocks that were withdrawn rest until all have heard of this life's snapshot;
+//! one that its host gave back since the backup rests, too; one that a host holds was heard of by all before it was leased.
 //!
 //! Invariant: while a host is marked, no block is leased and no claim is made that it might hold, which is any. What hosts
 //! hold already they go on using.
@@ -86,15 +87,15 @@ pub(super) async fn held(
             }
             let mut ops = vec![Op::Delete(mark.clone())];
             let mut conflicts = Vec::new();
-            adopt_blocks(keys, env, &agent.host, &held.blocks, &mut ops, &mut conflicts)?;
-            adopt_claims(keys, env, &agent.host, &held.claims, &mut ops, &mut conflicts)?;
-            let adopted = ops.len() - 1;
-            let compares = vec![
+            let mut compares = vec![
                 Compare::Present(mark),
                 Compare::Present(keys.host(&agent.host)),
                 Compare::NonePutSince(keys.all_blocks(), revision),
                 Compare::NonePutSince(keys.all_claims(), revision),
             ];
+            adopt_blocks(keys, env, &agent.host, &held.blocks, &mut compares, &mut ops, &mut conflicts)?;
+            adopt_claims(keys, env, &agent.host, &held.claims, &mut ops, &mut conflicts)?;
+            let adopted = ops.len() - 1;
             Ok(Plan::Commit(Txn::new(compares, ops), (conflicts, adopted)))
         })
         .await?;
@@ -111,6 +112,7 @@ fn adopt_blocks(
     env: &Environment,
     host: &HostId,
     held: &[Block],
+    compares: &mut Vec<Compare>,
     ops: &mut Vec<Op>,
     conflicts: &mut Vec<String>,
 ) -> Result<(), ApiError> {
@@ -147,10 +149,19 @@ fn adopt_blocks(
         }
         let block = Block { host: host.clone(), ..block.clone() };
         ops.push(put(keys.block(&block.network, &block.cidr), &block)?);
+        ops.push(Op::Delete(keys.withdrawn(&block.network, &block.cidr)));
     }
     let gone =
         env.catalog.blocks.iter().filter(|(place, block)| block.host == *host && !own.contains(*place));
-    ops.extend(gone.map(|((network, cidr), _)| Op::Delete(keys.block(network, cidr))));
+    for (_, block) in gone {
+        let (present, withdrawn) = ipam::withdraw(keys, env, block, false)?;
+        for compare in present {
+            if !compares.contains(&compare) {
+                compares.push(compare);
+            }
+        }
+        ops.extend(withdrawn);
+    }
     Ok(())
 }
 

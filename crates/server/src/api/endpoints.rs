@@ -138,9 +138,16 @@ fn authority(
         );
         return Err(refuse(ErrorCode::Conflict, message));
     }
-    if let Some(claim) = env.catalog.claims.get(&(network.id.clone(), address))
-        && claim.host == endpoint.host
-    {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address)).filter(|claim| !claim.asked);
+    if let Some(claim) = claim {
+        if claim.host != endpoint.host {
+            let message = format!(
+                "endpoint {}: address {address} of network \"{name}\" is claimed by host {}; use another",
+                endpoint.id,
+                env.host_name(&claim.host)
+            );
+            return Err(refuse(ErrorCode::Conflict, message));
+        }
         let key = keys.claim(&network.id, &address);
         let revision = env.modified(&key).unwrap_or_default();
         return Ok(Compare::Modified(key, revision));

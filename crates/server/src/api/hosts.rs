@@ -18,6 +18,7 @@ use super::page::{Cut, Page};
 use super::{Reply, Shared, peers, refuse};
 use crate::app::{App, Plan, Presence, put};
 use crate::ca::Request;
+use crate::ipam;
 use crate::keys::{Keys, Report};
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
@@ -247,19 +248,32 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Op::Delete(keys.report(&host.id)),
                 Op::Delete(keys.unreported(&host.id)),
             ];
-            let blocks = env.catalog.blocks.values().filter(|block| block.host == host.id);
-            deletes.extend(blocks.map(|block| Op::Delete(keys.block(&block.network, &block.cidr))));
+            // Blocks that wait for this host wait no more; its own wait for the others.
+            let mut waited_for = Vec::new();
+            let heard = ipam::heard(keys, env, &host.id, revision)?.unwrap_or_default();
+            for block in env.catalog.blocks.values().filter(|block| block.host == host.id) {
+                let (present, ops) = ipam::withdraw(keys, env, block, true)?;
+                for compare in present {
+                    if !waited_for.contains(&compare) {
+                        waited_for.push(compare);
+                    }
+                }
+                deletes.extend(ops);
+            }
             let claims = env.catalog.claims.values().filter(|claim| claim.host == host.id);
             deletes.extend(claims.map(|claim| Op::Delete(keys.claim(&claim.network, &claim.address))));
             let endpoints = env.endpoints_of_host(&host.id);
             deletes.extend(endpoints.map(|endpoint| Op::Delete(keys.endpoint(&endpoint.id))));
-            let compares = vec![
+            deletes.extend(heard.success);
+            let mut compares = vec![
                 Compare::Present(keys.host(&host.id)),
                 Compare::NonePutSince(keys.all_blocks(), revision),
                 Compare::NonePutSince(keys.all_claims(), revision),
                 Compare::NonePutSince(keys.endpoints(), revision),
                 Compare::NonePutSince(keys.peers(), revision),
             ];
+            compares.extend(heard.compares);
+            compares.extend(waited_for);
             Ok(Plan::Commit(Txn::new(compares, deletes), host.clone()))
         })
         .await?;

@@ -173,6 +173,7 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
             let mut deletes = vec![
                 Op::DeletePrefix(keys.blocks(&network.id)),
                 Op::DeletePrefix(keys.claims(&network.id)),
+                Op::DeletePrefix(keys.all_withdrawn(&network.id)),
                 Op::Delete(keys.network(&network.id)),
                 Op::Delete(keys.network_name(&network.name)),
             ];

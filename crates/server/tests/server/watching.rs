@@ -89,21 +89,22 @@ async fn a_host_sees_a_network_whole_when_it_takes_part_and_no_more_when_it_stop
     two.client.delete(&format!("{DEFAULT}/endpoints/{}", db.id)).await.unwrap();
     assert_eq!(watch.delta().await, [Change::Delete(Key::Endpoint(db.id.clone()))]);
 
-    let give_back = GiveBack { network: "managed".into(), cidr: far.cidr };
+    let give_back = GiveBack { network: "managed".into(), cidr: far.cidr, leased: None };
     two.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await.unwrap();
     let gone = [(false, Key::Block(network.clone(), far.cidr)), (false, Key::Host(two.id.clone()))];
     assert_eq!(keys(&watch.delta().await), gone, "the last block of a host takes the host along");
 
     let request = ClaimRequest {
         network: "managed".into(),
-        address: "10.42.0.9".parse().unwrap(),
+        address: Some("10.42.0.9".parse().unwrap()),
         endpoint: db.id.clone(),
+        router: false,
     };
     two.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
-    let claim = Key::Claim(network.clone(), request.address);
+    let claim = Key::Claim(network.clone(), request.address.unwrap());
     assert_eq!(keys(&watch.delta().await), [(true, Key::Host(two.id.clone())), (true, claim.clone())]);
 
-    let give_back = GiveBack { network: "managed".into(), cidr: near.cidr };
+    let give_back = GiveBack { network: "managed".into(), cidr: near.cidr, leased: None };
     one.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await.unwrap();
     let gone =
         [(false, claim), (false, Key::Block(network.clone(), near.cidr)), (false, Key::Host(two.id.clone()))];
@@ -149,7 +150,7 @@ async fn deltas_lead_to_what_a_fresh_snapshot_says_whatever_happens_meanwhile() 
             }
             _ => {
                 let block = host.lease(network, 0).await.unwrap();
-                let give_back = GiveBack { network: network.into(), cidr: block.cidr };
+                let give_back = GiveBack { network: network.into(), cidr: block.cidr, leased: None };
                 // Refused while an endpoint is in it: that is part of the life here.
                 let _ = host.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await;
             }
