@@ -336,10 +336,15 @@ impl Reconciler {
         let network = self.book.record(id).map(|record| record.endpoint.network.clone());
         self.book.forget(id, keep)?;
         self.take_down(names);
+        self.linger(network);
+        Ok(())
+    }
+
+    /// An endpoint of this network has gone: its router stays for a while, if that was the last.
+    fn linger(&mut self, network: Option<NetworkId>) {
         if let Some(network) = network.filter(|network| !self.book.has_endpoints(network)) {
             self.lingering.insert(network, Instant::now() + LINGER);
         }
-        Ok(())
     }
 
     fn keep(&mut self, object: Object) {
@@ -381,8 +386,10 @@ impl Reconciler {
         let observed = self.kernel.state();
         for id in self.book.orphans(|id| port_is_there(observed, &self.book, id)) {
             tracing::info!(endpoint = %id, "its namespace is gone: detached");
-            if let Err(error) = self.book.forget(&id, false) {
-                self.troubles.push_back(error.message);
+            let network = self.book.record(&id).map(|record| record.endpoint.network.clone());
+            match self.book.forget(&id, false) {
+                Ok(()) => self.linger(network),
+                Err(error) => self.troubles.push_back(error.message),
             }
         }
         let tunnels = plan::tunnels(&self.book.catalog, &self.book.local_of(None));

@@ -347,7 +347,10 @@ impl Kernel {
 
     fn remove_router(&mut self, network: &NetworkId) -> Result<(), Error> {
         let Some(router) = self.routers.get(network) else { return Ok(()) };
-        netns::remove(&self.netns_dir, &router.name)?;
+        // Its name may be another's by now.
+        if self.is_bound(router) {
+            netns::remove(&self.netns_dir, &router.name)?;
+        }
         self.forget(network);
         Ok(())
     }
