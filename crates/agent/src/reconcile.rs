@@ -53,6 +53,8 @@ pub(crate) struct Reconciler {
     tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
     /// What the kernel refuses now.
+    /// How often an address of this host came or went.
+    moves: u64,
     refused: Vec<String>,
     /// What else went wrong lately, newest last.
     troubles: VecDeque<String>,
@@ -86,6 +88,7 @@ impl Reconciler {
             tuns: BTreeMap::new(),
             tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
+            moves: 0,
             refused: Vec::new(),
             troubles: VecDeque::new(),
             wanted: State::new(),
@@ -361,6 +364,10 @@ impl Reconciler {
         if let Err(error) = self.kernel.observe(&self.wanted) {
             return self.trouble(error.to_string());
         }
+        if self.kernel.take_moved() {
+            self.moves += 1;
+            self.unpublished = true;
+        }
         match self.kernel.take_changes() {
             Scope::Everything => self.stale = true,
             Scope::Only(mut names) => {
@@ -585,7 +592,8 @@ impl Reconciler {
             })
             .collect();
         let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
-        View { routers, troubles, tunnels: self.tunnels.clone(), ..View::from_book(book) }
+        let (tunnels, moves) = (self.tunnels.clone(), self.moves);
+        View { routers, troubles, tunnels, moves, ..View::from_book(book) }
     }
 }
 

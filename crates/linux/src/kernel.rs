@@ -112,6 +112,11 @@ impl Kernel {
         self.shown.take_changes()
     }
 
+    /// Whether an address of the host came or went since this was last called, ours between host and routers apart.
+    pub fn take_moved(&mut self) -> bool {
+        std::mem::take(&mut self.host.mirror.moved)
+    }
+
     /// What was there at the last [`Self::observe`].
     pub fn state(&self) -> &State {
         &self.shown.state
