@@ -593,7 +593,7 @@ impl Reconciler {
             .collect();
         let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
         let (tunnels, moves) = (self.tunnels.clone(), self.moves);
-        View { routers, troubles, tunnels, moves, ..View::from_book(book) }
+        View { routers, tunnels, troubles, moves, ..View::from_book(book) }
     }
 }
 

@@ -40,10 +40,6 @@ impl Rate {
     pub fn halved(self) -> Self {
         Self { tcp: self.tcp / 2, udp: self.udp / 2 }
     }
-
-    fn packets_a_second(self) -> f64 {
-        self.udp as f64 / 8.0 / DATAGRAM as f64
-    }
 }
 
 /// What became of a load.
@@ -188,7 +184,7 @@ pub fn source(to: &str, tcp: &str, udp: &str, millis: &str, canary: &str) {
     let chunk = canary.as_bytes().repeat(CHUNK / canary.len());
     let writer = std::thread::spawn(move || {
         let mut all = 0;
-        pace(rate.tcp as f64 / 8.0 / chunk.len() as f64, until, || {
+        pace(rate.tcp, chunk.len(), until, || {
             stream.write_all(&chunk).unwrap();
             all += chunk.len() as u64;
         });
@@ -198,7 +194,7 @@ pub fn source(to: &str, tcp: &str, udp: &str, millis: &str, canary: &str) {
     let mut packet = [&[0; 8], canary.as_bytes()].concat();
     packet.extend(canary.bytes().cycle().take(DATAGRAM - packet.len()));
     let mut sent: u64 = 0;
-    pace(rate.packets_a_second(), until, || {
+    pace(rate.udp, DATAGRAM, until, || {
         packet[..8].copy_from_slice(&sent.to_be_bytes());
         // While there is no way, the kernel may say so: then nothing was sent.
         sent += u64::from(socket.send_to(&packet, to).is_ok());
@@ -206,9 +202,9 @@ pub fn source(to: &str, tcp: &str, udp: &str, millis: &str, canary: &str) {
     say(&format!("SENT {sent} {}", writer.join().unwrap()));
 }
 
-/// Does something so often a second, evenly.
-fn pace(rate: f64, until: Instant, mut act: impl FnMut()) {
-    let gap = Duration::from_secs_f64(1.0 / rate);
+/// Does something that sends so many bytes as often as makes so many bits a second, evenly.
+fn pace(rate: u64, bytes: usize, until: Instant, mut act: impl FnMut()) {
+    let gap = Duration::from_nanos(8_000_000_000 * bytes as u64 / rate);
     let mut due = Instant::now();
     loop {
         let now = Instant::now();

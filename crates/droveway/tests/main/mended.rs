@@ -55,7 +55,9 @@ fn hosts_restarted_at_once_find_each_other() {
     let red = Red::new(2).met();
     let load = Load::start(&red, LIGHT, LONG);
     let hosts = ["h1", "h2"];
-    hosts.iter().for_each(|host| red.lab.kill_agent(host).unwrap());
+    for host in hosts {
+        red.lab.kill_agent(host).unwrap();
+    }
     assert!(!red.reaches(), "no agent, no packet");
     let begun = Instant::now();
     thread::scope(|scope| {

@@ -248,7 +248,7 @@ fn a_host_that_is_asked_before_it_has_heard_of_the_asker_answers_when_it_has() {
     }
     // Whom it does not hear of in a while it refuses, and both know why.
     let mut pair = stranger(Timing::default());
-    pair.run(Timing::default().patience - Duration::from_millis(100));
+    pair.run(Timing::default().patience.mul_f64(0.9));
     assert!(pair.hosts.iter().all(|it| it.failures.is_empty()), "{}", pair.story());
     pair.run(Duration::from_millis(200));
     assert_eq!(pair.hosts[0].failures, [Failure::RefusedUs], "{}", pair.story());
