@@ -98,7 +98,7 @@ impl Run {
         Self {
             outcome,
             rekeys: [0, 1].map(|host| after.rekeys[host] - before.rekeys[host]),
-            missing: [0, 1].map(|way| after.missing()[way] - before.missing()[way]),
+            missing: [0, 1].map(|way| after.missing[way] - before.missing[way]),
             drops: grown(&after.drops, &before.drops),
             kernel: grown(&after.kernel, &before.kernel),
         }
@@ -146,55 +146,59 @@ impl Run {
 }
 
 /// What both hosts count.
-#[derive(Debug, PartialEq, Eq)]
 struct Counts {
     rekeys: [u64; 2],
-    /// In and out of the tunnel, by host.
-    packets: [[u64; 2]; 2],
+    missing: [u64; 2],
     drops: BTreeMap<String, u64>,
     kernel: BTreeMap<String, u64>,
 }
 
 impl Counts {
-    /// Once nothing is under way: what the one has sent, the other has counted, or it never will.
+    /// Once the load is over; probes and new keys go on.
     fn settled(red: &Red) -> Self {
-        let mut last = Self::now(red);
-        // Each second there is a probe and its answer.
-        until(LIMIT, "nothing is counted between two looks", || {
-            let before = std::mem::replace(&mut last, Self::now(red));
-            last == before
-        });
-        Self { kernel: kernel(red), ..last }
-    }
-
-    fn now(red: &Red) -> Self {
-        let pages = ["h1", "h2"].map(|host| ask(&red.lab, host, "GET", "/metrics").1);
-        let samples = |host: usize, metric: &str| -> Vec<(String, u64)> {
-            let lines = pages[host].lines().filter_map(|line| line.strip_prefix(metric)?.rsplit_once(' '));
-            lines.map(|(labels, count)| (labels.to_owned(), count.parse().unwrap())).collect()
-        };
-        let sum = |host: usize, metric: &str, label: &str| -> u64 {
-            let all = samples(host, metric);
-            all.iter().filter(|(labels, _)| labels.contains(label)).map(|(_, count)| count).sum()
-        };
-        let packets = |host: usize, way: &str| sum(host, "droveway_tunnel_packets_total{", way);
+        let missing = [("h1", "h2"), ("h2", "h1")].map(|(from, to)| missing(red, from, to));
+        let pages = ["h1", "h2"].map(|host| page(red, host));
         let mut drops = BTreeMap::new();
-        for (host, name) in ["h1", "h2"].iter().enumerate() {
-            for (labels, count) in samples(host, "droveway_drops_total{reason=\"") {
-                drops.insert(format!("{name} {}", labels.trim_end_matches("\"}")), count);
+        for (page, host) in pages.iter().zip(["h1", "h2"]) {
+            for (labels, count) in samples(page, "droveway_drops_total{reason=\"") {
+                drops.insert(format!("{host} {}", labels.trim_end_matches("\"}")), count);
             }
         }
-        Self {
-            rekeys: [0, 1].map(|host| sum(host, "droveway_tunnel_rekeys_total{", "")),
-            packets: [0, 1].map(|host| [packets(host, "\"in\""), packets(host, "\"out\"")]),
-            drops,
-            kernel: BTreeMap::new(),
-        }
+        let rekeys = pages.map(|page| sum(&page, "droveway_tunnel_rekeys_total{", ""));
+        Self { rekeys, missing, drops, kernel: kernel(red) }
     }
+}
 
-    fn missing(&self) -> [u64; 2] {
-        [(0, 1), (1, 0)].map(|(from, to): (usize, usize)| self.packets[from][1] - self.packets[to][0])
-    }
+/// How many packets one host has sealed and the other has not opened. A packet on its way looks like one that is missing: so
+/// this is the least of some looks, each at a moment when nothing was sent.
+fn missing(red: &Red, from: &str, to: &str) -> u64 {
+    const PACKETS: &str = "droveway_tunnel_packets_total{";
+    let look = || {
+        let mut found = None;
+        until(4 * LIMIT, "nothing is sent between two looks", || {
+            let sent = sum(&page(red, from), PACKETS, "\"out\"");
+            let came = sum(&page(red, to), PACKETS, "\"in\"");
+            found = (sum(&page(red, from), PACKETS, "\"out\"") == sent).then(|| sent - came);
+            found.is_some()
+        });
+        found.unwrap()
+    };
+    look().min(look())
+}
+
+/// All that a host's agent counts.
+fn page(red: &Red, host: &str) -> String {
+    ask(&red.lab, host, "GET", "/metrics").1
+}
+
+fn samples<'a>(page: &'a str, metric: &str) -> Vec<(&'a str, u64)> {
+    let lines = page.lines().filter_map(|line| line.strip_prefix(metric)?.rsplit_once(' '));
+    lines.map(|(labels, count)| (labels, count.parse().unwrap())).collect()
+}
+
+fn sum(page: &str, metric: &str, label: &str) -> u64 {
+    let all = samples(page, metric);
+    all.iter().filter(|(labels, _)| labels.contains(label)).map(|(_, count)| count).sum()
 }
 
 /// All that the kernel dropped on the way, by place: full buffers of sockets, full queues of devices, a processor that was
