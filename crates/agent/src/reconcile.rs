@@ -53,6 +53,8 @@ pub(crate) struct Reconciler {
     tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
     /// What the kernel refuses now.
+    /// How often an address of this host came or went.
+    moves: u64,
     refused: Vec<String>,
     /// What else went wrong lately, newest last.
     troubles: VecDeque<String>,
@@ -86,6 +88,7 @@ impl Reconciler {
             tuns: BTreeMap::new(),
             tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
+            moves: 0,
             refused: Vec::new(),
             troubles: VecDeque::new(),
             wanted: State::new(),
@@ -336,10 +339,15 @@ impl Reconciler {
         let network = self.book.record(id).map(|record| record.endpoint.network.clone());
         self.book.forget(id, keep)?;
         self.take_down(names);
+        self.linger(network);
+        Ok(())
+    }
+
+    /// An endpoint of this network has gone: its router stays for a while, if that was the last.
+    fn linger(&mut self, network: Option<NetworkId>) {
         if let Some(network) = network.filter(|network| !self.book.has_endpoints(network)) {
             self.lingering.insert(network, Instant::now() + LINGER);
         }
-        Ok(())
     }
 
     fn keep(&mut self, object: Object) {
@@ -355,6 +363,10 @@ impl Reconciler {
     fn look(&mut self, ours: &BTreeSet<(Place, Key)>) {
         if let Err(error) = self.kernel.observe(&self.wanted) {
             return self.trouble(error.to_string());
+        }
+        if self.kernel.take_moved() {
+            self.moves += 1;
+            self.unpublished = true;
         }
         match self.kernel.take_changes() {
             Scope::Everything => self.stale = true,
@@ -381,8 +393,10 @@ impl Reconciler {
         let observed = self.kernel.state();
         for id in self.book.orphans(|id| port_is_there(observed, &self.book, id)) {
             tracing::info!(endpoint = %id, "its namespace is gone: detached");
-            if let Err(error) = self.book.forget(&id, false) {
-                self.troubles.push_back(error.message);
+            let network = self.book.record(&id).map(|record| record.endpoint.network.clone());
+            match self.book.forget(&id, false) {
+                Ok(()) => self.linger(network),
+                Err(error) => self.troubles.push_back(error.message),
             }
         }
         let tunnels = plan::tunnels(&self.book.catalog, &self.book.local_of(None));
@@ -578,7 +592,8 @@ impl Reconciler {
             })
             .collect();
         let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
-        View { routers, troubles, tunnels: self.tunnels.clone(), ..View::from_book(book) }
+        let (tunnels, moves) = (self.tunnels.clone(), self.moves);
+        View { routers, tunnels, troubles, moves, ..View::from_book(book) }
     }
 }
 

@@ -181,6 +181,30 @@ fn what_the_server_refuses_of_one_endpoint_is_in_no_others_way() {
 }
 
 #[test]
+fn a_router_whose_last_container_vanished_without_a_word_lingers_like_any_other() {
+    let lab = lab(1);
+    lab.check("h1", &["ip", "netns", "add", "odd"]).unwrap();
+    let request = AttachRequest {
+        network: "managed".to_owned(),
+        netns: "/run/netns/odd".into(),
+        ifname: "eth0".to_owned(),
+        name: Some("odd".parse().unwrap()),
+        stack: None,
+        service: None,
+        aliases: Vec::new(),
+        address: None,
+        labels: [].into(),
+        ports: Vec::new(),
+    };
+    let socket = lab.agent_socket("h1").unwrap();
+    ask_agent(&socket, async |agent| agent.attach(&request).await).unwrap();
+    lab.check("h1", &["ip", "netns", "del", "odd"]).unwrap();
+    // What follows from it in the kernel is done when it shows.
+    until(LIMIT, "it is gone", || lab.endpoints("h1").unwrap().is_empty());
+    assert!(lab.check("h1", &["ls", "/run/netns"]).unwrap().contains("droveway-managed"), "it lingers");
+}
+
+#[test]
 fn a_network_that_is_removed_and_made_again_while_its_router_lingers_is_a_new_one() {
     let lab = lab(2);
     let create = ["droveway", "network", "create", "red", "--subnet", "10.50.0.0/16"];
