@@ -11,7 +11,7 @@ use crate::probe;
 use crate::steady::Steady;
 use crate::support::{LIMIT, in_router, lines, says, spec, succeeds, ttl, until};
 
-const IMAGE: &str = "app:test";
+pub const IMAGE: &str = "app:test";
 
 /// An image of nothing but Debian's static busybox, as a tar archive.
 static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -29,7 +29,7 @@ static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
 });
 
 /// A lab of two hosts with engines that have the image; nothing where there can be none.
-fn harbour() -> Option<Lab> {
+pub fn harbour() -> Option<Lab> {
     harbour_with(&[])
 }
 
@@ -51,26 +51,26 @@ fn harbour_with(docker_args: &[&str]) -> Option<Lab> {
     Some(lab)
 }
 
-fn docker(lab: &Lab, host: &str, words: &[&str]) -> String {
+pub fn docker(lab: &Lab, host: &str, words: &[&str]) -> String {
     let command: Vec<&str> = ["docker"].iter().chain(words).copied().collect();
     lab.check(host, &command).unwrap().trim().to_owned()
 }
 
 /// `docker run -d --network managed --name NAME MORE IMAGE sleep`.
-fn run(lab: &Lab, host: &str, name: &str, more: &[&str]) {
+pub fn run(lab: &Lab, host: &str, name: &str, more: &[&str]) {
     let command =
         [&["run", "-d", "--network", "managed", "--name", name], more, &[IMAGE, "sleep", "1000"]].concat();
     docker(lab, host, &command);
 }
 
-fn address(lab: &Lab, host: &str, name: &str, network: &str) -> Ipv4Addr {
+pub fn address(lab: &Lab, host: &str, name: &str, network: &str) -> Ipv4Addr {
     let form = format!("{{{{(index .NetworkSettings.Networks {network:?}).IPAddress}}}}");
     let text = docker(lab, host, &["inspect", "-f", &form, name]);
     text.parse().unwrap_or_else(|_| panic!("docker inspect of {name} shows {text:?}"))
 }
 
 /// Whether a ping from a container of an engine arrives.
-fn reaches(lab: &Lab, host: &str, name: &str, to: &str) -> bool {
+pub fn reaches(lab: &Lab, host: &str, name: &str, to: &str) -> bool {
     succeeds(lab, host, &["docker", "exec", name, "ping", "-c", "1", "-W", "1", to])
 }
 
@@ -87,7 +87,7 @@ fn devices(lab: &Lab, host: &str) -> Vec<String> {
 
 /// Nothing of any container is left: not with the agent, the server, the router, the host.
 #[track_caller]
-fn nothing_is_left(lab: &Lab, host: &str) {
+pub fn nothing_is_left(lab: &Lab, host: &str) {
     until(LIMIT, "the agent has no endpoint", || lab.endpoints(host).unwrap().is_empty());
     until(LIMIT, "the server has none", || server_knows(lab).is_empty());
     until(LIMIT, "the router has no port", || {
