@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The long form: the whole test set again and again with many random cases, and a lab under a storm of attaches,
-# detaches, killed agents, a killed server and lost packets. Half of the time each.
+# detaches, killed agents, a killed server and lost packets. Half of the time each. Before that, as root, the README's install
+# on two machines under real systemd (scripts/machines.sh).
 #   SOAK_MINUTES=30      how long, building not counted; what has begun is finished
 #   SOAK_SEED=N          the storm's seed; it is printed, so that a storm can be had again
 #   PROPTEST_CASES=N     random cases for each property
@@ -15,6 +16,13 @@ half=$((minutes * 30))
 
 echo "building"
 cargo test --workspace --locked --no-run --quiet
+
+if [ "$(id -u)" -eq 0 ]; then
+  cargo build --locked --quiet -p droveway
+  scripts/machines.sh
+else
+  echo "passed over: an install under systemd needs root"
+fi
 
 echo "storm: $half s, SOAK_SEED=$seed"
 SOAK_SECONDS=$half SOAK_SEED=$seed cargo test -p droveway --locked --test storm -- --nocapture
