@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The long form: tunnels whose keys change each second under load, and that are cut off for minutes; then the whole test
-# set again and again with many random cases, and a lab under a storm of attaches, detaches, killed agents, a killed server
-# and lost packets, half of the time each.
-#   SOAK_MINUTES=30      how long storm and tests, building and tunnels not counted; what has begun is finished
+# The long form: the README's install on two machines under real systemd (scripts/machines.sh; as root); tunnels whose keys change
+# each second under load, and that are cut off for minutes; then the whole test set again and again with many random cases,
+# and a lab under a storm of attaches, detaches, killed agents, a killed server and lost packets, half of the time each.
+#   SOAK_MINUTES=30      how long storm and tests, building and what comes before not counted; what has begun is finished
 #   SOAK_REKEY_SECONDS=60, SOAK_MBITS=500    how long keys change under load, and TCP's rate; a tenth of it is UDP
 #   SOAK_CUT_SECONDS=300                     how long hosts are cut off from each other
 #   SOAK_SEED=N          the storm's seed; it is printed, so that a storm can be had again
@@ -20,6 +20,13 @@ export -n SOAK_REKEY_SECONDS SOAK_MBITS SOAK_CUT_SECONDS
 
 echo "building"
 cargo test --workspace --locked --no-run --quiet
+
+if [ "$(id -u)" -eq 0 ]; then
+  cargo build --locked --quiet -p droveway
+  scripts/machines.sh
+else
+  echo "passed over: an install under systemd needs root"
+fi
 
 echo "tunnels: the program as it is released, nothing beside it"
 cargo build --release --locked --quiet

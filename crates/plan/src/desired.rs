@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use ipnet::{IpNet, Ipv4Net};
+use model::agent_api::Routes;
 use model::{
     Candidate, Catalog, Driver, EndpointId, HostId, Mac, Network, NetworkId, PublishedPort, SERVICE_ADDRESS,
     esp_mtu, vxlan_mtu,
@@ -68,6 +69,8 @@ pub enum End {
         netns: PathBuf,
         /// The interface's name.
         ifname: String,
+        /// The routes it brings besides that to the pool.
+        routes: Routes,
     },
 }
 
@@ -341,7 +344,7 @@ fn attachment_objects(
             gso_max_size: Some(GSO_MAX_SIZE),
             up: false,
         },
-        End::Inside { netns, ifname } => Peer::Container(Box::new(ContainerEnd {
+        End::Inside { netns, ifname, routes } => Peer::Container(Box::new(ContainerEnd {
             netns: netns.clone(),
             ifname: Ifname::new(ifname),
             mac: attachment.mac,
@@ -354,8 +357,11 @@ fn attachment_objects(
                     IpNet::new(*address, network.pool().prefix_len()).unwrap_or_else(|_| (*address).into())
                 })
                 .collect(),
-            on_link: vec![IpAddr::V4(SERVICE_ADDRESS).into()],
-            gateway: (!network.internal).then(|| network.gateway()),
+            on_link: match routes {
+                Routes::All | Routes::Names => vec![IpAddr::V4(SERVICE_ADDRESS).into()],
+                Routes::None => Vec::new(),
+            },
+            gateway: (*routes == Routes::All && !network.internal).then(|| network.gateway()),
         })),
     };
     let port = port_name(id);
