@@ -61,6 +61,7 @@ async fn host(settings: Settings) -> Result<(), Failure> {
         docker_plugin: agent::DOCKER_PLUGIN.into(),
         forwarders: settings.forwarders,
         tunnels: settings.tunnels,
+        shortcut: settings.shortcut,
     };
     // Its errors say what to do themselves: the remedies of a refused verb are not the agent's.
     agent::run(config, stop).await.map_err(|error| Failure::new(Exit::of(error.code), error.message))
