@@ -56,6 +56,9 @@ pub(super) fn load(instructions: &[u64]) -> Result<Loaded, Error> {
             let said = last.into_iter().rev().map(str::trim).collect::<Vec<_>>().join("; ");
             Err(Error::kernel("load a program", errno, Some(said)))
         }
+        Err(errno @ Errno::EPERM) => Err(Error::errno("load a program", errno).with_remedy(
+            "only root of the machine may, with CAP_BPF and CAP_NET_ADMIN, not that of a user namespace",
+        )),
         Err(errno) => Err(Error::errno("load a program", errno)),
     }
 }
