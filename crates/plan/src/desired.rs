@@ -108,12 +108,12 @@ pub fn network_mtu(catalog: &Catalog, local: &Local, network: &Network) -> u32 {
     let members: BTreeSet<&HostId> = catalog.blocks_of(&network.id).map(|block| &block.host).collect();
     let others = catalog.hosts.values().filter(|host| members.contains(&host.id) && host.id != local.host);
     let candidates = others.filter_map(|host| host.underlay()).chain(local.underlay.as_ref());
-    let smallest = candidates.map(|c| (c.mtu, c.address.is_ipv6())).min_by_key(|(mtu, _)| *mtu);
-    let (underlay, v6) = smallest.unwrap_or((ETHERNET, false));
-    match network.driver {
+    let inner = |underlay: u32, v6: bool| match network.driver {
         Driver::Ipsec => esp_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
         Driver::Vxlan { .. } => vxlan_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
-    }
+    };
+    let smallest = candidates.map(|c| inner(c.mtu, c.address.is_ipv6())).min();
+    smallest.unwrap_or_else(|| inner(ETHERNET, false))
 }
 
 /// The name of a router's port to an endpoint.
@@ -432,11 +432,12 @@ fn host_objects(catalog: &Catalog, local: &Local, state: &mut State) {
         let members: BTreeSet<&HostId> = catalog.blocks_of(&network.id).map(|block| &block.host).collect();
         let peers = catalog.hosts.values().filter(|host| members.contains(&host.id) && host.id != local.host);
         for address in peers.filter_map(|host| host.underlay()).map(|candidate| candidate.address) {
-            let (IpAddr::V4(address), Driver::Vxlan { port, .. }) = (address, &network.driver) else {
-                continue;
+            let Driver::Vxlan { port, .. } = network.driver else { continue };
+            let (set, address) = match address {
+                IpAddr::V4(address) => (Set::Vtep, Field::Ipv4(address)),
+                IpAddr::V6(address) => (Set::Vtep6, Field::Ipv6(address)),
             };
-            let key = vec![Field::Ipv4(address), Field::Port(*port)];
-            draw.put(Key::Element(Set::Vtep, key), Object::Element(Vec::new()));
+            draw.put(Key::Element(set, vec![address, Field::Port(port)]), Object::Element(Vec::new()));
         }
         if network.internal {
             continue;

@@ -17,6 +17,7 @@ mod gateway;
 mod guest;
 mod interop;
 mod ipsec;
+mod ipv6;
 mod isolation;
 mod lab;
 mod lab_bare;

@@ -7,6 +7,7 @@ use droveway::lab::Lab;
 use crate::frame::{BROADCAST, echo, ipv4, mac, packet, udp};
 use crate::probe;
 use crate::support::{Capture, Look, idle, in_router, lab, meet, router_words, says, silent, succeeds, ttl};
+use crate::watch::canary;
 
 const POOL: &str = "10.42.";
 
@@ -44,14 +45,14 @@ fn what_goes_out_is_masqueraded_and_no_address_of_the_pool_is_seen_beyond_the_ro
     let mut frames = Vec::new();
     for to in nowhere.map(|to| to.parse::<Ipv4Addr>().unwrap()) {
         for over in [gateway, BROADCAST] {
-            frames.push(packet(over, me.0, &ipv4(me.1, to, 17, &udp(6666, 6666, b"nowhere"))));
-            frames.push(packet(over, me.0, &ipv4(me.1, to, 1, &echo(b"nowhere"))));
+            frames.push(packet(over, me.0, &ipv4(me.1, to, 17, &udp(6666, 6666, canary().as_bytes()))));
+            frames.push(packet(over, me.0, &ipv4(me.1, to, 1, &echo(canary().as_bytes()))));
         }
     }
     // To the outside from addresses that are not the container's.
     for from in [Ipv4Addr::new(10, 42, 77, 77), far.ip(), Ipv4Addr::new(192, 0, 2, 1)] {
         let server = Ipv4Addr::new(10, 0, 0, 2);
-        frames.push(packet(gateway, me.0, &ipv4(from, server, 17, &udp(6666, 6666, b"forged"))));
+        frames.push(packet(gateway, me.0, &ipv4(from, server, 17, &udp(6666, 6666, canary().as_bytes()))));
     }
     // Replies and resets that belong to no connection.
     let server = Ipv4Addr::new(10, 0, 0, 2);

@@ -28,7 +28,10 @@ fn a_probe() {
         ["capture", interface] => capture(interface),
         ["udp", to, payload] => {
             let to: SocketAddr = to.parse().unwrap();
-            UdpSocket::bind("0.0.0.0:0").unwrap().send_to(&unhex(payload), to).unwrap();
+            UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })
+                .unwrap()
+                .send_to(&unhex(payload), to)
+                .unwrap();
         }
         ["get", path] => println!("{}", get("169.254.169.250:80", path).unwrap()),
         ["page", at] => println!("PAGE {}", get(at, "/").unwrap_or_default()),

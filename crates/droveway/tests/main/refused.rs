@@ -6,19 +6,21 @@ use std::path::Path;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
-use droveway::lab::{Container, Lab, LabSpec};
+use droveway::lab::{Container, LabSpec};
 
 use crate::probe;
 use crate::support::{LIMIT, Look, idle, kernel, meet, says, spec, until};
+use crate::watch::Watched;
 
 /// One lab for all refusals: none may change it. It ends with this process.
 struct Town {
-    lab: Lab,
+    lab: Watched,
     near: Container,
 }
 
 static TOWN: LazyLock<Town> = LazyLock::new(|| {
-    let lab = Lab::up(LabSpec { agent_args: vec!["--label".into(), "town=1".into()], ..spec(2) }).unwrap();
+    let agent_args = vec!["--label".into(), "town=1".into()];
+    let lab = Watched::up(LabSpec { agent_args, ..spec(2) });
     crate::support::network_in_clear(&lab, "clear", "10.61.0.0/16");
     let (near, far) = (lab.run("h1", &idle("near")).unwrap(), lab.run("h2", &idle("far")).unwrap());
     meet(&lab, &near, &far);
@@ -61,6 +63,7 @@ impl Town {
         let before = self.everything();
         by();
         assert_eq!(self.everything(), before);
+        self.lab.unseen();
     }
 
     /// `droveway lab … words`, as a person types it.

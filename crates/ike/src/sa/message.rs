@@ -204,7 +204,9 @@ impl Sa {
     fn handle_response(&mut self, header: &Header, body: Result<Body, Error>, bytes: &[u8], cx: &mut Cx<'_>) {
         self.window.answered(header.message_id);
         if let Err(error) = body.and_then(|body| self.process(body, bytes, cx)) {
-            // Authenticated and wrong: the two do not agree on the protocol, and the SA ends (RFC 7296 §2.21.3).
+            // Authenticated and wrong: the two do not agree on the protocol, and the SA ends (RFC 7296 §2.21.3). What could
+            // not even be read was nobody's answer, and no other will come.
+            self.forget_current(cx);
             self.fail(&error, cx);
         }
     }
