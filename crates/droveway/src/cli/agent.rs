@@ -77,7 +77,7 @@ pub(super) struct AgentArgs {
     #[arg(long, value_name = "PORT", default_value_t = model::TUNNEL_PORT, value_parser = parse::tunnel_port)]
     tunnel_port: u16,
     /// Let every packet between containers and other hosts take the kernel's whole stack, and load no eBPF programs
-    #[arg(long, env = "DROVEWAY_NO_SHORTCUT", hide_env_values = true)]
+    #[arg(long, env = "DROVEWAY_NO_SHORTCUT", hide_env_values = true, value_parser = clap::builder::BoolishValueParser::new())]
     no_shortcut: bool,
     /// For tests: new keys for a tunnel's traffic after so many seconds [default: an hour]
     #[arg(long, hide = true, env = "DROVEWAY_REKEY_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
