@@ -17,6 +17,7 @@ use crate::object::{
     ContainerEnd, Family, Field, HOST_DEVICE_PREFIX, Ifname, Key, Link, LinkKind, Object, Peer, Place, Route,
     RouteKind, Set, State, TABLE_MAIN,
 };
+use crate::shortcut::{self, Shortcut};
 use crate::{firewall, hash, transit};
 
 /// The overlay device of a network of driver `ipsec`.
@@ -37,6 +38,8 @@ pub struct Local {
     pub underlay: Option<Candidate>,
     /// Networks that shall have a router here, each with its slot of transit addresses.
     pub routers: BTreeMap<NetworkId, u16>,
+    /// Whether the kernel takes programs that hand packets on past its stack.
+    pub shortcut: bool,
     /// Attachments on this host.
     pub attachments: BTreeMap<EndpointId, Attachment>,
 }
@@ -175,6 +178,7 @@ impl<'a> Router<'a> {
             Driver::Ipsec => self.tun(&mut draw),
             Driver::Vxlan { vni, port } => self.vxlan(&mut draw, vni, port),
         }
+        self.shortcut(&mut draw);
     }
 
     /// The bridge with the router's addresses on it, its guard, and routes to what is attached to it.
@@ -306,6 +310,24 @@ impl<'a> Router<'a> {
         let far = blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into()));
         for cidr in far.chain(self.remote()) {
             draw.route(cidr, self.unicast(TUN, None));
+        }
+    }
+
+    /// Between the bridge and the overlay device most packets need no more than a route.
+    fn shortcut(&self, draw: &mut Drawing<'_>) {
+        let overlay = Ifname::new(self.network.driver.device());
+        let IpNet::V4(pool) = self.network.pool() else { return };
+        if !self.local.shortcut || !draw.has(&Key::Link(overlay.clone())) {
+            return;
+        }
+        let br0 = Ifname::new("br0");
+        let framed = |device: &Ifname| device.as_str() != TUN;
+        let own: Vec<_> = [self.address, Some(self.network.gateway())].into_iter().flatten().collect();
+        let own: Vec<_> = ipv4(&own).collect();
+        for (at, toward) in [(&br0, &overlay), (&overlay, &br0)] {
+            let toward = (toward.as_str(), framed(toward));
+            let program = shortcut::program(&Shortcut { pool, own: &own, framed: framed(at), toward });
+            draw.put(Key::Program(at.clone()), Object::Program(program));
         }
     }
 
@@ -471,6 +493,10 @@ struct Drawing<'a> {
 }
 
 impl Drawing<'_> {
+    fn has(&self, key: &Key) -> bool {
+        self.state.contains_key(&(self.place.clone(), key.clone()))
+    }
+
     fn put(&mut self, key: Key, object: Object) {
         self.state.insert((self.place.clone(), key), object);
     }
