@@ -203,7 +203,9 @@ impl<'a> Router<'a> {
             ("bridge/bridge-nf-call-iptables", "0"),
             ("bridge/bridge-nf-call-ip6tables", "0"),
             ("bridge/bridge-nf-call-arptables", "0"),
+            // The larger of the two holds, and a device begins with what the host's are given.
             ("ipv4/conf/all/rp_filter", "0"),
+            ("ipv4/conf/br0/rp_filter", "0"),
             ("ipv4/conf/all/send_redirects", "0"),
             ("ipv4/conf/br0/send_redirects", "0"),
             ("ipv4/conf/br0/proxy_arp", "1"),
@@ -265,6 +267,7 @@ impl<'a> Router<'a> {
         let device = Ifname::new("vxlan0");
         let kind = LinkKind::Vxlan { vni, port, local: underlay.address };
         draw.link("vxlan0", kind, overlay_mac(&self.network.id, &self.local.host), self.mtu);
+        draw.put(Key::Sysctl("ipv4/conf/vxlan0/rp_filter".to_owned()), Object::Sysctl("0".to_owned()));
 
         for peer in self.catalog.hosts.values().filter(|host| host.id != self.local.host) {
             let Some(remote) = peer.underlay().filter(|c| c.address.is_ipv4() == underlay.address.is_ipv4())
