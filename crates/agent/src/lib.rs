@@ -88,10 +88,17 @@ pub struct Config {
     pub tunnels: tunnels::Settings,
     /// Where metrics and health can be asked for, besides the socket.
     pub metrics: Option<SocketAddr>,
+    /// Whether packets between containers and other hosts may take a shortcut past the kernel's stack.
+    pub shortcut: bool,
 }
 
-/// Runs the agent until `shutdown`. Networks go on as they are when it ends.
-pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ApiError> {
+/// Runs the agent until `shutdown`; calls `ready` once it has joined and listens on its sockets. Networks go on as they are
+/// when it ends.
+pub async fn run(
+    config: Config,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ApiError> {
     let mut shutdown = std::pin::pin!(shutdown);
     let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
     let known = match ledger.identity().map_err(internal)? {
@@ -123,6 +130,7 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let waker = kernel.waker();
     let mut book = Book::open(ledger, identity.host.clone(), identity.name.clone()).map_err(internal)?;
     book.candidates.clone_from(&candidates);
+    book.no_shortcut = (!config.shortcut).then(|| "the agent was started with --no-shortcut".to_owned());
 
     let (requests, inbox) = std::sync::mpsc::channel();
     let (chores_tx, chores) = watch::channel(Arc::default());
@@ -149,7 +157,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         since: now_millis(),
         why: "connecting for the first time".to_owned(),
     });
-    let (docker_tx, docker) = watch::channel(DockerStatus::Off);
+    let (docker_tx, docker) = watch::channel(match &config.docker {
+        Some(_) => DockerStatus::Waiting { why: "its engine has not been asked yet".to_owned() },
+        None => DockerStatus::Off,
+    });
     let listener = socket::listen(&config.socket).map_err(internal)?;
     let upstreams = if config.forwarders.is_empty() {
         names::Upstreams::File("/etc/resolv.conf".into())
@@ -187,7 +198,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let link =
         link::Link { server, control: control.clone(), connection: connection_tx, chores, report, counts };
 
+    let ready = async {
+        // All the others have been begun when this goes on: Docker's socket is there.
+        tokio::task::yield_now().await;
+        ready();
+        std::future::pending::<()>().await;
+    };
     let outcome = tokio::select! {
+        () = ready => Ok(()),
         served = socket::serve(listener, context) => served.map_err(internal),
         () = link.keep(identity_rx, addresses) => Ok(()),
         () = renewal => Ok(()),

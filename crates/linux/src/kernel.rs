@@ -24,7 +24,7 @@ use crate::namespace::{Namespace, get_link};
 use crate::netlink::{Requests, request};
 use crate::netns::{self, Netns};
 use crate::watch::Watch;
-use crate::{address, link, nft, route, sysctl};
+use crate::{address, bpf, link, nft, route, sysctl};
 
 /// What the file of each router's namespace begins with.
 pub const NETNS_PREFIX: &str = "droveway-";
@@ -129,6 +129,11 @@ impl Kernel {
     /// very many changes.
     pub fn take_changes(&mut self) -> Scope {
         self.shown.take_changes()
+    }
+
+    /// Whether an address of the host came or went since this was last called, ours between host and routers apart.
+    pub fn take_moved(&mut self) -> bool {
+        std::mem::take(&mut self.host.mirror.moved)
     }
 
     /// What was there at the last [`Self::observe`].
@@ -265,6 +270,7 @@ impl Kernel {
                     }
                 })
             }
+            (Key::Program(device), Object::Program(program)) => bpf::attach(site.home, device, program),
             (Key::Netns, _) => Err(Error::words("make a namespace", "the host's own is always there")),
             _ => Err(Error::words("apply a step", "its key and its object are of different kinds")),
         }
@@ -315,6 +321,7 @@ impl Kernel {
             Key::Route(table, destination) => route::remove(home, *table, *destination),
             Key::Element(set, fields) => nft::remove(&mut home.nft, *set, fields)
                 .map_err(|refusal| refusal.to_error(format!("remove from nft set {}", set.name()))),
+            Key::Program(device) => bpf::detach(home, device),
             Key::Netns => Err(Error::words("remove a namespace", "the host's own stays")),
         }
     }
@@ -366,7 +373,10 @@ impl Kernel {
 
     fn remove_router(&mut self, network: &NetworkId) -> Result<(), Error> {
         let Some(router) = self.routers.get(network) else { return Ok(()) };
-        netns::remove(&self.netns_dir, &router.name)?;
+        // Its name may be another's by now.
+        if self.is_bound(router) {
+            netns::remove(&self.netns_dir, &router.name)?;
+        }
         self.forget(network);
         Ok(())
     }

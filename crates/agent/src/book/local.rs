@@ -23,6 +23,7 @@ impl Book {
             host: self.host.clone(),
             underlay: self.candidates.first().cloned(),
             routers: self.slots.clone(),
+            shortcut: self.no_shortcut.is_none(),
             attachments,
         }
     }
@@ -35,7 +36,14 @@ impl Book {
     ) -> Local {
         let mut slots = self.slots.clone();
         slots.retain(|id, _| routers.contains(id));
-        local_with(&self.host, self.candidates.first(), slots, self.records.values(), port_is_there)
+        local_with(
+            &self.host,
+            self.candidates.first(),
+            slots,
+            self.no_shortcut.is_none(),
+            self.records.values(),
+            port_is_there,
+        )
     }
 }
 
@@ -44,6 +52,7 @@ pub(crate) fn local_with<'a>(
     host: &HostId,
     underlay: Option<&Candidate>,
     slots: BTreeMap<NetworkId, u16>,
+    shortcut: bool,
     records: impl IntoIterator<Item = &'a Record>,
     port_is_there: impl Fn(&EndpointId) -> bool,
 ) -> Local {
@@ -55,6 +64,7 @@ pub(crate) fn local_with<'a>(
         host: host.clone(),
         underlay: underlay.cloned(),
         routers: slots,
+        shortcut,
         attachments: attachments.collect(),
     }
 }
@@ -65,12 +75,12 @@ pub(crate) fn local_with<'a>(
 fn end(record: &Record, port_is_there: bool) -> End {
     match &record.sandbox {
         None => End::Nowhere,
-        Some(Sandbox { path, ifname: Some(ifname), .. }) => {
-            End::Inside { netns: path.clone(), ifname: ifname.clone() }
+        Some(Sandbox { path, ifname: Some(ifname), routes, .. }) => {
+            End::Inside { netns: path.clone(), ifname: ifname.clone(), routes: *routes }
         }
         Some(_) if port_is_there => End::Handed,
-        Some(Sandbox { path, .. }) => match free_ifname(path) {
-            Some(ifname) => End::Inside { netns: path.clone(), ifname },
+        Some(Sandbox { path, routes, .. }) => match free_ifname(path) {
+            Some(ifname) => End::Inside { netns: path.clone(), ifname, routes: *routes },
             None => End::Nowhere,
         },
     }

@@ -52,6 +52,9 @@ pub fn examine(books: &Books, netns_dir: &Path) -> Result<Vec<Finding>, Error> {
         // An agent that is away says of no address what a VXLAN device was made with: what is there is taken for right.
         local.underlay = catalog.hosts.get(&books.host).and_then(|host| host.underlay()).cloned();
     }
+    // Nor does it say whether it was to do without programs for packets.
+    local.shortcut =
+        books.shortcut.unwrap_or_else(|| observed.keys().any(|(_, key)| matches!(key, Key::Program(_))));
     let wanted = plan::desired(&catalog, &local);
     let observed = kernel.observe(&wanted)?;
 
@@ -102,7 +105,8 @@ impl Books {
     ) -> Local {
         let mut slots = self.slots.clone();
         slots.retain(|id, _| routers.contains(id));
-        local_with(&self.host, self.candidates.first(), slots, &self.records, port_is_there)
+        let shortcut = self.shortcut.unwrap_or_default();
+        local_with(&self.host, self.candidates.first(), slots, shortcut, &self.records, port_is_there)
     }
 }
 

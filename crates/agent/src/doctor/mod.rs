@@ -50,6 +50,8 @@ pub struct Books {
     pub slots: BTreeMap<NetworkId, u16>,
     /// The networks that have a router here by the agent's will; `None` while it is away.
     pub routers: Option<BTreeSet<NetworkId>>,
+    /// Whether packets take a shortcut past the kernel's stack here; `None` while the agent is away.
+    pub shortcut: Option<bool>,
     /// Whether an engine is served, which may keep addresses for containers to come.
     pub engine: bool,
 }
@@ -73,6 +75,7 @@ impl Books {
             resting: book.resting(),
             slots: book.slots().clone(),
             routers: Some(routers),
+            shortcut: Some(book.no_shortcut.is_none()),
             engine: true,
         }
     }
@@ -82,7 +85,7 @@ impl Books {
         let Some(ledger) = Ledger::look(state_dir)? else { return Ok(None) };
         let Some(identity) = ledger.identity()? else { return Ok(None) };
         let book = Book::open(ledger, identity.host, identity.name)?;
-        Ok(Some(Self { routers: None, ..Self::of(&book, BTreeSet::new()) }))
+        Ok(Some(Self { routers: None, shortcut: None, ..Self::of(&book, BTreeSet::new()) }))
     }
 
     /// The snapshot, indexed.

@@ -19,9 +19,13 @@ impl Engine {
     pub(super) fn apply(&mut self, now: Instant) {
         let view = self.views.borrow_and_update().clone();
         let tunnels_changed = !Arc::ptr_eq(&view.tunnels, &self.view.tunnels);
+        let moved = view.moves != self.view.moves;
         self.view = view;
         if tunnels_changed {
             self.apply_tunnels(now);
+        }
+        if moved {
+            self.follow_addresses(now);
         }
         self.devices_open = self.devices.apply(&self.view, &self.dataplane);
         self.devices.route(&self.routes, &self.dataplane);

@@ -76,6 +76,9 @@ pub(super) struct AgentArgs {
     /// The UDP port of this host's tunnels, for IKE and ESP together; open it in firewalls
     #[arg(long, value_name = "PORT", default_value_t = model::TUNNEL_PORT, value_parser = parse::tunnel_port)]
     tunnel_port: u16,
+    /// Let every packet between containers and other hosts take the kernel's whole stack, and load no eBPF programs
+    #[arg(long, env = "DROVEWAY_NO_SHORTCUT", hide_env_values = true, value_parser = clap::builder::BoolishValueParser::new())]
+    no_shortcut: bool,
     /// For tests: new keys for a tunnel's traffic after so many seconds [default: an hour]
     #[arg(long, hide = true, env = "DROVEWAY_REKEY_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     rekey_every: Option<u64>,
@@ -118,6 +121,7 @@ pub(super) struct Settings {
     pub(super) forwarders: Vec<IpAddr>,
     pub(super) tunnels: agent::tunnels::Settings,
     pub(super) metrics: Option<SocketAddr>,
+    pub(super) shortcut: bool,
 }
 
 impl AgentArgs {
@@ -146,6 +150,7 @@ impl AgentArgs {
                 rekey_ike_every: self.rekey_ike_every.map(Duration::from_secs),
             },
             metrics: self.metrics,
+            shortcut: !self.no_shortcut,
         })
     }
 }

@@ -12,6 +12,7 @@ mod exit;
 mod host;
 mod ipam;
 mod key;
+mod kind;
 mod local;
 mod log;
 mod names;
@@ -137,8 +138,10 @@ impl Cli {
         let done = match self.command {
             Command::Lab(command) => return Ok(lab::cli::main(command, self.output)?),
             Command::Hidden(verb) => return Ok(lab::hidden::main(verb)?),
-            Command::Server(server::ServerArgs { verb: Some(verb), .. }) => short_lived(verb.run(output)),
-            Command::Server(args) => run::server(args),
+            Command::Server(args) => match *args {
+                server::ServerArgs { verb: Some(verb), .. } => short_lived(verb.run(output)),
+                args => run::server(args),
+            },
             Command::Agent(args) => run::agent(args),
             Command::Status(args) => short_lived(args.run(output)),
             Command::Network(args) => short_lived(args.run(output)),

@@ -12,7 +12,7 @@ use crate::steady::Steady;
 use crate::support::{LIMIT, in_router, lines, says, spec, succeeds, ttl, ttl_of, until};
 use crate::watch::{Watched, canary, carried};
 
-const IMAGE: &str = "app:test";
+pub const IMAGE: &str = "app:test";
 
 /// An image of nothing but Debian's static busybox, as a tar archive.
 static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -30,7 +30,7 @@ static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
 });
 
 /// A lab of two hosts with engines that have the image; nothing where there can be none.
-fn harbour() -> Option<Watched> {
+pub fn harbour() -> Option<Watched> {
     harbour_with(&[])
 }
 
@@ -52,19 +52,19 @@ fn harbour_with(docker_args: &[&str]) -> Option<Watched> {
     Some(lab)
 }
 
-fn docker(lab: &Lab, host: &str, words: &[&str]) -> String {
+pub fn docker(lab: &Lab, host: &str, words: &[&str]) -> String {
     let command: Vec<&str> = ["docker"].iter().chain(words).copied().collect();
     lab.check(host, &command).unwrap().trim().to_owned()
 }
 
 /// `docker run -d --network managed --name NAME MORE IMAGE sleep`.
-fn run(lab: &Lab, host: &str, name: &str, more: &[&str]) {
+pub fn run(lab: &Lab, host: &str, name: &str, more: &[&str]) {
     let command =
         [&["run", "-d", "--network", "managed", "--name", name], more, &[IMAGE, "sleep", "1000"]].concat();
     docker(lab, host, &command);
 }
 
-fn address(lab: &Lab, host: &str, name: &str, network: &str) -> Ipv4Addr {
+pub fn address(lab: &Lab, host: &str, name: &str, network: &str) -> Ipv4Addr {
     let form = format!("{{{{(index .NetworkSettings.Networks {network:?}).IPAddress}}}}");
     let text = docker(lab, host, &["inspect", "-f", &form, name]);
     text.parse().unwrap_or_else(|_| panic!("docker inspect of {name} shows {text:?}"))
@@ -72,7 +72,7 @@ fn address(lab: &Lab, host: &str, name: &str, network: &str) -> Ipv4Addr {
 
 /// Whether a ping from a container of an engine arrives. After it goes the canary, to a port where nobody is: busybox's
 /// ping cannot carry it.
-fn reaches(lab: &Lab, host: &str, name: &str, to: &str) -> bool {
+pub fn reaches(lab: &Lab, host: &str, name: &str, to: &str) -> bool {
     let script = "ping -c 1 -W 1 \"$1\" && { echo \"$2\" | busybox nc -u -w 1 \"$1\" 9; true; }";
     let text = says(lab, host, &["docker", "exec", name, "sh", "-c", script, "sh", to, canary()]);
     let ttl = ttl_of(&text);
@@ -95,7 +95,7 @@ fn devices(lab: &Lab, host: &str) -> Vec<String> {
 
 /// Nothing of any container is left: not with the agent, the server, the router, the host.
 #[track_caller]
-fn nothing_is_left(lab: &Lab, host: &str) {
+pub fn nothing_is_left(lab: &Lab, host: &str) {
     until(LIMIT, "the agent has no endpoint", || lab.endpoints(host).unwrap().is_empty());
     until(LIMIT, "the server has none", || server_knows(lab).is_empty());
     until(LIMIT, "the router has no port", || {

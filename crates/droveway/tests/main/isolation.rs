@@ -157,6 +157,17 @@ fn nobody_but_a_peer_can_put_a_frame_into_the_overlay() {
         vxlan(vni(&lab, "blue"), &packet(to, from, &datagram))
     };
     let port = 4789;
+    // Somebody else's NAT leads there as well.
+    let detour = SocketAddr::from(([10, 0, 0, 2], 7003));
+    for (host, to) in [("h1", "10.0.0.5"), ("h2", "10.0.0.6")] {
+        let chain = "type nat hook prerouting priority dstnat - 10; policy accept;";
+        let rule = format!("ip daddr 10.0.0.2 udp dport 7003 dnat to {to}:{port}");
+        let rules = format!("table ip theirs {{ chain pre {{ {chain} {rule}; }}; }}");
+        lab.check(host, &["nft", &rules]).unwrap();
+    }
+    for from in [&red.near, &red.far, &blue.near] {
+        probe::send_udp(&lab, &from.path(), detour, &inner(MARK, b"attack"));
+    }
     let hosts = [Ipv4Addr::new(10, 0, 0, 5), Ipv4Addr::new(10, 0, 0, 6)];
     for to in hosts.map(|host| SocketAddr::from((host, port))) {
         for from in [&red.near, &red.far, &blue.near] {

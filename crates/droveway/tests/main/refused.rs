@@ -335,6 +335,17 @@ fn the_agents_socket_refuses_garbage_and_goes_on() {
                 "{text}"
             );
         }
+        // What the server would not keep, too many of anything: refused here, before anything is made.
+        let names: Vec<String> = (0..65).map(|i| format!("\"name-{i}\"")).collect();
+        let labels: Vec<String> = (0..257).map(|i| format!("\"label-{i}\":\"\"")).collect();
+        for (what, many) in [
+            ("65 aliases; at most 64", format!("\"aliases\":[{}]", names.join(","))),
+            ("257 labels; at most 256", format!("\"labels\":{{{}}}", labels.join(","))),
+        ] {
+            let (status, text) =
+                attach(&format!(r#"{{"network":"managed","netns":"/run/netns/spare",{many}}}"#));
+            assert!(status == 400 && text.contains(what), "{status} {text}");
+        }
         let large = format!(r#"{{"network":"{}"}}"#, "x".repeat(300 << 10));
         is_refusal(&attach(&large), 413..=413);
         is_refusal(&ask(&socket, &request("DELETE", "/v1/endpoints/e-nosuch", b"")).unwrap(), 400..=404);

@@ -1,85 +1,99 @@
-//! From one server with a file to two on etcd, by a backup that is older than what hosts hold; then one of the two dies.
+//! A namespace on several networks, attached by the agent's socket.
 
-use std::process::Child;
-
+use droveway::client::ask_agent;
 use droveway::lab::Lab;
-use model::agent_api::Connection;
+use model::agent_api::{AttachRequest, Attached, Routes};
 
-use crate::steady::Steady;
-use crate::support::{LIMIT, Look, idle, lab, meet, says, until};
+use crate::support::{LIMIT, Look, idle, idle_in, lab, run_soon, says, succeeds, until};
 
-/// What runs on the server's node besides what the lab started; it ends with the lab at the latest.
-struct Aside(Child);
+const BOX: &str = "/run/netns/box";
 
-impl Drop for Aside {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
+fn attach(lab: &Lab, network: &str, ifname: &str, routes: Option<Routes>) -> Result<Attached, String> {
+    let request = AttachRequest {
+        network: network.to_owned(),
+        netns: BOX.into(),
+        ifname: ifname.to_owned(),
+        name: Some("box".parse().unwrap()),
+        stack: None,
+        service: None,
+        aliases: Vec::new(),
+        address: None,
+        labels: [].into(),
+        ports: Vec::new(),
+        routes,
+    };
+    let socket = lab.agent_socket("h1").unwrap();
+    ask_agent(&socket, async |agent| agent.attach(&request).await).map_err(|error| error.to_string())
 }
 
-/// Nobody reads what it says.
-fn aside(lab: &Lab, words: &[&str]) -> Aside {
-    let quietly = ["sh", "-c", "exec \"$@\" >/dev/null 2>&1", "sh"];
-    Aside(lab.spawn("server", &[&quietly, words].concat()).unwrap())
-}
-
-fn server(lab: &Lab, name: &str, port: u16) -> Aside {
-    let (data, address) = (lab.dir().join(name).display().to_string(), format!("10.0.0.2:{port}"));
-    let url = format!("https://{address}");
-    let store = ["--store", "etcd://127.0.0.1:2379/lab", "--url", &url];
-    aside(lab, &[&["droveway", "server", "--data-dir", &data, "--listen", &address], &store[..]].concat())
-}
-
-/// Whether both agents are connected to a server of that port.
-fn connected(lab: &Lab, port: u16) -> bool {
-    ["h1", "h2"].iter().all(|host| {
-        let status = lab.agent_status(host).unwrap();
-        matches!(status.connection, Connection::Up { .. }) && status.server.ends_with(&format!(":{port}"))
-    })
+fn inside(lab: &Lab, words: &[&str]) -> String {
+    says(lab, "h1", &[&["ip", "netns", "exec", "box"], words].concat())
 }
 
 #[test]
-fn two_servers_on_etcd_take_over_from_an_old_backup_and_one_of_them_from_the_other_while_traffic_goes_on() {
+fn of_a_namespaces_networks_the_first_has_the_default_route_and_the_names_and_all_are_reached() {
     let lab = lab(2);
-    let near = lab.run("h1", &idle("near")).unwrap();
-    let path = |name: &str| lab.dir().join(name).display().to_string();
-    let data = says(&lab, "server", &["sh", "-c", "dirname $DROVEWAY_KEY_FILE"]).trim().to_owned();
-    lab.check("server", &["droveway", "server", "backup", "--data-dir", &data, &path("backup")]).unwrap();
-    // The backup does not know of this host's block.
-    let far = lab.run("h2", &idle("far")).unwrap();
-    meet(&lab, &near, &far);
-    let before = lab.agent_status("h1").unwrap().epoch;
-    let steady = Steady::start(&lab, &near, &far);
-
-    lab.kill_server().unwrap();
-    let _etcd =
-        aside(&lab, &["etcd", "--data-dir", &path("etcd"), "--max-txn-ops=10000", "--unsafe-no-fsync"]);
-    let store = ["--store", "etcd://127.0.0.1:2379/lab"];
-    let restore = ["droveway", "server", "restore", "--data-dir", &path("one"), &path("backup")];
-    let restore = [&restore[..], &store].concat();
-    until(LIMIT, "etcd answers", || lab.exec("server", &restore).unwrap().status.success());
-    lab.check("server", &["install", "-D", "-m", "600", &path("one/ca.key"), &path("two/ca.key")]).unwrap();
-    let (_one, _two) = (server(&lab, "one", 7443), server(&lab, "two", 7444));
-    // They have waited for a server for a while, and pause for longer and longer.
-    until(LIMIT * 4, "both agents are back", || connected(&lab, 7443));
-    assert_ne!(lab.agent_status("h1").unwrap().epoch, before, "another life");
-    let adopted = lab.check("server", &["droveway", "server", "adopt"]).unwrap();
-    assert!(!adopted.contains("h1") && !adopted.contains("h2"), "still waited for: {adopted}");
-    let blocks = lab.agent_status("h2").unwrap().routers[0].blocks.clone();
-    assert!(
-        !blocks.is_empty() && blocks.iter().any(|block| block.contains(&std::net::IpAddr::from(far.ip())))
-    );
-
-    // The one that all speak to dies; what happens then they hear from the other.
-    lab.check("server", &["pkill", "-9", "-f", &path("one")]).unwrap();
-    until(LIMIT, "both agents are at the other", || connected(&lab, 7444));
-    let late = lab.run("h2", &idle("late")).unwrap();
-    assert_ne!(late.ip(), far.ip());
-    until(LIMIT, "the other host hears of it", || {
-        let answer = ["dig", "+short", "+time=1", "+tries=1", "late.droveway.internal"];
-        says(&lab, "h1/near", &answer).trim() == late.ip().to_string()
+    lab.check("server", &["droveway", "network", "create", "red", "--subnet", "10.50.0.0/16"]).unwrap();
+    let first = lab.run("h2", &idle("first")).unwrap();
+    let second = run_soon(&lab, "h2", &idle_in("red", "second"));
+    lab.check("h1", &["ip", "netns", "add", "box"]).unwrap();
+    let one = attach(&lab, "managed", "eth0", None).unwrap();
+    assert_eq!(one.gateway.unwrap().to_string(), "10.42.0.1");
+    let mut two = None;
+    until(LIMIT, "red is known", || {
+        two = two.take().or_else(|| attach(&lab, "red", "eth1", None).ok());
+        two.is_some()
     });
-    let (sent, received) = steady.end(&lab, &near);
-    assert_eq!(sent, received, "pings all the while");
+    let two = two.unwrap();
+    assert_eq!(two.gateway, None, "it does not say that it is what it is not");
+    let routes = inside(&lab, &["ip", "route"]);
+    for route in ["default via 10.42.0.1 dev eth0", "169.254.169.250 dev eth0", "10.50.0.0/16 dev eth1"] {
+        assert!(routes.contains(route), "{route} in {routes}");
+    }
+    let pings =
+        |to: &str| succeeds(&lab, "h1", &["ip", "netns", "exec", "box", "ping", "-c", "1", "-W", "1", to]);
+    for container in [&first, &second] {
+        until(LIMIT, "it is reached", || pings(&container.ip().to_string()));
+    }
+    let dig = |words: &[&str]| inside(&lab, &[&["dig", "+short", "+time=1", "+tries=1"], words].concat());
+    until(LIMIT, "a name of the first", || {
+        dig(&["@169.254.169.250", "first.droveway.internal"]).trim() == first.ip().to_string()
+    });
+    assert_eq!(
+        dig(&["@169.254.169.250", "second.droveway.internal"]),
+        "",
+        "docs/agent-socket.md says otherwise"
+    );
+    until(LIMIT, "a name of the second, of its gateway", || {
+        dig(&["@10.50.0.1", "second.droveway.internal"]).trim() == second.ip().to_string()
+    });
+
+    // The same again, and with routes that are there: refused with the remedy, and nothing changes.
+    for (network, ifname, routes, says) in [
+        ("red", "eth1", None, "already; detach that, or choose another ifname"),
+        ("red", "eth2", Some(Routes::All), "which routes to bring"),
+        ("red", "eth2", Some(Routes::Names), "which routes to bring"),
+    ] {
+        let why = attach(&lab, network, ifname, routes).unwrap_err();
+        assert!(why.contains(says), "{why}");
+    }
+    assert_eq!(inside(&lab, &["ip", "route"]), routes);
+    assert_eq!(lab.endpoints("h1").unwrap().len(), 2);
+
+    // What is lost is made again as it was.
+    for ifname in ["eth0", "eth1"] {
+        inside(&lab, &["ip", "link", "del", ifname]);
+    }
+    let sorted = |text: &str| {
+        let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+        lines.sort();
+        lines
+    };
+    until(LIMIT, "both are back", || sorted(&inside(&lab, &["ip", "route"])) == sorted(&routes));
+    for attached in [one, two] {
+        let socket = lab.agent_socket("h1").unwrap();
+        ask_agent(&socket, async |agent| agent.detach(&attached.endpoint.id).await).unwrap();
+    }
+    assert_eq!(inside(&lab, &["ip", "route"]), "");
+    lab.check("h1", &["ip", "netns", "del", "box"]).unwrap();
 }

@@ -19,7 +19,7 @@ pub const LIMIT: Duration = Duration::from_secs(15);
 pub fn spec(hosts: u32) -> LabSpec {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("m{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let program = env!("CARGO_BIN_EXE_droveway").into();
+    let program = std::env::var(PROGRAM).unwrap_or_else(|_| env!("CARGO_BIN_EXE_droveway").to_owned()).into();
     LabSpec { hosts, program, ..LabSpec::new(&name).unwrap() }
 }
 
@@ -38,6 +38,20 @@ pub fn skipped(why: &str) {
         let mut file = std::fs::OpenOptions::new().create(true).append(true).open(list).unwrap();
         file.write_all(line.as_bytes()).unwrap();
     }
+}
+
+/// The program that labs run, if it is not the one that was made with the tests: `make soak` has one that is made to be fast.
+const PROGRAM: &str = "SOAK_PROGRAM";
+
+/// Whether `make soak` runs the test, with a fast program and nothing beside it.
+pub fn soak() -> bool {
+    std::env::var_os(PROGRAM).is_some()
+}
+
+/// A number from the environment, by which `make soak` asks for the long form of a test.
+pub fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
 }
 
 /// Waits until it is so, and says how long that took.
@@ -250,6 +264,9 @@ const ROUTER: &str = "
     bridge link | sed 's/^[0-9]*: //; s/@[^:]*//; s/<.*> mtu/mtu/'
     ip -br link | sed 's/@/ /' | cut -d' ' -f1
     grep -H . /proc/sys/net/ipv4/conf/br0/proxy_arp /proc/sys/net/ipv4/neigh/br0/proxy_delay /proc/sys/net/ipv4/ip_forward
+    for dev in br0 tun0 vxlan0; do
+        tc filter show dev $dev ingress 2>/dev/null | grep -o 'droveway.*[0-9] direct-action' | sed 's/[0-9]* direct/direct/'
+    done
     nft -s list ruleset";
 const HOST: &str = "
     ip -o -4 addr | sed 's/^[0-9]*: //'; ip -4 route

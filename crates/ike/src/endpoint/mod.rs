@@ -127,6 +127,10 @@ impl Endpoint {
     pub fn add_peer(&mut self, peer: PeerId, config: PeerConfig, now: Instant) {
         self.configs.insert(peer, Arc::new(config));
         self.peers.entry(peer).or_insert_with(|| Peer::new(now));
+        // Perhaps it heard of us before we heard of it, and has asked already.
+        for spi in self.opened.values().copied().collect::<Vec<_>>() {
+            self.with_sa(spi, now, Sa::answer_early);
+        }
         self.touch(Timer::Peer(peer));
         self.settle(now);
     }

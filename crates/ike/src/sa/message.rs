@@ -63,6 +63,10 @@ impl Sa {
         if seen == Seen::Outside {
             return false;
         }
+        // It asks again what is kept until it is known.
+        if self.early.is_some() && !header.flags.response {
+            return false;
+        }
         let opened = match datagram {
             Datagram::Clear(message) => {
                 self.handle_clear(message, bytes, path, cx);
@@ -106,7 +110,7 @@ impl Sa {
         }
         if header.flags.response {
             self.handle_response(&header, body, bytes, cx);
-        } else {
+        } else if let Some(body) = self.keep_early(&header, body, cx) {
             self.handle_request(&header, body, cx);
         }
         self.begin_next(cx);
@@ -232,7 +236,7 @@ impl Sa {
         }
     }
 
-    fn handle_request(&mut self, header: &Header, body: Result<Body, Error>, cx: &mut Cx<'_>) {
+    pub(super) fn handle_request(&mut self, header: &Header, body: Result<Body, Error>, cx: &mut Cx<'_>) {
         let answer = body.and_then(|body| self.answer(header.exchange, body, cx));
         let payloads = match &answer {
             Ok(payloads) => payloads.clone(),

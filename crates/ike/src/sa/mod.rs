@@ -17,6 +17,7 @@ mod auth;
 mod body;
 mod child;
 mod create;
+mod early;
 #[cfg(any(test, feature = "fuzzing"))]
 mod forge;
 mod inform;
@@ -252,6 +253,8 @@ pub(crate) struct Sa {
     seen_from: Option<Path>,
     crypt: Option<Crypt>,
     opening: Option<Opening>,
+    /// The peer's `IKE_AUTH`, while nobody here knows who that is.
+    early: Option<early::Early>,
     window: Window,
     reassembly: [Reassembly; 2],
     tasks: VecDeque<Task>,
@@ -292,6 +295,7 @@ impl Sa {
             seen_from: None,
             crypt: None,
             opening: None,
+            early: None,
             window: Window::default(),
             reassembly: [Reassembly::new(), Reassembly::new()],
             tasks: VecDeque::new(),
