@@ -7,15 +7,16 @@ cd "$(dirname "$0")/.."
 declare -A packages=(
   [run]="nftables iproute2"
   [build]="build-essential cmake pkg-config"
-  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq arping strongswan-swanctl charon-systemd libstrongswan-standard-plugins
-    libstrongswan-extra-plugins libcharon-extra-plugins"
+  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq
+    arping strongswan-swanctl charon-systemd libstrongswan-standard-plugins libstrongswan-extra-plugins libcharon-extra-plugins"
   [demo]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq"
   [bench]="nftables iproute2 iptables iputils-ping iperf3 busybox-static util-linux procps jq"
 )
 
 wanted=()
 for purpose in "$@"; do
-  read -r -a some <<<"${packages[$purpose]:?no such purpose: $purpose}"
+  # Split at newlines too.
+  read -r -d '' -a some <<<"${packages[$purpose]:?no such purpose: $purpose}" || true
   wanted+=("${some[@]}")
 done
 
@@ -25,9 +26,10 @@ for package in "${wanted[@]}"; do
 done
 # Tests of interoperation boot a Debian kernel in qemu. Where either cannot be had they say so and are counted as skipped.
 kernel=${CARGO_TARGET_DIR:-target}/guest-kernel
+have_qemu() { command -v qemu-system-x86_64 >/dev/null || [ -x "$kernel/qemu-system-x86_64" ]; }
 guest=no
 case " $* " in *" test "*)
-  if ! command -v qemu-system-x86_64 >/dev/null || [ ! -e "$kernel/vmlinuz" ]; then guest=yes; fi ;;
+  if ! have_qemu || [ ! -e "$kernel/vmlinuz" ]; then guest=yes; fi ;;
 esac
 [ "${#missing[@]}" -gt 0 ] || [ $guest = yes ] || exit 0
 
@@ -73,11 +75,32 @@ unpack_kernel() {
   cp -a "$modules"/drivers/{net,virtio} "$kernel/modules/"
   cp "$scratch"/boot/vmlinuz-* "$kernel/vmlinuz"
 }
+# qemu and what it is linked with, where it cannot be installed beside another package: unpacked too.
+unpack_qemu() {
+  local packages root=$kernel/qemu
+  packages=$(apt-get install -s -qq --no-install-recommends qemu-system-x86 | awk '$1 == "Inst" { print $2 }')
+  [ -n "$packages" ] || return 1
+  echo "unpacking qemu-system-x86 for guests" >&2
+  mkdir "$scratch/qemu" && rm -rf "$root" && mkdir -p "$root"
+  # shellcheck disable=SC2086 # a list of words
+  (cd "$scratch/qemu" && apt-get download -qq $packages 2>/dev/null) || return 1
+  local package
+  for package in "$scratch"/qemu/*.deb; do dpkg-deb -x "$package" "$root" || return 1; done
+  cat >"$kernel/qemu-system-x86_64" <<'EOF'
+#!/bin/sh
+root=$(dirname "$(readlink -f "$0")")/qemu
+libraries=$root/usr/lib/$(uname -m)-linux-gnu
+LD_LIBRARY_PATH=$libraries:$root/lib/$(uname -m)-linux-gnu QEMU_MODULE_DIR=$libraries/qemu exec "$root/usr/bin/qemu-system-x86_64" \
+  -L "$root/usr/share/qemu" -L "$root/usr/share/seabios" "$@"
+EOF
+  chmod +x "$kernel/qemu-system-x86_64"
+  "$kernel/qemu-system-x86_64" --version >/dev/null || { rm "$kernel/qemu-system-x86_64"; return 1; }
+}
 
 "${sudo[@]}" apt-get update -qq
 [ "${#missing[@]}" -eq 0 ] || install "${missing[@]}"
 if [ $guest = yes ]; then
-  command -v qemu-system-x86_64 >/dev/null || install qemu-system-x86 ||
+  have_qemu || install qemu-system-x86 2>/dev/null || unpack_qemu ||
     echo "qemu-system-x86 cannot be installed here: tests that need a guest will be skipped" >&2
   [ -e "$kernel/vmlinuz" ] || unpack_kernel ||
     echo "linux-image-cloud-amd64 cannot be had here: tests that need a guest will be skipped" >&2

@@ -23,6 +23,7 @@ use image::Image;
 
 /// The guest's address on the underlay: that of no node.
 pub const ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 180);
+const QEMU: &str = "qemu-system-x86_64";
 /// How long a guest may take to boot on a machine that does much else.
 const BOOT: Duration = Duration::from_mins(1);
 /// How long a command may take in it.
@@ -93,6 +94,7 @@ pub struct Guest {
 /// What a guest is made of, on this machine.
 pub struct Parts {
     kernel: PathBuf,
+    qemu: String,
 }
 
 impl Parts {
@@ -107,13 +109,16 @@ impl Parts {
         if !kernel.join("vmlinuz").exists() {
             return missing("the kernel of linux-image-cloud-amd64");
         }
-        if Command::new("qemu-system-x86_64").arg("--version").stdout(Stdio::null()).status().is_err() {
-            return missing("qemu-system-x86_64");
-        }
+        // Installed, or unpacked beside the kernel.
+        let runs = |qemu: &String| Command::new(qemu).arg("--version").stdout(Stdio::null()).status().is_ok();
+        let beside = kernel.join(QEMU).display().to_string();
+        let Some(qemu) = [QEMU.to_owned(), beside].into_iter().find(runs) else {
+            return missing(QEMU);
+        };
         if !Path::new(CHARON).exists() {
             return missing("charon-systemd");
         }
-        Ok(Self { kernel })
+        Ok(Self { kernel, qemu })
     }
 
     fn image(&self) -> Result<Image, String> {
@@ -170,7 +175,7 @@ impl Guest {
         lab.check("underlay", &["sh", "-c", tap]).unwrap();
         let text = |path: &Path| path.display().to_string();
         let words = [
-            "qemu-system-x86_64",
+            parts.qemu.as_str(),
             "-M",
             "pc",
             "-accel",
