@@ -165,6 +165,16 @@ impl Socket {
         self.gro
     }
 
+    /// From now on each datagram goes alone.
+    pub fn refuse_gso(&self) {
+        self.gso.store(false, Relaxed);
+    }
+
+    /// From now on each datagram comes alone. What waits already may still come together.
+    pub fn refuse_gro(&mut self) {
+        self.gro = set(&self.fd, libc::SOL_UDP, libc::UDP_GRO, 0).is_err() && self.gro;
+    }
+
     /// Sends messages in order: how many went, and why the next one did not. Of that one the first datagrams may have
     /// gone, if it has more than 64, or more than 65,507 bytes, or there is no [`gso`](Self::gso).
     ///

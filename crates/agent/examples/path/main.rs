@@ -1,11 +1,13 @@
 //! How fast the packet path is, beside the kernel's VXLAN over the same underlay:
 //!
 //! ```sh
-//! cargo run --release -p agent --example path -- [--rounds 5] [--seconds 2] [--measure TEXT] [--only path|vxlan]
+//! cargo run --release -p agent --example path -- [--rounds 5] [--seconds 2] [--measure TEXT] \
+//!     [--queue LENGTH] [--tuning WORDS]... [--ablation] [--no-vxlan]
 //! ```
 //!
 //! Needs root and iperf3. Two hosts in namespaces; rounds are interleaved, since machines differ from minute to minute.
-//! What is printed are medians, quartiles, and the median of the rounds' ratios to VXLAN.
+//! What is printed are medians and quartiles of figures, and of the rounds' ratios to VXLAN. `--tuning` measures the path
+//! with settings (docs/tuning.md), beside the others if given more than once; `--ablation` takes each technique away.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement that fails has no result")]
 #![allow(clippy::cast_precision_loss, clippy::cast_sign_loss, reason = "figures")]
@@ -21,65 +23,114 @@ mod sandbox;
 use std::path::Path;
 
 use measure::{MEASURES, Rig};
-use rig::{Pair, pair};
+use rig::{Pair, tuned};
 
 /// What the command line asks for.
 struct Wanted {
     rounds: usize,
     seconds: u32,
     measure: String,
-    only: Option<String>,
+    vxlan: bool,
+    queue: Option<u32>,
+    /// Settings of the path, each a way of its own.
+    tunings: Vec<String>,
 }
+
+/// Each technique off, on its own: what it is worth here.
+const ABLATION: [&str; 13] = [
+    "",
+    "no-tso",
+    "no-uso",
+    "no-gso",
+    "no-gro",
+    "no-merge",
+    "no-tso,no-gso,no-gro,no-merge",
+    "spin=0",
+    "spin=100",
+    "flush=65536",
+    "turn=1",
+    "receive=1",
+    "receive=16",
+];
 
 impl Wanted {
     fn parse() -> Self {
-        let mut wanted = Self { rounds: 5, seconds: 2, measure: String::new(), only: None };
+        let mut wanted = Self {
+            rounds: 5,
+            seconds: 2,
+            measure: String::new(),
+            vxlan: true,
+            queue: None,
+            tunings: Vec::new(),
+        };
         let mut arguments = std::env::args().skip(1);
         while let Some(name) = arguments.next() {
-            let value = arguments.next().unwrap_or_else(|| panic!("{name} wants a value"));
+            let mut value = || arguments.next().unwrap_or_else(|| panic!("{name} wants a value"));
             match name.as_str() {
-                "--rounds" => wanted.rounds = value.parse().unwrap(),
-                "--seconds" => wanted.seconds = value.parse().unwrap(),
-                "--measure" => wanted.measure = value,
-                "--only" => wanted.only = Some(value),
+                "--rounds" => wanted.rounds = value().parse().unwrap(),
+                "--seconds" => wanted.seconds = value().parse().unwrap(),
+                "--measure" => wanted.measure = value(),
+                "--queue" => wanted.queue = Some(value().parse().unwrap()),
+                "--tuning" => wanted.tunings.push(value()),
+                "--no-vxlan" => wanted.vxlan = false,
+                "--ablation" => wanted.tunings = ABLATION.map(str::to_owned).to_vec(),
                 _ => panic!("no such option: {name}; see the top of examples/path/main.rs"),
             }
+        }
+        if wanted.tunings.is_empty() {
+            wanted.tunings.push(String::new());
         }
         wanted
     }
 }
 
-/// The two ways, and the address of the second host by each.
-const WAYS: [(&str, &str); 2] = [("path", "10.42.2.1"), ("vxlan", "10.43.2.1")];
-
 fn main() {
     let wanted = Wanted::parse();
     sandbox::run("path", move |dir| {
-        let pair = pair(dir);
-        vxlan(&pair, dir);
-        let rig = Rig::new(&pair);
-        let ways: Vec<_> =
-            WAYS.iter().filter(|(way, _)| wanted.only.as_ref().is_none_or(|only| only == way)).collect();
+        let pairs: Vec<(&str, Pair)> = wanted
+            .tunings
+            .iter()
+            .zip(0..)
+            .map(|(tuning, number)| {
+                let dir = dir.join(format!("pair{number}"));
+                std::fs::create_dir(&dir).unwrap();
+                let pair = tuned(&dir, &tuning.parse().unwrap());
+                vxlan(&pair, &dir);
+                if let Some(queue) = wanted.queue {
+                    for host in [&pair.a, &pair.b] {
+                        host.sh(&format!("ip link set tun0 txqueuelen {queue}"));
+                    }
+                }
+                (tuning.as_str(), pair)
+            })
+            .collect();
+        let rigs: Vec<(&str, Rig<'_>)> =
+            pairs.iter().map(|(tuning, pair)| (*tuning, Rig::new(pair))).collect();
+        // VXLAN is measured between the hosts of the first.
+        let mut ways: Vec<(&str, &Rig<'_>, &str)> =
+            rigs.iter().map(|(tuning, rig)| (*tuning, rig, "10.42.2.1")).collect();
+        if wanted.vxlan {
+            ways.push(("vxlan", &rigs[0].1, "10.43.2.1"));
+        }
         for measure in MEASURES.iter().filter(|it| it.name.contains(&wanted.measure)) {
             let mut figures = vec![Vec::new(); ways.len()];
             for _ in 0..wanted.rounds {
-                for ((_, to), figures) in ways.iter().zip(&mut figures) {
-                    figures.push((measure.run)(&rig, to, wanted.seconds));
+                for ((_, rig, to), figures) in ways.iter().zip(&mut figures) {
+                    figures.push((measure.run)(rig, to, wanted.seconds));
                 }
             }
-            let all: Vec<String> = ways
-                .iter()
-                .zip(&figures)
-                .map(|((way, _), figures)| format!("{way} {}", spread(figures)))
-                .collect();
-            print!("{:36} {:6} {}", measure.name, measure.unit, all.join("   "));
-            if let [path, vxlan] = &figures[..] {
-                let ratios: Vec<f64> = path.iter().zip(vxlan).map(|(path, vxlan)| path / vxlan).collect();
-                print!("   ratio {} ({})", spread(&ratios), measure.bar);
+            println!("{}, {} (of VXLAN's {})", measure.name, measure.unit, measure.bar);
+            let last = figures.last().unwrap();
+            for ((way, ..), figures) in ways.iter().zip(&figures) {
+                let way = if way.is_empty() { "as it is" } else { way };
+                let ratios: Vec<f64> =
+                    figures.iter().zip(last).map(|(figure, vxlan)| figure / vxlan).collect();
+                println!("  {way:32} {}   {}", spread(figures), spread(&ratios));
             }
-            println!();
         }
-        println!("drops: {:?} {:?}", pair.a.path.total_drops(), pair.b.path.total_drops());
+        for (tuning, pair) in &pairs {
+            println!("drops {tuning}: {:?} {:?}", pair.a.path.total_drops(), pair.b.path.total_drops());
+        }
     });
 }
 

@@ -90,7 +90,7 @@ impl Drop for Server {
 
 fn iperf(pair: &Pair, to: &str, seconds: u32, how: &str) -> serde_json::Value {
     let command = format!(
-        "for n in 1 2 3 4 5; do iperf3 -J -c {to} -t {seconds} -O 0.5 {how} && exit; sleep 0.2; done"
+        "for n in 1 2 3 4 5; do iperf3 -J -c {to} -t {seconds} -O 0.5 -C cubic {how} && exit; sleep 0.2; done"
     );
     serde_json::from_str(&pair.a.sh(&command)).unwrap()
 }
@@ -165,7 +165,8 @@ fn loaded(rig: &Rig<'_>, to: &str, seconds: u32) -> f64 {
         std::thread::sleep(Duration::from_secs(1));
         let said = rig.pair.a.sh(&format!("ping -n -i 0.01 -w {seconds} {to} || true"));
         load.join().unwrap();
-        let times = said.lines().filter_map(|line| line.split_once("time=")?.1.split(' ').next()?.parse().ok());
+        let times =
+            said.lines().filter_map(|line| line.split_once("time=")?.1.split(' ').next()?.parse().ok());
         median(times.collect())
     })
 }

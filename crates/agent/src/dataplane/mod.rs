@@ -19,6 +19,7 @@ mod receive;
 mod route;
 mod state;
 mod transmit;
+mod tuning;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -32,6 +33,7 @@ use ipnet::IpNet;
 use linux::{tun, udp};
 
 pub use state::PROBE_MAGIC_LEN;
+pub use tuning::{NoSuchSetting, Tuning, WORKERS_MAX};
 
 use crate::dataplane::capture::Tap;
 use crate::dataplane::count::Drops;
@@ -156,9 +158,18 @@ impl Dataplane {
     /// Starts both threads, in the calling thread's namespace, which must be that of the sockets. `signals` should hold a
     /// few hundred: what does not fit is dropped and counted.
     pub fn start<S: From<Signal> + Send + 'static>(
-        sockets: Sockets,
+        mut sockets: Sockets,
         signals: SyncSender<S>,
+        tuning: Tuning,
     ) -> Result<Self, Error> {
+        for socket in sockets.v4.iter_mut().chain(&mut sockets.v6) {
+            if tuning.no_gso {
+                socket.refuse_gso();
+            }
+            if tuning.no_gro {
+                socket.refuse_gro();
+            }
+        }
         let mut probe = [0; PROBE_MAGIC_LEN];
         aws_lc_rs::rand::fill(&mut probe).map_err(|_| Error::Kernel {
             attempted: "get random numbers",
@@ -171,6 +182,7 @@ impl Dataplane {
             signals: Box::new(move |signal| signals.try_send(signal.into()).is_ok()),
             drops: Drops::default(),
             probe,
+            tuning,
         });
         let stop = Arc::new(AtomicBool::new(false));
         let transmit = transmit::Transmitter::new(Arc::clone(&shared), Arc::clone(&stop))?;
@@ -195,7 +207,13 @@ impl Dataplane {
     }
 
     /// Moves packets of this device from now on.
-    pub fn add_device(&self, device: DeviceIndex, queue: tun::Queue) {
+    pub fn add_device(&self, device: DeviceIndex, mut queue: tun::Queue) {
+        let offloads = self.shared.tuning.offloads(queue.offloads());
+        if offloads != queue.offloads()
+            && let Err(error) = queue.restrict(offloads)
+        {
+            tracing::warn!("a TUN device goes on with all offloads: {error}");
+        }
         let queue = Arc::new(Device { index: device, queue });
         self.change(|state| {
             let mut state = state.clone();

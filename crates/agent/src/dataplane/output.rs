@@ -16,8 +16,6 @@ use crate::dataplane::count::Reason;
 use crate::dataplane::state::{IKE_PORT, Peer, Shared, State};
 use crate::dataplane::{PeerIndex, Signal};
 
-/// A flush is due when so many bytes wait: larger ones gain nothing, smaller ones cost system calls.
-const FLUSH_AT: usize = 200 * 1024;
 /// The largest ESP packet: that of the largest inner one.
 const PACKET_MAX: usize = packet::esp::sealed_len(u16::MAX as usize);
 /// Bytes of one message: what one UDP datagram of IPv4 holds. The kernel refuses more even when it is to cut them.
@@ -39,6 +37,8 @@ const MTU_SAFE: u32 = 1280;
 pub(super) struct Output {
     buffer: Box<[u8]>,
     used: usize,
+    /// A flush is due when so many bytes wait.
+    flush: usize,
     messages: Vec<Message>,
 }
 
@@ -57,8 +57,8 @@ struct Message {
 
 impl Output {
     /// For a thread's stream of packets.
-    pub fn new() -> Self {
-        Self::with_room(FLUSH_AT + PACKET_MAX, MESSAGES_MAX)
+    pub fn new(flush: usize) -> Self {
+        Self { flush, ..Self::with_room(flush + PACKET_MAX, MESSAGES_MAX) }
     }
 
     /// For one ESP packet of so many bytes.
@@ -67,13 +67,13 @@ impl Output {
     }
 
     fn with_room(bytes: usize, messages: usize) -> Self {
-        Self { buffer: vec![0; bytes].into(), used: 0, messages: Vec::with_capacity(messages) }
+        Self { buffer: vec![0; bytes].into(), used: 0, flush: bytes, messages: Vec::with_capacity(messages) }
     }
 
     /// Whether it should be flushed before another packet is sealed.
     #[inline]
     pub fn is_full(&self) -> bool {
-        self.used >= FLUSH_AT || self.messages.len() == self.messages.capacity()
+        self.used >= self.flush || self.messages.len() == self.messages.capacity()
     }
 
     /// Where the next ESP packet is to be sealed.

@@ -17,11 +17,11 @@ use packet::{ip, protocol};
 use crate::dataplane::count::{Counts, Reason};
 use crate::dataplane::limit::PerSource;
 use crate::dataplane::state::{Device, Origin, Peer, Ports, Shared, State};
+use crate::dataplane::tuning::RECEIVE_MAX;
 use crate::dataplane::watch::{Waker, Watch, Work};
 use crate::dataplane::{Direction, Error, Signal};
 
-/// Messages for one call, and the bytes of each: as much as UDP GRO puts together.
-const MESSAGES: usize = 4;
+/// The bytes of a message: as much as UDP GRO puts together.
 const MESSAGE: usize = 65_536;
 /// Packets that are merged at once.
 const BATCH: usize = 512;
@@ -75,7 +75,8 @@ struct Run<'a> {
 
 impl Receiver {
     pub fn new(shared: Arc<Shared>, stop: Arc<AtomicBool>) -> Result<Self, Error> {
-        let mut watch = Watch::new()?;
+        let mut watch = Watch::new(shared.tuning.spin)?;
+        let messages = shared.tuning.receive;
         for socket in shared.ports.sockets() {
             watch.add(Source { socket: Arc::clone(socket), ike: false })?;
         }
@@ -84,8 +85,8 @@ impl Receiver {
             shared,
             stop,
             watch,
-            arena: vec![0; MESSAGES * MESSAGE].into(),
-            received: Vec::with_capacity(MESSAGES),
+            arena: vec![0; messages * MESSAGE].into(),
+            received: Vec::with_capacity(messages),
             inner: Inner {
                 merger: Merger::new(BATCH, Offloads { tcp: false, udp: false }),
                 ike: PerSource::new(IKE_EACH),
@@ -110,8 +111,9 @@ impl Receiver {
             }
             let worked = watch.round(|source| {
                 let mut buffers = arena.chunks_exact_mut(MESSAGE);
-                let mut buffers: [_; MESSAGES] = std::array::from_fn(|_| buffers.next().unwrap_or_default());
-                match source.socket.receive(&mut buffers, received) {
+                let mut buffers: [_; RECEIVE_MAX] =
+                    std::array::from_fn(|_| buffers.next().unwrap_or_default());
+                match source.socket.receive(&mut buffers[..shared.tuning.receive], received) {
                     Ok(0) => return Work::Dry,
                     Ok(_) => {}
                     Err(_) => {
@@ -203,7 +205,8 @@ impl Inner {
             }
             if merging.is_none() {
                 let offloads = device.queue.offloads();
-                self.merger.set_offloads(Offloads { tcp: offloads.tso, udp: offloads.uso });
+                let merge = !shared.tuning.no_merge;
+                self.merger.set_offloads(Offloads { tcp: merge && offloads.tso, udp: merge && offloads.uso });
                 merging = Some(device);
             }
             let inner = range.start + inner.start..range.start + inner.end;

@@ -12,7 +12,7 @@ use crate::dataplane::capture::Tap;
 use crate::dataplane::count::{Counts, Drops, Reason};
 use crate::dataplane::limit::EverySecond;
 use crate::dataplane::route::Routes;
-use crate::dataplane::{DeviceIndex, PeerIndex, Signal, Sockets};
+use crate::dataplane::{DeviceIndex, PeerIndex, Signal, Sockets, Tuning};
 
 /// Octets at the start of an echo's data by which an answer to a probe is known.
 pub const PROBE_MAGIC_LEN: usize = 8;
@@ -29,6 +29,7 @@ pub(super) struct Shared {
     /// What belongs to no peer.
     pub drops: Drops,
     pub probe: [u8; PROBE_MAGIC_LEN],
+    pub tuning: Tuning,
 }
 
 /// The sockets of a port, as [`Sockets`] has them.

@@ -22,8 +22,6 @@ use crate::dataplane::{DeviceIndex, Direction, Error, PeerIndex, Signal};
 
 /// The underlay sees the class of inner packets (RFC 4301 §5.1.2.1).
 const DSCP: Dscp = Dscp::Copy;
-/// Superpackets of one device before it is another's turn.
-const BUDGET: usize = 8;
 const INPUT: usize = vnet::LEN + 65_536;
 /// How often packets that wait are looked at for their age.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
@@ -61,13 +59,13 @@ struct Outgoing<'a> {
 impl Transmitter {
     pub fn new(shared: Arc<Shared>, stop: Arc<AtomicBool>) -> Result<Self, Error> {
         Ok(Self {
-            shared,
             stop,
-            watch: Watch::new()?,
+            watch: Watch::new(shared.tuning.spin)?,
             input: vec![0; INPUT].into(),
-            sender: Sender { output: Output::new(), scratch: vec![0; 2 * INPUT].into() },
+            sender: Sender { output: Output::new(shared.tuning.flush), scratch: vec![0; 2 * INPUT].into() },
             early: Early::default(),
             expired: Instant::now(),
+            shared,
         })
     }
 
@@ -152,7 +150,7 @@ fn serve(
 ) -> Work {
     let routes = state.routes.get(&device.index);
     let mut work = Work::Dry;
-    for _ in 0..BUDGET {
+    for _ in 0..shared.tuning.turn {
         let bytes = match device.queue.read(input) {
             Ok(Some(length)) => &input[..length],
             Ok(None) => return work,

@@ -34,7 +34,7 @@ use model::agent_api::TunnelStatus;
 use model::api::{ApiError, ErrorCode};
 use tokio::sync::{oneshot, watch};
 
-use crate::dataplane::{Captured, Dataplane, DeviceIndex, Signal, Sockets};
+use crate::dataplane::{Captured, Dataplane, DeviceIndex, Signal, Sockets, Tuning};
 use crate::ledger::Identity;
 use crate::tunnels::engine::Engine;
 use crate::tunnels::wanted::Own;
@@ -58,6 +58,8 @@ pub struct Settings {
     pub rekey_bytes: Option<u64>,
     /// How old an IKE SA may become, instead of four hours.
     pub rekey_ike_every: Option<Duration>,
+    /// How the packet path works.
+    pub tuning: Tuning,
 }
 
 impl Settings {
@@ -147,7 +149,8 @@ pub(crate) fn start(
         ApiError::new(ErrorCode::Unavailable, message)
     })?;
     let (inputs, inbox) = sync_channel(INPUTS);
-    let dataplane = Dataplane::start(sockets, inputs.clone()).map_err(crate::internal)?;
+    let dataplane =
+        Dataplane::start(sockets, inputs.clone(), settings.tuning.clone()).map_err(crate::internal)?;
     let engine = Engine::new(own, settings, dataplane, inbox, views);
     let thread = std::thread::Builder::new().name("tunnels".to_owned()).spawn(move || engine.run());
     let thread = thread.map_err(crate::internal)?;

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use agent::dataplane::{Dataplane, DeviceIndex, PeerIndex, Signal, Sockets};
+use agent::dataplane::{Dataplane, DeviceIndex, PeerIndex, Signal, Sockets, Tuning};
 use esp::{Inbound, InnerPolicy, KeyMaterial, Limits, Outbound, Sequence, Spi, Suite};
 use ipnet::IpNet;
 use linux::netns::Netns;
@@ -39,6 +39,11 @@ pub struct Pair {
 
 /// Two hosts, 192.0.2.1 and .2 on the underlay, that know their routes but no key.
 pub fn strangers(dir: &Path) -> Pair {
+    strangers_tuned(dir, &Tuning::default())
+}
+
+/// As [`strangers`], with settings of the path.
+pub fn strangers_tuned(dir: &Path, tuning: &Tuning) -> Pair {
     let name = |side: u8, kind: &str| format!("{kind}{side}");
     let make = |side| {
         let host = Netns::create_bound(dir, &name(side, "host")).unwrap();
@@ -67,17 +72,22 @@ pub fn strangers(dir: &Path) -> Pair {
         );
         host.run(|| sh(&commands)).unwrap();
     }
-    Pair { a: start(1, a), b: start(2, b) }
+    Pair { a: start(1, a, tuning), b: start(2, b, tuning) }
 }
 
 /// Two hosts with a security association each way, over IPv4.
 pub fn pair(dir: &Path) -> Pair {
-    let pair = strangers(dir);
+    tuned(dir, &Tuning::default())
+}
+
+/// As [`pair`], with settings of the path.
+pub fn tuned(dir: &Path, tuning: &Tuning) -> Pair {
+    let pair = strangers_tuned(dir, tuning);
     pair.connect();
     pair
 }
 
-fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
+fn start(side: u8, (host, router): (Netns, Netns), tuning: &Tuning) -> Host {
     let (signal, signals) = sync_channel(4096);
     let path = host
         .run(|| {
@@ -85,7 +95,7 @@ fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
                 v4: Some(udp::Socket::bind(udp::Family::V4, PORT).unwrap()),
                 v6: Some(udp::Socket::bind(udp::Family::V6, PORT).unwrap()),
             };
-            let path = Dataplane::start(sockets, signal).unwrap();
+            let path = Dataplane::start(sockets, signal, tuning.clone()).unwrap();
             path.set_ike_sockets(Sockets {
                 v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
                 v6: None,
@@ -143,7 +153,7 @@ impl Host {
     pub fn make_device(&self) {
         let (side, other) = (self.side, 3 - self.side);
         self.sh(&format!(
-            "ip tuntap add dev tun0 mode tun vnet_hdr multi_queue; ip link set tun0 mtu 1438 txqueuelen 500 up; \
+            "ip tuntap add dev tun0 mode tun vnet_hdr multi_queue; ip link set tun0 mtu 1438 txqueuelen 64 up; \
              ip addr add 10.42.{side}.1/32 dev tun0; ip -6 addr add fd42:{side}::1/128 dev tun0 nodad; \
              ip route add 10.42.{other}.0/24 dev tun0 src 10.42.{side}.1; ip -6 route add fd42:{other}::/64 dev tun0"
         ));
