@@ -144,7 +144,7 @@ pub(crate) fn start(
     let own = Own::of(identity).map_err(|why| {
         crate::internal(format!("this host's own key or certificate cannot be used for tunnels: {why}"))
     })?;
-    let sockets = sockets(settings.port).map_err(|error| {
+    let sockets = sockets(settings.port, settings.tuning.workers).map_err(|error| {
         let message = format!("no tunnels to other hosts: {error} (--tunnel-port)");
         ApiError::new(ErrorCode::Unavailable, message)
     })?;
@@ -157,13 +157,14 @@ pub(crate) fn start(
     Ok((Tunnels { inputs: inputs.clone() }, Running { inputs, thread }))
 }
 
-/// A port of both families. A machine without IPv6 has tunnels over IPv4.
-fn sockets(port: u16) -> Result<Sockets, linux::Error> {
-    let v4 = Socket::bind(Family::V4, port)?;
-    let v6 = Socket::bind(Family::V6, port)
+/// A port of both families, for each worker. A machine without IPv6 has tunnels over IPv4.
+fn sockets(port: u16, workers: usize) -> Result<Vec<Sockets>, linux::Error> {
+    let v4 = Socket::bind_group(Family::V4, port, workers)?;
+    let v6 = Socket::bind_group(Family::V6, port, workers)
         .inspect_err(|error| tracing::info!("no tunnels over IPv6: {error}"))
-        .ok();
-    Ok(Sockets { v4: Some(v4), v6 })
+        .unwrap_or_default();
+    let v6 = v6.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+    Ok(v4.into_iter().zip(v6).map(|(v4, v6)| Sockets { v4: Some(v4), v6 }).collect())
 }
 
 impl Running {

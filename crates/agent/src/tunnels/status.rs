@@ -126,8 +126,9 @@ impl Looking<'_> {
             .iter()
             .filter_map(|(spi, child)| {
                 let network = self.view.catalog.networks.get(&child.network)?.name.clone();
-                let sending = peer.slots.get(&child.network).and_then(|slot| slot.sending);
-                let live = sending == Some(*spi) && views.get(spi).is_some_and(|view| view.up);
+                let slot = peer.slots.get(&child.network);
+                let sending = slot.is_some_and(|slot| slot.sending.values().any(|it| it == spi));
+                let live = sending && views.get(spi).is_some_and(|view| view.up);
                 let outbound = views.get(spi).map(|view| view.outbound.0);
                 let outbound = outbound.or(child.outbound.as_ref().map(|sa| sa.spi().get()));
                 let order = (network.clone(), !live, Reverse(child.installed));

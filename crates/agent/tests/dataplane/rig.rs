@@ -91,10 +91,9 @@ fn start(side: u8, (host, router): (Netns, Netns), tuning: &Tuning) -> Host {
     let (signal, signals) = sync_channel(4096);
     let path = host
         .run(|| {
-            let sockets = Sockets {
-                v4: Some(udp::Socket::bind(udp::Family::V4, PORT).unwrap()),
-                v6: Some(udp::Socket::bind(udp::Family::V6, PORT).unwrap()),
-            };
+            let group = |family| udp::Socket::bind_group(family, PORT, tuning.workers).unwrap().into_iter();
+            let sockets = group(udp::Family::V4).zip(group(udp::Family::V6));
+            let sockets = sockets.map(|(v4, v6)| Sockets { v4: Some(v4), v6: Some(v6) }).collect();
             let path = Dataplane::start(sockets, signal, tuning.clone()).unwrap();
             path.set_ike_sockets(Sockets {
                 v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
@@ -130,21 +129,33 @@ impl Pair {
         let back = udp::Path { local: path.remote, remote: path.local };
         self.b.receives(&self.a, salt);
         self.a.receives(&self.b, salt);
-        self.a.path.set_outbound(PEER, DEVICE, outbound(self.a.side, salt), path);
-        self.b.path.set_outbound(PEER, DEVICE, outbound(self.b.side, salt), back);
+        self.a.sends(&self.b, salt, path);
+        self.b.sends(&self.a, salt, back);
     }
 }
 
 impl Host {
     pub fn receives(&self, from: &Host, salt: u8) {
         let policy = Arc::new(InnerPolicy::new(nets(from.side), nets(self.side)));
-        let sa = Inbound::new(spi(from.side, salt), &key(from.side, salt), Sequence::Extended).unwrap();
-        let sa = Arc::new(sa);
-        self.path.add_inbound(Arc::clone(&sa), policy, PEER, DEVICE);
-        self.inbound.lock().unwrap().insert(salt, sa);
+        for worker in (0..from.path.workers()).rev() {
+            let spi = spi_for(from.side, salt, worker, self.path.workers());
+            let key = key_for(from.side, salt, worker);
+            let sa = Arc::new(Inbound::new(spi, &key, Sequence::Extended).unwrap());
+            self.path.add_inbound(Arc::clone(&sa), Arc::clone(&policy), PEER, DEVICE);
+            self.inbound.lock().unwrap().insert(salt, sa);
+        }
     }
 
-    /// The association that [`Host::receives`] made.
+    /// Seals what goes to the other on associations that [`Host::receives`] made there, one for each worker.
+    pub fn sends(&self, to: &Host, salt: u8, path: udp::Path) {
+        for worker in 0..self.path.workers() {
+            let spi = spi_for(self.side, salt, worker, to.path.workers());
+            let sa = sealing(spi, &key_for(self.side, salt, worker));
+            self.path.set_outbound(PEER, (DEVICE, worker), sa, path);
+        }
+    }
+
+    /// The association that [`Host::receives`] made for the first worker.
     pub fn inbound(&self, salt: u8) -> Arc<Inbound> {
         Arc::clone(&self.inbound.lock().unwrap()[&salt])
     }
@@ -161,7 +172,8 @@ impl Host {
 
     /// Gives the device to the path.
     pub fn add_device(&self) {
-        self.path.add_device(DEVICE, tun::Queue::open(&self.router, "tun0").unwrap());
+        let queues = (0..self.path.workers()).map(|_| tun::Queue::open(&self.router, "tun0").unwrap());
+        self.path.add_device(DEVICE, queues.collect());
         let routes = nets(3 - self.side).into_iter().map(|net| (net, PEER));
         self.path.set_routes(DEVICE, routes.collect());
     }
@@ -211,14 +223,30 @@ pub fn spi(from: u8, salt: u8) -> Spi {
     Spi::new(u32::from_be_bytes([0xc0, 0xde, salt, from])).unwrap()
 }
 
-fn key(from: u8, salt: u8) -> KeyMaterial {
+/// Of one of the sender's workers, for one of the receiver's: that which is the remainder.
+fn spi_for(from: u8, salt: u8, worker: usize, receivers: usize) -> Spi {
+    if receivers == 1 && worker == 0 {
+        return spi(from, salt);
+    }
+    let (worker, receivers) = (worker as u32, receivers as u32);
+    let any = spi(from, salt).get() - (worker << 24);
+    Spi::new(any - any % receivers + worker % receivers).unwrap()
+}
+
+fn key_for(from: u8, salt: u8, worker: usize) -> KeyMaterial {
     let suite = Suite::Aes256Gcm16;
-    KeyMaterial::new(suite, &vec![from ^ (salt << 2); suite.key_material_len()]).unwrap()
+    let mut bytes = vec![from ^ (salt << 2); suite.key_material_len()];
+    bytes[1] = bytes[1].wrapping_add(worker as u8);
+    KeyMaterial::new(suite, &bytes).unwrap()
 }
 
 pub fn outbound(from: u8, salt: u8) -> Arc<Outbound> {
+    sealing(spi(from, salt), &key_for(from, salt, 0))
+}
+
+fn sealing(spi: Spi, key: &KeyMaterial) -> Arc<Outbound> {
     let limits = Limits::of(Sequence::Extended);
-    Arc::new(Outbound::new(spi(from, salt), &key(from, salt), Sequence::Extended, limits).unwrap())
+    Arc::new(Outbound::new(spi, key, Sequence::Extended, limits).unwrap())
 }
 
 /// Waits until something is so.

@@ -57,6 +57,8 @@ const BYE_TRIES: u32 = 4;
 /// What is there for all IKE SAs of an endpoint.
 pub(crate) struct Shared {
     pub(crate) random: Seeded,
+    /// How many workers receive.
+    workers: u32,
     /// Counts what happens, where time is too coarse to tell the order.
     pub(crate) ordinal: u64,
     /// The SPIs that we receive on.
@@ -68,9 +70,10 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(random: Seeded) -> Self {
+    pub(crate) fn new(random: Seeded, workers: u32) -> Self {
         Self {
             random,
+            workers: workers.max(1),
             ordinal: 0,
             esp_spis: BTreeSet::new(),
             transmits: VecDeque::new(),
@@ -90,10 +93,12 @@ impl Shared {
         IkeSpi(u64::from_be_bytes(self.random.bytes()).max(1))
     }
 
-    /// A new SPI to receive ESP on. The first 256 are not for use (RFC 4303 §2.1).
-    pub(crate) fn esp_spi(&mut self) -> EspSpi {
+    /// A new SPI to receive ESP on, with the worker as its remainder. The first 256 are not for use (RFC 4303 §2.1).
+    pub(crate) fn esp_spi(&mut self, worker: Option<u32>) -> EspSpi {
+        let worker = worker.unwrap_or(0) % self.workers;
         loop {
-            let spi = EspSpi(u32::from_be_bytes(self.random.bytes()));
+            let any = u32::from_be_bytes(self.random.bytes());
+            let Some(spi) = (any - any % self.workers).checked_add(worker).map(EspSpi) else { continue };
             if spi.0 > 255 && self.esp_spis.insert(spi) {
                 return spi;
             }
