@@ -31,7 +31,7 @@ struct Wanted {
     seconds: u32,
     measure: String,
     vxlan: bool,
-    queue: Option<u32>,
+    queue: u32,
     /// Settings of the path, each a way of its own.
     tunings: Vec<String>,
 }
@@ -60,7 +60,8 @@ impl Wanted {
             seconds: 2,
             measure: String::new(),
             vxlan: true,
-            queue: None,
+            // As the agent makes its devices.
+            queue: 64,
             tunings: Vec::new(),
         };
         let mut arguments = std::env::args().skip(1);
@@ -70,7 +71,7 @@ impl Wanted {
                 "--rounds" => wanted.rounds = value().parse().unwrap(),
                 "--seconds" => wanted.seconds = value().parse().unwrap(),
                 "--measure" => wanted.measure = value(),
-                "--queue" => wanted.queue = Some(value().parse().unwrap()),
+                "--queue" => wanted.queue = value().parse().unwrap(),
                 "--tuning" => wanted.tunings.push(value()),
                 "--no-vxlan" => wanted.vxlan = false,
                 "--ablation" => wanted.tunings = ABLATION.map(str::to_owned).to_vec(),
@@ -96,10 +97,8 @@ fn main() {
                 std::fs::create_dir(&dir).unwrap();
                 let pair = tuned(&dir, &tuning.parse().unwrap());
                 vxlan(&pair, &dir);
-                if let Some(queue) = wanted.queue {
-                    for host in [&pair.a, &pair.b] {
-                        host.sh(&format!("ip link set tun0 txqueuelen {queue}"));
-                    }
+                for host in [&pair.a, &pair.b] {
+                    host.sh(&format!("ip link set tun0 txqueuelen {}", wanted.queue));
                 }
                 (tuning.as_str(), pair)
             })

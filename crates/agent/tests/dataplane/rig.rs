@@ -39,11 +39,11 @@ pub struct Pair {
 
 /// Two hosts, 192.0.2.1 and .2 on the underlay, that know their routes but no key.
 pub fn strangers(dir: &Path) -> Pair {
-    strangers_tuned(dir, &Tuning::default())
+    strangers_tuned(dir, [&Tuning::default(), &Tuning::default()])
 }
 
-/// As [`strangers`], with settings of the path.
-pub fn strangers_tuned(dir: &Path, tuning: &Tuning) -> Pair {
+/// As [`strangers`], with settings of the path on each.
+pub fn strangers_tuned(dir: &Path, tunings: [&Tuning; 2]) -> Pair {
     let name = |side: u8, kind: &str| format!("{kind}{side}");
     let make = |side| {
         let host = Netns::create_bound(dir, &name(side, "host")).unwrap();
@@ -72,7 +72,7 @@ pub fn strangers_tuned(dir: &Path, tuning: &Tuning) -> Pair {
         );
         host.run(|| sh(&commands)).unwrap();
     }
-    Pair { a: start(1, a, tuning), b: start(2, b, tuning) }
+    Pair { a: start(1, a, tunings[0]), b: start(2, b, tunings[1]) }
 }
 
 /// Two hosts with a security association each way, over IPv4.
@@ -82,7 +82,7 @@ pub fn pair(dir: &Path) -> Pair {
 
 /// As [`pair`], with settings of the path.
 pub fn tuned(dir: &Path, tuning: &Tuning) -> Pair {
-    let pair = strangers_tuned(dir, tuning);
+    let pair = strangers_tuned(dir, [tuning, tuning]);
     pair.connect();
     pair
 }
@@ -164,7 +164,7 @@ impl Host {
     pub fn make_device(&self) {
         let (side, other) = (self.side, 3 - self.side);
         self.sh(&format!(
-            "ip tuntap add dev tun0 mode tun vnet_hdr multi_queue; ip link set tun0 mtu 1438 txqueuelen 64 up; \
+            "ip tuntap add dev tun0 mode tun vnet_hdr multi_queue; ip link set tun0 mtu 1438 txqueuelen 500 up; \
              ip addr add 10.42.{side}.1/32 dev tun0; ip -6 addr add fd42:{side}::1/128 dev tun0 nodad; \
              ip route add 10.42.{other}.0/24 dev tun0 src 10.42.{side}.1; ip -6 route add fd42:{other}::/64 dev tun0"
         ));
