@@ -33,7 +33,7 @@ use ipnet::IpNet;
 use linux::{tun, udp};
 
 pub use state::PROBE_MAGIC_LEN;
-pub use tuning::{NoSuchSetting, Tuning, WORKERS_MAX};
+pub use tuning::{NoSuchSetting, Tuning, WORKERS_MAX, workers_here};
 
 use crate::dataplane::capture::Tap;
 use crate::dataplane::count::Drops;
@@ -380,6 +380,20 @@ impl Dataplane {
     /// Copies all inner packets of a peer from now on, or no longer. Nobody waits for who reads the copies.
     pub fn set_capture(&self, peer: PeerIndex, tap: Option<SyncSender<Captured>>) {
         self.change_peer(peer, |peer| peer.tap = tap.map(Tap));
+    }
+
+    /// What the kernel or a device refuses, and what is done instead; nothing where all is as fast as it can be.
+    pub fn refused(&self) -> Vec<&'static str> {
+        let sockets = || self.shared.ports.iter().flat_map(state::Ports::sockets);
+        let state = self.shared.state.load();
+        let offloads = || state.devices.values().flat_map(|it| &it.queues).map(tun::Queue::offloads);
+        let all = [
+            (offloads().any(|it| !it.tso), "TUN segmentation: every segment passes the device alone"),
+            (offloads().any(|it| !it.uso), "TUN segmentation of UDP: every datagram passes the device alone"),
+            (sockets().any(|it| !it.gso()), "UDP segmentation: every datagram is sent alone"),
+            (sockets().any(|it| !it.gro()), "UDP coalescing: every datagram is received alone"),
+        ];
+        all.into_iter().filter_map(|(refused, what)| refused.then_some(what)).collect()
     }
 
     /// Packets of a peer that got no further, by reason.

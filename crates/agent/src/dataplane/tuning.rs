@@ -8,8 +8,9 @@ use linux::tun;
 /// How the packet path works. As text: `workers=2,spin=16,no-gso`, in any order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tuning {
-    /// Pairs of threads, each with a queue of every device, sockets and associations of its own.
-    pub workers: usize,
+    /// Pairs of threads, each with a queue of every device, sockets and associations of its own; as many as
+    /// [`workers_here`] if nothing is said.
+    pub workers: Option<usize>,
     /// Tries after the last packet before a thread sleeps.
     pub spin: u32,
     /// Bytes that are sealed before they are given to the kernel.
@@ -37,10 +38,18 @@ pub(super) const RECEIVE_MAX: usize = 16;
 /// The most of `workers`.
 pub const WORKERS_MAX: usize = 64;
 
+/// How many workers suit this machine: one for every two processors, since each is two threads that are busy at once.
+pub fn workers_here() -> usize {
+    std::thread::available_parallelism().map_or(1, |count| (count.get() / 2).clamp(1, WORKERS_HERE))
+}
+
+/// The most that are started unasked: memory and associations with each peer grow with them.
+const WORKERS_HERE: usize = 8;
+
 impl Default for Tuning {
     fn default() -> Self {
         Self {
-            workers: 1,
+            workers: None,
             spin: 16,
             flush: FLUSH_MAX,
             turn: 8,
@@ -85,7 +94,7 @@ impl FromStr for Tuning {
                 value.parse().ok().filter(|number| (1..=most).contains(number)).ok_or_else(wrong)
             };
             match (name, value) {
-                ("workers", _) => tuning.workers = number(WORKERS_MAX)?,
+                ("workers", _) => tuning.workers = Some(number(WORKERS_MAX)?),
                 ("spin", _) => tuning.spin = value.parse().map_err(|_| wrong())?,
                 ("flush", _) => tuning.flush = number(FLUSH_MAX)?,
                 ("turn", _) => tuning.turn = number(1024)?,
@@ -109,7 +118,7 @@ mod tests {
     #[test]
     fn settings_are_words_and_nothing_else_is_one() {
         let tuning: Tuning = "workers=2, spin=0,no-gso".parse().unwrap();
-        assert_eq!(tuning, Tuning { workers: 2, spin: 0, no_gso: true, ..Tuning::default() });
+        assert_eq!(tuning, Tuning { workers: Some(2), spin: 0, no_gso: true, ..Tuning::default() });
         assert_eq!("".parse(), Ok(Tuning::default()));
         for wrong in ["workers=0", "workers=65", "spin=", "spin=-1", "receive=17", "no-gso=1", "fast"] {
             let error = wrong.parse::<Tuning>().unwrap_err().to_string();

@@ -34,7 +34,7 @@ use model::agent_api::TunnelStatus;
 use model::api::{ApiError, ErrorCode};
 use tokio::sync::{oneshot, watch};
 
-use crate::dataplane::{Captured, Dataplane, DeviceIndex, Signal, Sockets, Tuning};
+use crate::dataplane::{Captured, Dataplane, DeviceIndex, Signal, Sockets, Tuning, workers_here};
 use crate::ledger::Identity;
 use crate::tunnels::engine::Engine;
 use crate::tunnels::wanted::Own;
@@ -144,7 +144,8 @@ pub(crate) fn start(
     let own = Own::of(identity).map_err(|why| {
         crate::internal(format!("this host's own key or certificate cannot be used for tunnels: {why}"))
     })?;
-    let sockets = sockets(settings.port, settings.tuning.workers).map_err(|error| {
+    let workers = settings.tuning.workers.unwrap_or_else(workers_here);
+    let sockets = sockets(settings.port, workers).map_err(|error| {
         let message = format!("no tunnels to other hosts: {error} (--tunnel-port)");
         ApiError::new(ErrorCode::Unavailable, message)
     })?;

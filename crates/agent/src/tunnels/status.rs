@@ -24,6 +24,7 @@ impl Engine {
             clock: &self.clock,
             timing: &self.timing,
             port_500: &self.port_500,
+            slower: self.dataplane.refused(),
         };
         let one = |(far, peer)| {
             let drops = self.dataplane.drops(Peer::index(peer));
@@ -42,6 +43,7 @@ struct Looking<'a> {
     clock: &'a Clock,
     timing: &'a Timing,
     port_500: &'a Port500,
+    slower: Vec<&'static str>,
 }
 
 impl Looking<'_> {
@@ -75,6 +77,7 @@ impl Looking<'_> {
             handshakes: peer.handshakes,
             rekeys: peer.rekeys,
             drops: drops.into_iter().map(|(reason, count)| (reason.to_owned(), count)).collect(),
+            slower: self.slower.iter().map(|what| (*what).to_owned()).collect(),
         }
     }
 

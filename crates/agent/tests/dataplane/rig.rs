@@ -91,7 +91,9 @@ fn start(side: u8, (host, router): (Netns, Netns), tuning: &Tuning) -> Host {
     let (signal, signals) = sync_channel(4096);
     let path = host
         .run(|| {
-            let group = |family| udp::Socket::bind_group(family, PORT, tuning.workers).unwrap().into_iter();
+            let group = |family| {
+                udp::Socket::bind_group(family, PORT, tuning.workers.unwrap_or(1)).unwrap().into_iter()
+            };
             let sockets = group(udp::Family::V4).zip(group(udp::Family::V6));
             let sockets = sockets.map(|(v4, v6)| Sockets { v4: Some(v4), v6: Some(v6) }).collect();
             let path = Dataplane::start(sockets, signal, tuning.clone()).unwrap();
