@@ -540,3 +540,22 @@ impl Sa {
         from.heir = Some(self.local_spi());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_spi_leaves_its_worker_as_remainder_and_is_never_reserved_or_given_twice() {
+        for workers in [1, 2, 3, 7, 64] {
+            let mut shared = Shared::new(Seeded::new(&[7; 32]), workers);
+            let mut all = BTreeSet::new();
+            for worker in (0..200).map(|number| number % 70) {
+                let spi = shared.esp_spi(Some(worker));
+                assert_eq!(spi.0 % workers, worker % workers);
+                assert!(spi.0 > 255 && all.insert(spi));
+            }
+            assert_eq!(shared.esp_spi(None).0 % workers, 0, "what is for no worker is for the first");
+        }
+    }
+}
