@@ -2,8 +2,8 @@
 //!
 //! It knows security associations, routes and devices, and neither IKE nor the catalogue. The [`transmit`] thread reads
 //! superpackets of all devices, finds the peer, cuts, seals (RFC 4303) and sends; the [`receive`] thread opens, checks,
-//! merges and writes. Both together are a worker; there may be several ([`Tuning`]). Control gives them what they need by publishing a new [`State`];
-//! they answer by [`Signal`]s that are never waited for.
+//! merges and writes. Both together are a worker; there may be several ([`Tuning`]). Control gives them what they need by
+//! publishing a new [`State`]; they answer by [`Signal`]s that are never waited for.
 //!
 //! Invariant: an inner packet leaves sealed or not at all. Without a security association it waits for a while
 //! ([`early`]) and is then dropped.

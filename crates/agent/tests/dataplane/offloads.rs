@@ -124,7 +124,7 @@ fn datagrams(from: &Host, to: &Host, rounds: u32) -> Vec<u32> {
     for round in 0..rounds {
         let mut bytes = Vec::new();
         for number in round * TOGETHER..(round + 1) * TOGETHER {
-            bytes.extend(number.to_be_bytes(refused));
+            bytes.extend(number.to_be_bytes());
             bytes.resize(bytes.len() + if round.is_multiple_of(2) { 996 } else { 60 }, number as u8);
         }
         let segment = bytes.len() / TOGETHER as usize;
