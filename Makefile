@@ -25,8 +25,8 @@ test:            ## what CI runs of tests; installs what they need
 	@scripts/deps.sh build test
 	@scripts/test.sh
 
-soak:            ## the long form: many seeds, fault storms
-	@scripts/deps.sh build test
+soak:            ## the long form: many seeds, fault storms, an install under systemd
+	@scripts/deps.sh build test soak
 	@scripts/soak.sh
 
 bench:           ## ratios against kernel VXLAN by hand, attach latency, memory

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs with apt what is missing of what the given purposes need. Purposes: run, test, demo, bench.
+# Installs with apt what is missing of what the given purposes need. Purposes: run, test, demo, soak, bench.
 # Nothing that is installed is ever removed for it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,7 @@ declare -A packages=(
   [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq
     arping strongswan-swanctl charon-systemd libstrongswan-standard-plugins libstrongswan-extra-plugins libcharon-extra-plugins"
   [demo]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq"
+  [soak]="debootstrap systemd-container"
   [bench]="nftables iproute2 iptables iputils-ping iperf3 busybox-static util-linux procps jq"
 )
 

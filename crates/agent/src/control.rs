@@ -97,14 +97,14 @@ pub(crate) enum Command {
     Join { foreign: String, sandbox: PathBuf, reply: Reply<Handed> },
     /// Take its device away.
     Leave { foreign: String, reply: Reply<()> },
-    /// Forget it; its address is a reserved one again.
+    /// Forget it; an engine's address is a reserved one again.
     Delete { foreign: String, reply: Reply<()> },
     /// Publish exactly these ports of it.
     Publish { foreign: String, ports: Vec<PublishedPort>, reply: Reply<Vec<PublishedPort>> },
     /// Tell what was learned of it.
     Describe { foreign: String, description: Box<Description>, reply: Reply<()> },
-    /// Attach a namespace.
-    Attach { id: EndpointId, request: Box<AttachRequest>, reply: Reply<Attached> },
+    /// Attach a namespace; for a container's label, whose endpoint is known as `foreign`.
+    Attach { id: EndpointId, request: Box<AttachRequest>, foreign: Option<String>, reply: Reply<Attached> },
     /// Detach it.
     Detach { id: EndpointId, reply: Reply<()> },
     /// Everything the ledger holds of endpoints.
@@ -207,7 +207,8 @@ impl Control {
         self.ask(|reply| Command::Leave { foreign: foreign.to_owned(), reply }).await
     }
 
-    /// Forgets the endpoint; its address is a reserved one until [`Control::unreserve`]. No such endpoint is fine.
+    /// Forgets the endpoint; one of an engine's networks leaves its address reserved until [`Control::unreserve`]. No such
+    /// endpoint is fine.
     pub async fn delete(&self, foreign: &str) -> Result<(), ApiError> {
         self.ask(|reply| Command::Delete { foreign: foreign.to_owned(), reply }).await
     }
@@ -229,10 +230,20 @@ impl Control {
 
     /// Attaches a network namespace.
     pub async fn attach(&self, request: AttachRequest) -> Result<Attached, ApiError> {
+        self.attach_as(None, request).await
+    }
+
+    /// Attaches the namespace of a container that asks for it by its label. [`Control::delete`] takes it away.
+    pub async fn plug(&self, foreign: &str, request: AttachRequest) -> Result<Attached, ApiError> {
+        self.attach_as(Some(foreign.to_owned()), request).await
+    }
+
+    async fn attach_as(&self, foreign: Option<String>, request: AttachRequest) -> Result<Attached, ApiError> {
         let id = crate::random_endpoint_id();
         self.with_addresses(&id, |reply| Command::Attach {
             id: id.clone(),
             request: Box::new(request.clone()),
+            foreign: foreign.clone(),
             reply,
         })
         .await

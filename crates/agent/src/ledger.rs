@@ -12,6 +12,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use model::agent_api::Routes;
 use model::{
     Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Name, NetworkId, Object, Revision,
     UnixMillis,
@@ -74,6 +75,9 @@ pub struct Sandbox {
     /// The namespace's inode, where it was there at the attach: a path like `/proc/PID/ns/net` may come to mean another.
     #[serde(default)]
     pub inode: Option<(u64, u64)>,
+    /// The routes it brought.
+    #[serde(default)]
+    pub routes: Routes,
 }
 
 /// What a ledger says at start.

@@ -82,8 +82,13 @@ pub struct Config {
     pub tunnels: tunnels::Settings,
 }
 
-/// Runs the agent until `shutdown`. Networks go on as they are when it ends.
-pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(), ApiError> {
+/// Runs the agent until `shutdown`; calls `ready` once it has joined and listens on its sockets. Networks go on as they are
+/// when it ends.
+pub async fn run(
+    config: Config,
+    ready: impl FnOnce(),
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ApiError> {
     let mut shutdown = std::pin::pin!(shutdown);
     let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
     let known = match ledger.identity().map_err(internal)? {
@@ -137,7 +142,10 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
         since: now_millis(),
         why: "connecting for the first time".to_owned(),
     });
-    let (docker_tx, docker) = watch::channel(DockerStatus::Off);
+    let (docker_tx, docker) = watch::channel(match &config.docker {
+        Some(_) => DockerStatus::Waiting { why: "its engine has not been asked yet".to_owned() },
+        None => DockerStatus::Off,
+    });
     let listener = socket::listen(&config.socket).map_err(internal)?;
     let context = socket::Context {
         control: control.clone(),
@@ -160,7 +168,14 @@ pub async fn run(config: Config, shutdown: impl Future<Output = ()>) -> Result<(
     let addresses_changed = report.clone();
     let link = link::Link { server, control: control.clone(), connection: connection_tx, chores, report };
 
+    let ready = async {
+        // All the others have been begun when this goes on: Docker's socket is there.
+        tokio::task::yield_now().await;
+        ready();
+        std::future::pending::<()>().await;
+    };
     let outcome = tokio::select! {
+        () = ready => Ok(()),
         served = socket::serve(listener, context) => served.map_err(internal),
         () = link.keep(identity.clone(), addresses) => Ok(()),
         () = routers::serve(control.clone(), forwarder) => Ok(()),

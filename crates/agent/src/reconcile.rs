@@ -7,25 +7,23 @@
 //! Invariant: only this thread applies steps, and only steps that `plan::diff` gave.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
 use linux::{Kernel, Woken};
-use model::agent_api::{AttachRequest, Attached};
 use model::api::{ApiError, ErrorCode};
 use model::{Change, EndpointId, NetworkId, Object, Watch};
-use nix::errno::Errno;
-use plan::object::{Ifname, Set};
+use plan::object::Ifname;
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
 
-use crate::book::{self, Book, handed, unwritten};
+use crate::book::{Book, unwritten};
 use crate::chores::Chores;
-use crate::control::{Command, Handed, Refusal};
-use crate::ledger::Sandbox;
+use crate::control::{Command, Refusal};
 use crate::view::{Router, View};
+
+mod requests;
 
 /// How long a router stays after its last endpoint.
 pub(crate) const LINGER: Duration = Duration::from_secs(60);
@@ -52,6 +50,8 @@ pub(crate) struct Reconciler {
     tuns: BTreeMap<NetworkId, u64>,
     tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
+    /// How often an address of this host came or went.
+    moves: u64,
     /// What the kernel refuses now.
     refused: Vec<String>,
     /// What else went wrong lately, newest last.
@@ -86,6 +86,7 @@ impl Reconciler {
             tuns: BTreeMap::new(),
             tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
+            moves: 0,
             refused: Vec::new(),
             troubles: VecDeque::new(),
             wanted: State::new(),
@@ -152,7 +153,7 @@ impl Reconciler {
             Command::Leave { foreign, reply } => drop(reply.send(self.leave(&foreign))),
             Command::Delete { foreign, reply } => {
                 let outcome = match self.book.by_foreign(&foreign).cloned() {
-                    Some(id) => self.forget(&id, true),
+                    Some(id) => self.forget(&id, self.is_engines(&id)),
                     None => Ok(()),
                 };
                 drop(reply.send(outcome));
@@ -168,8 +169,8 @@ impl Reconciler {
                 self.unpublished = true;
                 drop(reply.send(outcome));
             }
-            Command::Attach { id, request, reply } => {
-                drop(reply.send(self.attach(&id, *request)));
+            Command::Attach { id, request, foreign, reply } => {
+                drop(reply.send(self.attach(&id, *request, foreign)));
             }
             Command::Detach { id, reply } => {
                 let outcome = match self.book.record(&id) {
@@ -208,153 +209,17 @@ impl Reconciler {
         }
     }
 
-    // ---- requests that touch the kernel ----
-
-    fn attach(&mut self, id: &EndpointId, request: AttachRequest) -> Result<Attached, Refusal> {
-        let inode = book::inode(&request.netns)?;
-        if let Some(whose) = self.kernel.whose(inode) {
-            let whose = match whose {
-                Place::Host => "this host's own network namespace",
-                Place::Router(_) => "the network namespace of a router of Droveway",
-            };
-            let message = format!(
-                "{} is {whose}; attach a container's: /run/netns/NAME, or /proc/PID/ns/net of a process in it",
-                request.netns.display()
-            );
-            return Err(ApiError::new(ErrorCode::Invalid, message).into());
-        }
-        let attached = self.book.attach(id, request, inode)?;
-        self.put_up(id, None)?;
-        Ok(attached)
-    }
-
-    fn join(&mut self, foreign: &str, sandbox: PathBuf) -> Result<Handed, Refusal> {
-        let id = self.book.by_foreign(foreign).cloned().ok_or_else(|| unknown(foreign))?;
-        self.book.set_sandbox(&id, Some(Sandbox { path: sandbox, ifname: None, inode: None }))?;
-        self.put_up(&id, Some(End::Handed))?;
-        let record = self.book.record(&id).ok_or_else(|| unknown(foreign))?;
-        let network = self.book.network(record.endpoint.network.as_str())?;
-        Ok(handed(network, &id))
-    }
-
-    fn leave(&mut self, foreign: &str) -> Result<(), Refusal> {
-        let Some(id) = self.book.by_foreign(foreign).cloned() else { return Ok(()) };
-        let names = self.names_of(&id);
-        self.book.set_sandbox(&id, None)?;
-        self.take_down(names);
-        Ok(())
-    }
-
-    fn publish_ports(
-        &mut self,
-        foreign: &str,
-        ports: Vec<model::PublishedPort>,
-    ) -> Result<Vec<model::PublishedPort>, Refusal> {
-        let id = self.book.by_foreign(foreign).cloned().ok_or_else(|| unknown(foreign))?;
-        let mut names = self.names_of(&id);
-        let ports = self.book.set_ports(&id, ports)?;
-        names.retain(|(_, key)| matches!(key, Key::Element(Set::Publish, _)));
-        self.take_down(names);
-        if self.book.record(&id).is_some_and(|record| record.sandbox.is_some()) {
-            self.put_up(&id, Some(End::Handed))?;
-        }
-        Ok(ports)
-    }
-
-    /// Makes what a new attachment needs. If the kernel refuses, the attachment is undone.
-    fn put_up(&mut self, id: &EndpointId, end: Option<End>) -> Result<(), Refusal> {
-        let Some(network) = self.book.record(id).map(|record| record.endpoint.network.clone()) else {
-            return Ok(());
-        };
-        let outcome = self.try_put_up(id, &network, end);
-        self.unpublished = true;
-        if outcome.is_err() {
-            let names = self.names_of(id);
-            let undone = if self.book.record(id).is_some_and(|record| record.foreign.is_some()) {
-                self.book.set_sandbox(id, None)
-            } else {
-                self.book.forget(id, false)
-            };
-            if let Err(error) = undone {
-                self.trouble(error.message);
-            }
-            self.take_down(names);
-        }
-        outcome.map_err(Refusal::from)
-    }
-
-    fn try_put_up(&mut self, id: &EndpointId, network: &NetworkId, end: Option<End>) -> Result<(), ApiError> {
-        self.book.slot(network)?;
-        self.lingering.remove(network);
-        let bridge = (Place::Router(network.clone()), Key::Link(Ifname::new("br0")));
-        if self.stale || !self.wanted.contains_key(&bridge) || !self.kernel.state().contains_key(&bridge) {
-            // The router first, and all else with it.
-            self.converge_all(Some(id));
-        }
-        let end = end.or_else(|| self.inside(id)).unwrap_or(End::Nowhere);
-        let part = plan::desired_attachment(&self.book.catalog, &self.book.local_of(Some((id, end))), id);
-        let names: BTreeSet<_> = part.keys().cloned().collect();
-        self.wanted.extend(part);
-        let scope = Scope::Only(names);
-        for _ in 0..ROUNDS {
-            let steps = self.difference(&scope).map_err(refused_attachment)?;
-            if steps.is_empty() {
-                let Scope::Only(names) = scope else { return Ok(()) };
-                self.look(&names);
-                return Ok(());
-            }
-            for step in &steps {
-                self.kernel.apply(step).map_err(|why| match why.source.errno {
-                    Some(Errno::EEXIST) => ApiError::new(ErrorCode::Conflict, why.to_string()),
-                    Some(_) | None => refused_attachment(why),
-                })?;
-            }
-        }
-        Err(refused_attachment(format!("it was not there after {ROUNDS} tries")))
-    }
-
-    /// Takes objects away that are wanted no more.
-    fn take_down(&mut self, names: BTreeSet<(Place, Key)>) {
-        for name in &names {
-            self.wanted.remove(name);
-        }
-        let scope = Scope::Only(names);
-        self.converge(&scope);
-        if let Scope::Only(names) = scope {
-            self.look(&names);
-        }
-        self.unpublished = true;
-    }
-
-    fn inside(&self, id: &EndpointId) -> Option<End> {
-        let sandbox = self.book.record(id)?.sandbox.as_ref()?;
-        Some(End::Inside { netns: sandbox.path.clone(), ifname: sandbox.ifname.clone()? })
-    }
-
-    fn forget(&mut self, id: &EndpointId, keep: bool) -> Result<(), Refusal> {
-        let names = self.names_of(id);
-        let network = self.book.record(id).map(|record| record.endpoint.network.clone());
-        self.book.forget(id, keep)?;
-        self.take_down(names);
-        if let Some(network) = network.filter(|network| !self.book.has_endpoints(network)) {
-            self.lingering.insert(network, Instant::now() + LINGER);
-        }
-        Ok(())
-    }
-
-    fn keep(&mut self, object: Object) {
-        if let Err(error) = self.book.granted(object) {
-            self.trouble(error.to_string());
-        }
-        self.stale = true;
-    }
-
     // ---- towards the kernel ----
 
     /// Takes in what happened in the kernel, and mends what it did to us. `ours` is what we have just done ourselves.
     fn look(&mut self, ours: &BTreeSet<(Place, Key)>) {
         if let Err(error) = self.kernel.observe(&self.wanted) {
+            self.try_later();
             return self.trouble(error.to_string());
+        }
+        if self.kernel.take_moved() {
+            self.moves += 1;
+            self.unpublished = true;
         }
         match self.kernel.take_changes() {
             Scope::Everything => self.stale = true,
@@ -381,8 +246,10 @@ impl Reconciler {
         let observed = self.kernel.state();
         for id in self.book.orphans(|id| port_is_there(observed, &self.book, id)) {
             tracing::info!(endpoint = %id, "its namespace is gone: detached");
-            if let Err(error) = self.book.forget(&id, false) {
-                self.troubles.push_back(error.message);
+            let network = self.book.record(&id).map(|record| record.endpoint.network.clone());
+            match self.book.forget(&id, false) {
+                Ok(()) => self.linger(network),
+                Err(error) => self.troubles.push_back(error.message),
             }
         }
         let tunnels = plan::tunnels(&self.book.catalog, &self.book.local_of(None));
@@ -524,6 +391,13 @@ impl Reconciler {
 
     // ---- time ----
 
+    /// The router of a network that has no endpoint any more stays for a while.
+    fn linger(&mut self, network: Option<NetworkId>) {
+        if let Some(network) = network.filter(|network| !self.book.has_endpoints(network)) {
+            self.lingering.insert(network, Instant::now() + LINGER);
+        }
+    }
+
     fn drop_lingered(&mut self) {
         let now = Instant::now();
         let before = self.lingering.len();
@@ -578,7 +452,8 @@ impl Reconciler {
             })
             .collect();
         let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
-        View { routers, troubles, tunnels: self.tunnels.clone(), ..View::from_book(book) }
+        let (tunnels, moves) = (self.tunnels.clone(), self.moves);
+        View { routers, tunnels, troubles, moves, ..View::from_book(book) }
     }
 }
 
@@ -605,10 +480,6 @@ fn port_is_there(observed: &State, book: &Book, id: &EndpointId) -> bool {
 fn place_of(step: &Step) -> &Place {
     let (Step::Remove(place, _) | Step::Add(place, ..) | Step::Change(place, ..)) = step;
     place
-}
-
-fn refused_attachment(why: impl std::fmt::Display) -> ApiError {
-    ApiError::new(ErrorCode::Internal, format!("the kernel refused the attachment: {why}"))
 }
 
 fn unknown(foreign: &str) -> ApiError {

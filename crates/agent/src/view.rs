@@ -34,6 +34,8 @@ pub struct View {
     pub tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     /// What the kernel refused lately, newest last.
     pub troubles: Vec<String>,
+    /// Grows when an address of this host comes or goes.
+    pub moves: u64,
 }
 
 /// A router that is up on this host.
@@ -69,6 +71,7 @@ impl View {
             routers: BTreeMap::new(),
             tunnels: Arc::default(),
             troubles: Vec::new(),
+            moves: 0,
         }
     }
 

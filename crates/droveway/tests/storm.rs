@@ -5,9 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
+use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
+use droveway::lab::capture::Capture;
 use droveway::lab::{Container, Daemon, Lab, LabSpec, RunSpec, SERVER};
 
 const HOSTS: [&str; 3] = ["h1", "h2", "h3"];
@@ -34,7 +36,9 @@ fn after_a_storm_all_that_lives_reaches_all_that_lives_and_nothing_else_is_left(
     }
     storm.calm();
     storm.clear();
+    storm.underlay.report().unwrap().clean().unwrap();
     println!("{steps} steps, seed {seed}: {:?}", storm.done);
+    drop(storm.underlay);
     storm.lab.down().unwrap();
 }
 
@@ -44,6 +48,10 @@ fn number(variable: &str) -> Option<u64> {
 }
 
 struct Storm {
+    // Before the lab: it has to end first.
+    underlay: Capture,
+    /// What pings carry and the underlay must not show, as `ping -p` takes it.
+    pattern: String,
     lab: Lab,
     random: Random,
     alive: BTreeMap<String, Container>,
@@ -60,8 +68,12 @@ impl Storm {
             program,
             ..LabSpec::new(&format!("s{}", std::process::id())).unwrap()
         };
+        let lab = Lab::up(spec).unwrap();
+        let canary = RandomState::new().hash_one("canary");
         Self {
-            lab: Lab::up(spec).unwrap(),
+            underlay: lab.capture(&[canary.to_be_bytes()]).unwrap(),
+            pattern: format!("{canary:016x}"),
+            lab,
             random: Random(seed.max(1)),
             alive: BTreeMap::new(),
             named: 0,
@@ -205,7 +217,8 @@ impl Storm {
         let ring = self.alive.values().zip(self.alive.values().skip(1).chain(self.alive.values().take(1)));
         for (from, to) in ring {
             let address = to.address().unwrap().to_string();
-            let ping = self.lab.exec(&from.path(), &["ping", "-c", "1", "-W", "1", &address]).unwrap();
+            let ping = ["ping", "-c", "1", "-W", "1", "-p", &self.pattern, &address];
+            let ping = self.lab.exec(&from.path(), &ping).unwrap();
             if !ping.status.success() {
                 return Err(format!("{} does not reach {} at {address}", from.path(), to.path()));
             }

@@ -147,7 +147,8 @@ pub struct Timing {
     pub backoff_first: Duration,
     /// The longest wait between attempts to connect.
     pub backoff_max: Duration,
-    /// How long [`Initiate::Second`] waits for the peer to begin.
+    /// How long [`Initiate::Second`] waits for the peer to begin, and how long a stranger waits for us to hear of it before it
+    /// is refused.
     pub patience: Duration,
     /// Silence after which the peer is asked whether it lives (RFC 7296 §2.4).
     pub liveness: Duration,

@@ -1,7 +1,11 @@
 //! Bodies of the fuzz targets in `fuzz/`: each returns for any input, and holds what parses to its round trip.
 #![allow(clippy::missing_panics_doc, reason = "to panic is how a fuzz target says that it found something")]
 
+mod machine;
+
 use std::sync::OnceLock;
+
+pub use machine::{insider, stranger};
 
 use crate::auth::{
     Anchors, Credential, Expiry, Identity, PublicKey, SignedOctets, SigningKey, SpkiHash, Trust,
@@ -61,6 +65,17 @@ pub fn authenticated(bytes: &[u8]) {
         };
     }
     assert_eq!(got, Some(Message { header, payloads }));
+}
+
+/// The body of a payload that a stranger may send: the first octet says of which type.
+pub fn payload(bytes: &[u8]) {
+    match bytes.split_first() {
+        Some((b's', body)) => sa_payload(body),
+        Some((b't', body)) => ts_payload(body),
+        Some((b'c', body)) => cert_payload(body),
+        Some((b'a', body)) => auth_payload(body),
+        Some(_) | None => {}
+    }
 }
 
 /// The body of an SA payload: parsed, said again, and selected from as responder.
@@ -164,5 +179,37 @@ pub fn example() -> Message {
             message_id: 0,
         },
         payloads: vec![Payload::Sa(IkeOffer::default().request(None))],
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::disallowed_methods, reason = "an Instant can only be had from the clock")]
+mod tests {
+    use std::time::Instant;
+
+    /// The committed corpus.
+    fn replay(name: &str, target: fn(&[u8])) {
+        let directory = format!("{}/../../fuzz/corpus/{name}", env!("CARGO_MANIFEST_DIR"));
+        let mut count = 0;
+        for file in std::fs::read_dir(&directory).unwrap() {
+            target(&std::fs::read(file.unwrap().path()).unwrap());
+            count += 1;
+        }
+        assert!(count > 0, "{directory} is empty");
+    }
+
+    #[test]
+    fn the_corpus_of_ike_stranger_does_no_harm() {
+        replay("ike_stranger", |bytes| super::stranger(bytes, Instant::now()));
+    }
+
+    #[test]
+    fn the_corpus_of_ike_insider_does_no_harm() {
+        replay("ike_insider", |bytes| super::insider(bytes, Instant::now()));
+    }
+
+    #[test]
+    fn the_corpus_of_ike_payload_does_no_harm() {
+        replay("ike_payload", super::payload);
     }
 }

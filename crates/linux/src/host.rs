@@ -97,7 +97,15 @@ pub fn source_for(destination: IpAddr) -> Option<IpAddr> {
     let socket = UdpSocket::bind(SocketAddr::new(any, 0)).ok()?;
     socket.connect(SocketAddr::new(destination, DISCARD)).ok()?;
     let source = socket.local_addr().ok()?.ip();
-    (!source.is_unspecified()).then_some(source)
+    // Where IPv6 has a route but no address that is good for it, it takes one that nobody there can answer to.
+    let narrower = match (source, destination) {
+        (IpAddr::V6(source), IpAddr::V6(destination)) => {
+            (source.is_loopback() && !destination.is_loopback())
+                || (source.is_unicast_link_local() && !destination.is_unicast_link_local())
+        }
+        (IpAddr::V4(_) | IpAddr::V6(_), _) => false,
+    };
+    (!source.is_unspecified() && (!narrower || source == destination)).then_some(source)
 }
 
 /// The host's devices, but ours, by index.

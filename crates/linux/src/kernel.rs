@@ -112,6 +112,11 @@ impl Kernel {
         self.shown.take_changes()
     }
 
+    /// Whether an address of the host came or went since this was last called, ours between host and routers apart.
+    pub fn take_moved(&mut self) -> bool {
+        std::mem::take(&mut self.host.mirror.moved)
+    }
+
     /// What was there at the last [`Self::observe`].
     pub fn state(&self) -> &State {
         &self.shown.state
@@ -347,7 +352,10 @@ impl Kernel {
 
     fn remove_router(&mut self, network: &NetworkId) -> Result<(), Error> {
         let Some(router) = self.routers.get(network) else { return Ok(()) };
-        netns::remove(&self.netns_dir, &router.name)?;
+        // Its name may be another's by now.
+        if self.is_bound(router) {
+            netns::remove(&self.netns_dir, &router.name)?;
+        }
         self.forget(network);
         Ok(())
     }

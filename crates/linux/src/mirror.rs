@@ -85,6 +85,8 @@ pub(crate) struct Mirror {
     /// What our tables were made of when they were last applied or first seen.
     pub(crate) fingerprints: BTreeMap<Family, Fingerprint>,
     pub(crate) stale: Stale,
+    /// An address came or went that is not on a device of ours, since someone asked.
+    pub(crate) moved: bool,
 }
 
 #[derive(Debug)]
@@ -125,6 +127,7 @@ impl Mirror {
                 rules: false,
                 tables: [Family::Inet, Family::Bridge].into(),
             },
+            moved: false,
         }
     }
 
@@ -319,6 +322,7 @@ impl Mirror {
     fn address(&mut self, shown: &mut Shown, message: &AddressMessage, present: bool) {
         let Some((index, address)) = parse::address(message) else { return };
         let key = |name| Key::Address(name, address);
+        self.moved |= !self.name(index).as_str().starts_with(HOST_DEVICE_PREFIX);
         self.hang(shown, index, key, present.then_some(Object::Address));
         if present {
             return;

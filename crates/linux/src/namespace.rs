@@ -69,10 +69,10 @@ impl Namespace {
                 self.read_all(shown)?;
             } else if std::mem::take(&mut stale.routes) {
                 self.mirror.forget_routes(shown);
-                self.dump(shown, routes())?;
+                self.dump(shown, routes()).inspect_err(|_| self.mirror.stale.routes = true)?;
             } else if std::mem::take(&mut stale.rules) {
                 self.mirror.forget_rules(shown);
-                self.dump(shown, rules())?;
+                self.dump(shown, rules()).inspect_err(|_| self.mirror.stale.rules = true)?;
             } else if let Some(family) = stale.tables.pop_first() {
                 self.reread_table(shown, family, false)?;
             } else {

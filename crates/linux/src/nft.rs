@@ -6,7 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::{Command, Stdio};
 
 use model::Mac;
@@ -397,6 +397,7 @@ fn encode(fields: &[Field]) -> Vec<u8> {
             }
             Field::Mac(mac) => bytes.extend_from_slice(&mac.0),
             Field::Ipv4(address) => bytes.extend_from_slice(&address.octets()),
+            Field::Ipv6(address) => bytes.extend_from_slice(&address.octets()),
             Field::Port(port) => bytes.extend_from_slice(&port.to_be_bytes()),
             Field::Protocol(protocol) => bytes.push(*protocol),
         }
@@ -414,6 +415,7 @@ fn decode(types: &[FieldType], mut bytes: &[u8]) -> Option<Vec<Field>> {
                 FieldType::Ifname => 16,
                 FieldType::Mac => 6,
                 FieldType::Ipv4 => 4,
+                FieldType::Ipv6 => 16,
                 FieldType::Port => 2,
                 FieldType::Protocol => 1,
             };
@@ -424,6 +426,9 @@ fn decode(types: &[FieldType], mut bytes: &[u8]) -> Option<Vec<Field>> {
                 FieldType::Mac => value.try_into().ok().map(|mac| Field::Mac(Mac(mac))),
                 FieldType::Ipv4 => {
                     <[u8; 4]>::try_from(value).ok().map(|octets| Field::Ipv4(Ipv4Addr::from(octets)))
+                }
+                FieldType::Ipv6 => {
+                    <[u8; 16]>::try_from(value).ok().map(|octets| Field::Ipv6(Ipv6Addr::from(octets)))
                 }
                 FieldType::Port => value.try_into().ok().map(|port| Field::Port(u16::from_be_bytes(port))),
                 FieldType::Protocol => value.first().map(|protocol| Field::Protocol(*protocol)),

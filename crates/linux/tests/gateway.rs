@@ -15,6 +15,7 @@ use linux::Kernel;
 use linux::netns::Netns;
 use linux::tun::{self, Queue};
 use linux::udp::path_mtu;
+use model::agent_api::Routes;
 use model::{
     Block, Candidate, Catalog, EndpointId, Host, HostId, Mac, NetworkId, NetworkSpec, Object, Peer, PeerId,
     PeerProof, Protocol, PublishedPort, Revision, Source,
@@ -74,7 +75,7 @@ fn scene(netns: &Path) -> State {
         network: network(),
         addresses: vec![ip(CONTAINER)],
         mac: Mac([2, 0, 0, 0, 0, 9]),
-        end: End::Inside { netns: netns.to_owned(), ifname: "eth0".to_owned() },
+        end: End::Inside { netns: netns.to_owned(), ifname: "eth0".to_owned(), routes: Routes::All },
         ports: vec![PublishedPort { protocol: Protocol::Udp, host_port: 7007, port: 7 }],
     };
     let local = Local {

@@ -221,6 +221,24 @@ fn a_router_whose_file_is_removed_is_gone_with_all_that_is_in_it() {
 }
 
 #[test]
+fn a_router_that_goes_leaves_alone_what_has_its_name_by_now() {
+    sandbox::run("a_router_that_goes_leaves_alone_what_has_its_name_by_now", |dir| {
+        underlay();
+        let mut kernel = Kernel::open(dir).unwrap();
+        converge(&mut kernel, &desired());
+        let file = dir.join("droveway-test");
+        let inode = || sh(&format!("stat -L -c %i {}", file.display()));
+        let own = inode();
+        sh(&format!("umount {0}; unshare --net=/proc/self/fd/9 true 9<{0}", file.display()));
+        let other = inode();
+        assert_ne!(own, other);
+        kernel.apply(&Step::Remove(router(), Key::Netns)).unwrap();
+        assert_eq!(inode(), other);
+        assert!(kernel.router_netns(&sandbox::network()).is_none());
+    });
+}
+
+#[test]
 fn after_a_restart_the_same_state_is_found_and_half_made_routers_are_removed() {
     sandbox::run("after_a_restart_the_same_state_is_found_and_half_made_routers_are_removed", |dir| {
         underlay();

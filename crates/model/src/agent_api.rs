@@ -71,6 +71,23 @@ pub struct AttachRequest {
     /// Ports to publish on the host.
     #[serde(default)]
     pub ports: Vec<PublishedPort>,
+    /// Which routes it brings besides that to the network's pool. Unless told: all, or none where another attachment of
+    /// the same namespace has brought them.
+    #[serde(default)]
+    pub routes: Option<Routes>,
+}
+
+/// Which routes an attachment brings into its namespace, besides that to the network's pool.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Routes {
+    /// To names and metadata (169.254.169.250), and the default route unless the network is internal.
+    #[default]
+    All,
+    /// To names and metadata alone: the default route is somebody else's.
+    Names,
+    /// None of them: somebody else has both.
+    None,
 }
 
 fn eth0() -> String {

@@ -52,6 +52,42 @@ pub struct Endpoint {
     pub created: UnixMillis,
 }
 
+impl Endpoint {
+    /// The most other names that an endpoint has.
+    pub const ALIASES_MAX: usize = 64;
+    /// The most ports that it publishes.
+    pub const PORTS_MAX: usize = 1024;
+    /// The most labels that it has.
+    pub const LABELS_MAX: usize = 256;
+
+    /// Whether it may be kept; if not, why and what to do.
+    pub fn check(&self) -> Result<(), String> {
+        let addresses = &self.addresses;
+        if addresses.is_empty() || addresses.len() > 8 {
+            return Err("it needs one address, and has eight at most".to_owned());
+        }
+        if addresses.iter().enumerate().any(|(i, address)| addresses[..i].contains(address)) {
+            return Err("an address is there twice; give it once".to_owned());
+        }
+        if self.mac.0[0] & 1 != 0 || self.mac.0 == [0; 6] {
+            return Err("its MAC address is not that of one device; use a unicast address".to_owned());
+        }
+        for (what, is, most) in [
+            ("aliases", self.aliases.len(), Self::ALIASES_MAX),
+            ("ports", self.ports.len(), Self::PORTS_MAX),
+            ("labels", self.labels.len(), Self::LABELS_MAX),
+        ] {
+            if is > most {
+                return Err(format!("it has {is} {what}; at most {most} can be kept, leave some out"));
+            }
+        }
+        if self.container.as_ref().is_some_and(|id| id.len() > 128) {
+            return Err("the container's id is longer than 128 bytes".to_owned());
+        }
+        Ok(())
+    }
+}
+
 fn yes() -> bool {
     true
 }
@@ -64,6 +100,8 @@ pub enum EndpointKind {
     Docker,
     /// The lab, or anyone else who asked the agent's socket.
     Socket,
+    /// The agent, for the label of a Docker container that is on none of our networks.
+    Label,
 }
 
 impl fmt::Display for EndpointKind {
@@ -71,6 +109,7 @@ impl fmt::Display for EndpointKind {
         f.pad(match self {
             Self::Docker => "docker",
             Self::Socket => "socket",
+            Self::Label => "label",
         })
     }
 }

@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use ipnet::{IpNet, Ipv4Net};
+use model::agent_api::Routes;
 use model::{
     Candidate, Catalog, Driver, EndpointId, HostId, Mac, Network, NetworkId, PublishedPort, SERVICE_ADDRESS,
     esp_mtu, vxlan_mtu,
@@ -68,6 +69,8 @@ pub enum End {
         netns: PathBuf,
         /// The interface's name.
         ifname: String,
+        /// The routes it brings besides that to the pool.
+        routes: Routes,
     },
 }
 
@@ -105,12 +108,12 @@ pub fn network_mtu(catalog: &Catalog, local: &Local, network: &Network) -> u32 {
     let members: BTreeSet<&HostId> = catalog.blocks_of(&network.id).map(|block| &block.host).collect();
     let others = catalog.hosts.values().filter(|host| members.contains(&host.id) && host.id != local.host);
     let candidates = others.filter_map(|host| host.underlay()).chain(local.underlay.as_ref());
-    let smallest = candidates.map(|c| (c.mtu, c.address.is_ipv6())).min_by_key(|(mtu, _)| *mtu);
-    let (underlay, v6) = smallest.unwrap_or((ETHERNET, false));
-    match network.driver {
+    let inner = |underlay: u32, v6: bool| match network.driver {
         Driver::Ipsec => esp_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
         Driver::Vxlan { .. } => vxlan_mtu(underlay, v6).unwrap_or(model::MTU_MIN),
-    }
+    };
+    let smallest = candidates.map(|c| inner(c.mtu, c.address.is_ipv6())).min();
+    smallest.unwrap_or_else(|| inner(ETHERNET, false))
 }
 
 /// The name of a router's port to an endpoint.
@@ -341,7 +344,7 @@ fn attachment_objects(
             gso_max_size: Some(GSO_MAX_SIZE),
             up: false,
         },
-        End::Inside { netns, ifname } => Peer::Container(Box::new(ContainerEnd {
+        End::Inside { netns, ifname, routes } => Peer::Container(Box::new(ContainerEnd {
             netns: netns.clone(),
             ifname: Ifname::new(ifname),
             mac: attachment.mac,
@@ -354,8 +357,11 @@ fn attachment_objects(
                     IpNet::new(*address, network.pool().prefix_len()).unwrap_or_else(|_| (*address).into())
                 })
                 .collect(),
-            on_link: vec![IpAddr::V4(SERVICE_ADDRESS).into()],
-            gateway: (!network.internal).then(|| network.gateway()),
+            on_link: match routes {
+                Routes::All | Routes::Names => vec![IpAddr::V4(SERVICE_ADDRESS).into()],
+                Routes::None => Vec::new(),
+            },
+            gateway: (*routes == Routes::All && !network.internal).then(|| network.gateway()),
         })),
     };
     let port = port_name(id);
@@ -410,11 +416,12 @@ fn host_objects(catalog: &Catalog, local: &Local, state: &mut State) {
         let members: BTreeSet<&HostId> = catalog.blocks_of(&network.id).map(|block| &block.host).collect();
         let peers = catalog.hosts.values().filter(|host| members.contains(&host.id) && host.id != local.host);
         for address in peers.filter_map(|host| host.underlay()).map(|candidate| candidate.address) {
-            let (IpAddr::V4(address), Driver::Vxlan { port, .. }) = (address, &network.driver) else {
-                continue;
+            let Driver::Vxlan { port, .. } = network.driver else { continue };
+            let (set, address) = match address {
+                IpAddr::V4(address) => (Set::Vtep, Field::Ipv4(address)),
+                IpAddr::V6(address) => (Set::Vtep6, Field::Ipv6(address)),
             };
-            let key = vec![Field::Ipv4(address), Field::Port(*port)];
-            draw.put(Key::Element(Set::Vtep, key), Object::Element(Vec::new()));
+            draw.put(Key::Element(set, vec![address, Field::Port(port)]), Object::Element(Vec::new()));
         }
         if network.internal {
             continue;

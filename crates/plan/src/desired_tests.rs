@@ -142,6 +142,9 @@ fn the_smallest_underlay_of_those_who_take_part_sets_the_mtu() {
     assert_eq!(network_mtu(&catalog, &local, &network), 1350);
     catalog.put(Thing::Host(host([7; 8], "bystander", "10.0.0.9", 1000)));
     assert_eq!(network_mtu(&catalog, &local, &network), 1350, "a host without a block does not count");
+    // IPv6 takes 20 bytes more, of as large an underlay too.
+    catalog.put(Thing::Host(host(H2, "h2", "fd00::6", 1500)));
+    assert_eq!(network_mtu(&catalog, &local, &network), 1430);
 }
 
 #[test]

@@ -161,6 +161,9 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
     set vtep {{
         type ipv4_addr . inet_service
     }}
+    set vtep6 {{
+        type ipv6_addr . inet_service
+    }}
     chain publish_in {{
         type nat hook prerouting priority dstnat; policy accept;
         fib daddr type local dnat ip to meta l4proto . th dport map @publish
@@ -185,8 +188,9 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
             text,
             r#"    chain overlay {{
         ip saddr . udp dport @vtep iifname != "DEV*" notrack accept
+        ip6 saddr . udp dport @vtep6 iifname != "DEV*" notrack accept
         iifname "DEV*" drop
-        meta nfproto ipv4 fib daddr type != unicast drop
+        fib daddr type != unicast drop
         notrack
     }}
     chain untracked_out {{

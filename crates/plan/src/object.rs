@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -279,6 +279,8 @@ pub enum Set {
     Publish,
     /// Inet, host: which underlay addresses may send to an overlay port. Key: IPv4, UDP port.
     Vtep,
+    /// The same for IPv6. Key: IPv6, UDP port.
+    Vtep6,
 }
 
 /// The type of a [`Field`].
@@ -290,6 +292,8 @@ pub enum FieldType {
     Mac,
     /// An IPv4 address, 4 bytes.
     Ipv4,
+    /// An IPv6 address, 16 bytes.
+    Ipv6,
     /// A transport port, 2 bytes, network order.
     Port,
     /// An IP protocol number, 1 byte.
@@ -298,7 +302,7 @@ pub enum FieldType {
 
 impl Set {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::PortMac, Self::PortAddress, Self::Publish, Self::Vtep];
+    pub const ALL: [Self; 5] = [Self::PortMac, Self::PortAddress, Self::Publish, Self::Vtep, Self::Vtep6];
 
     /// The set's name in the table.
     pub fn name(self) -> &'static str {
@@ -307,6 +311,7 @@ impl Set {
             Self::PortAddress => "port_address",
             Self::Publish => "publish",
             Self::Vtep => "vtep",
+            Self::Vtep6 => "vtep6",
         }
     }
 
@@ -314,18 +319,19 @@ impl Set {
     pub fn family(self) -> Family {
         match self {
             Self::PortMac | Self::PortAddress => Family::Bridge,
-            Self::Publish | Self::Vtep => Family::Inet,
+            Self::Publish | Self::Vtep | Self::Vtep6 => Family::Inet,
         }
     }
 
     /// The fields of its key, concatenated.
     pub fn key(self) -> &'static [FieldType] {
-        use FieldType::{Ifname, Ipv4, Mac, Port, Protocol};
+        use FieldType::{Ifname, Ipv4, Ipv6, Mac, Port, Protocol};
         match self {
             Self::PortMac => &[Ifname, Mac],
             Self::PortAddress => &[Ifname, Mac, Ipv4],
             Self::Publish => &[Protocol, Port],
             Self::Vtep => &[Ipv4, Port],
+            Self::Vtep6 => &[Ipv6, Port],
         }
     }
 
@@ -334,7 +340,7 @@ impl Set {
         use FieldType::{Ipv4, Port};
         match self {
             Self::Publish => &[Ipv4, Port],
-            Self::PortMac | Self::PortAddress | Self::Vtep => &[],
+            Self::PortMac | Self::PortAddress | Self::Vtep | Self::Vtep6 => &[],
         }
     }
 }
@@ -348,6 +354,8 @@ pub enum Field {
     Mac(Mac),
     /// An IPv4 address.
     Ipv4(Ipv4Addr),
+    /// An IPv6 address.
+    Ipv6(Ipv6Addr),
     /// A port.
     Port(u16),
     /// An IP protocol number.

@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use linux::netns::Netns;
-use model::agent_api::{AttachRequest, Attached};
+use model::agent_api::{AttachRequest, Attached, Routes};
 use model::api::{ApiError, ErrorCode};
 use model::{Endpoint, EndpointId, EndpointKind, Mac, NetworkId, PublishedPort};
 
@@ -86,11 +87,13 @@ impl Book {
         })
     }
 
-    /// Checks an attach to the namespace that `inode` is of, and writes it down.
+    /// Checks an attach to the namespace that `inode` is of, and writes it down. With `foreign` it is for a container's
+    /// label, and that is what it is known by.
     pub(crate) fn attach(
         &mut self,
         id: &EndpointId,
         request: AttachRequest,
+        foreign: Option<String>,
         inode: Inode,
     ) -> Result<Attached, Refusal> {
         let network = self.network(&request.network)?.clone();
@@ -104,6 +107,7 @@ impl Book {
             return Err(ApiError::new(ErrorCode::Conflict, message).into());
         }
         let ports = self.check_ports(None, request.ports)?;
+        let routes = request.routes.unwrap_or_else(|| self.routes_left(inode));
         let address = self.choose(&network, request.address)?;
         let endpoint = Endpoint {
             id: id.clone(),
@@ -115,27 +119,37 @@ impl Book {
             aliases: request.aliases,
             addresses: vec![address],
             mac: plan::endpoint_mac(&network.id, address),
-            kind: EndpointKind::Socket,
+            kind: if foreign.is_some() { EndpointKind::Label } else { EndpointKind::Socket },
             container: None,
             labels: request.labels,
             ports,
             healthy: true,
             created: now_millis(),
         };
-        let sandbox = Sandbox { path: request.netns, ifname: Some(request.ifname), inode: Some(inode) };
+        // What the server would refuse later is refused now.
+        endpoint.check().map_err(|why| ApiError::new(ErrorCode::Invalid, format!("the endpoint: {why}")))?;
+        let sandbox =
+            Sandbox { path: request.netns, ifname: Some(request.ifname), inode: Some(inode), routes };
         let shared = Arc::new(endpoint.clone());
-        let record = Record { endpoint: shared, foreign: None, sandbox: Some(sandbox) };
+        let record = Record { endpoint: shared, foreign, sandbox: Some(sandbox) };
         self.ledger.put_record(&record).map_err(unwritten)?;
         self.remember(record);
         Ok(Attached {
             addresses: vec![
                 IpNet::new(address, network.pool().prefix_len()).unwrap_or_else(|_| address.into()),
             ],
-            gateway: (!network.internal).then(|| network.gateway()),
+            gateway: (routes == Routes::All && !network.internal).then(|| network.gateway()),
             mtu: plan::network_mtu(&self.catalog, &self.local_of(None), &network),
             resolv_conf: String::new(),
             endpoint,
         })
+    }
+
+    /// The routes that a further attachment of that namespace brings: a route can be there once.
+    fn routes_left(&self, inode: Inode) -> Routes {
+        let there = self.attached.range((inode, String::new())..).take_while(|((of, _), _)| *of == inode);
+        let mut sandboxes = there.filter_map(|(_, id)| self.records.get(id)?.sandbox.as_ref());
+        if sandboxes.all(|sandbox| sandbox.routes == Routes::None) { Routes::All } else { Routes::None }
     }
 
     /// Forgets an endpoint. With `keep` its addresses stay reserved.
@@ -164,13 +178,11 @@ impl Book {
         Ok(())
     }
 
-    /// Endpoints that were attached by the socket and whose namespace is gone.
+    /// Endpoints that were attached by the socket or for a label and whose namespace is gone.
     pub(crate) fn orphans(&self, port_is_there: impl Fn(&EndpointId) -> bool) -> Vec<EndpointId> {
         let orphaned = |record: &&Record| {
             let Some(sandbox) = &record.sandbox else { return false };
-            sandbox.ifname.is_some()
-                && !port_is_there(&record.endpoint.id)
-                && inode(&sandbox.path).ok() != sandbox.inode
+            sandbox.ifname.is_some() && !port_is_there(&record.endpoint.id) && is_gone(sandbox)
         };
         self.records.values().filter(orphaned).map(|record| record.endpoint.id.clone()).collect()
     }
@@ -182,6 +194,14 @@ pub(crate) fn inode(netns: &Path) -> Result<Inode, ApiError> {
         let message = format!("{} is not a network namespace that can be opened: {error}", netns.display());
         ApiError::new(ErrorCode::Invalid, message)
     })
+}
+
+/// Whether there is no file there any more, or one of something else. One that cannot be looked at now is not gone.
+fn is_gone(sandbox: &Sandbox) -> bool {
+    match std::fs::metadata(&sandbox.path) {
+        Ok(there) => Some((there.dev(), there.ino())) != sandbox.inode,
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    }
 }
 
 fn check_ifname(name: &str) -> Result<(), ApiError> {

@@ -48,12 +48,12 @@ impl Book {
     fn end(record: &Record, port_is_there: bool) -> End {
         match &record.sandbox {
             None => End::Nowhere,
-            Some(Sandbox { path, ifname: Some(ifname), .. }) => {
-                End::Inside { netns: path.clone(), ifname: ifname.clone() }
+            Some(Sandbox { path, ifname: Some(ifname), routes, .. }) => {
+                End::Inside { netns: path.clone(), ifname: ifname.clone(), routes: *routes }
             }
             Some(_) if port_is_there => End::Handed,
-            Some(Sandbox { path, .. }) => match free_ifname(path) {
-                Some(ifname) => End::Inside { netns: path.clone(), ifname },
+            Some(Sandbox { path, routes, .. }) => match free_ifname(path) {
+                Some(ifname) => End::Inside { netns: path.clone(), ifname, routes: *routes },
                 None => End::Nowhere,
             },
         }

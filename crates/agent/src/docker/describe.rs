@@ -1,8 +1,9 @@
 //! What an inspected container is called on a network: its name, stack, service, aliases, labels and health.
 //!
-//! libnetwork's calls carry none of this. Names that DNS could not answer are left out rather than changed.
+//! libnetwork's calls carry none of this. Names that DNS could not answer are left out rather than changed, and so is
+//! what is more than an endpoint may have.
 
-use model::Name;
+use model::{Endpoint, Name};
 
 use super::engine::{Attachment, Container};
 use crate::control::Description;
@@ -27,6 +28,8 @@ pub(super) fn describe(container: &Container, attachment: &Attachment) -> Descri
             Some(_) | None => {}
         }
     }
+    aliases.truncate(Endpoint::ALIASES_MAX);
+    let labels = &container.config.labels;
     let health = container.state.health.as_ref().map(|health| health.status.as_str());
     Description {
         name,
@@ -34,7 +37,7 @@ pub(super) fn describe(container: &Container, attachment: &Attachment) -> Descri
         service,
         aliases,
         container: Some(container.id.clone()),
-        labels: container.config.labels.clone(),
+        labels: labels.iter().take(Endpoint::LABELS_MAX).map(|(k, v)| (k.clone(), v.clone())).collect(),
         healthy: !matches!(health, Some("starting" | "unhealthy")),
     }
 }

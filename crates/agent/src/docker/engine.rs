@@ -100,6 +100,11 @@ pub(super) struct NetworkContainer {
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Summary {
     pub(super) id: String,
+    /// `running`, `exited` and so on.
+    #[serde(default)]
+    pub(super) state: String,
+    #[serde(default, deserialize_with = "or_default")]
+    pub(super) labels: BTreeMap<String, String>,
     #[serde(default, deserialize_with = "or_default")]
     pub(super) network_settings: NetworkSettings,
 }
@@ -126,6 +131,8 @@ pub(super) struct Container {
 #[serde(rename_all = "PascalCase")]
 pub(super) struct ContainerState {
     #[serde(default)]
+    pub(super) running: bool,
+    #[serde(default)]
     pub(super) health: Option<Health>,
 }
 
@@ -146,6 +153,9 @@ pub(super) struct ContainerConfig {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct HostConfig {
+    /// `default`, `bridge`, `none`, `host`, `container:ID`, or a network's name.
+    #[serde(default)]
+    pub(super) network_mode: String,
     #[serde(default, deserialize_with = "or_default")]
     pub(super) dns: Vec<String>,
 }
@@ -153,6 +163,9 @@ pub(super) struct HostConfig {
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct NetworkSettings {
+    /// The file of the container's network namespace, while it runs.
+    #[serde(default)]
+    pub(super) sandbox_key: PathBuf,
     #[serde(default, deserialize_with = "or_default")]
     pub(super) networks: BTreeMap<String, Attachment>,
 }

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use super::engine::{Container, Engine, EngineError, Event, Network};
 use super::state::State;
 use super::sweep::{self, Leftover, Sweep};
-use super::{DRIVER, NETWORK_KEY, describe, resolv};
+use super::{DRIVER, NETWORK_KEY, describe, label, resolv};
 use crate::Control;
 
 /// The wait before the second attempt to reach the engine, and the longest. To try costs one connect(2).
@@ -32,7 +32,7 @@ const LOOK: Duration = Duration::from_mins(5);
 /// Follows one engine.
 pub(super) struct Follower {
     engine: Engine,
-    control: Control,
+    pub(super) control: Control,
     state: Arc<State>,
     status: watch::Sender<DockerStatus>,
     resolv_conf: PathBuf,
@@ -45,15 +45,17 @@ pub(super) struct Follower {
 
 /// What a session has under way.
 #[derive(Default)]
-struct Session {
+pub(super) struct Session {
     /// Inspections: one per container at a time.
     inspections: JoinSet<(String, Result<Option<Container>, EngineError>)>,
     /// Containers under inspection, and whether to inspect again at its end.
     inspecting: BTreeMap<String, bool>,
+    /// Attachments for labels: one per container at a time.
+    pub(super) plugs: label::Plugs,
     /// Docker's networks that are Droveway's.
     ours: BTreeMap<String, NetworkId>,
     /// Something could not be done; try again at the next tick.
-    trouble: bool,
+    pub(super) trouble: bool,
 }
 
 impl Follower {
@@ -138,6 +140,7 @@ impl Follower {
                         self.inspected(&mut session, &id, result?).await;
                     }
                 }
+                Some(plugged) = session.plugs.next() => self.plugged(&mut session, plugged),
                 changed = views.changed() => {
                     if changed.is_err() {
                         // The reconciler has ended, and with it the agent.
@@ -148,6 +151,7 @@ impl Follower {
                     if wanted != known {
                         known = wanted;
                         self.networks(&mut session).await?;
+                        self.look(&mut session).await?;
                     }
                 }
                 _ = tick.tick() => {
@@ -226,7 +230,7 @@ impl Follower {
         }
         match self.engine.create_network(network).await {
             Ok(()) => {
-                self.told.retain(|told| !told.starts_with(&clash));
+                self.settled(&clash);
                 tracing::info!(network = name, "the network is on Docker's engine");
                 Ok(true)
             }
@@ -245,7 +249,7 @@ impl Follower {
         let why = if full.containers.is_empty() {
             match self.engine.remove_network(&old.id).await {
                 Ok(()) => {
-                    self.told.retain(|told| !told.starts_with(&stays));
+                    self.settled(&stays);
                     tracing::info!(network = old.name, "the network is off Docker's engine");
                     return Ok(true);
                 }
@@ -272,6 +276,9 @@ impl Follower {
                 }
             }
             ("container", "start" | "rename") => self.inspect(session, actor.id),
+            ("container", "die" | "destroy") if label::is_there(&actor.attributes) => {
+                self.inspect(session, actor.id);
+            }
             ("container", health) if health.starts_with("health_status") => self.inspect(session, actor.id),
             (_, _) => {}
         }
@@ -279,7 +286,7 @@ impl Follower {
     }
 
     /// Inspects a container beside everything else: the engine holds its lock while it starts.
-    fn inspect(&self, session: &mut Session, id: String) {
+    pub(super) fn inspect(&self, session: &mut Session, id: String) {
         if let Some(again) = session.inspecting.get_mut(&id) {
             *again = true;
             return;
@@ -296,6 +303,10 @@ impl Follower {
         if session.inspecting.remove(id) == Some(true) {
             self.inspect(session, id.to_owned());
         }
+        if let Err(why) = self.label(session, id, container.as_ref()).await {
+            session.trouble = true;
+            self.tell(why.to_string());
+        }
         let Some(container) = container else { return };
         for attachment in container.network_settings.networks.values() {
             let foreign = &attachment.endpoint_id;
@@ -303,7 +314,12 @@ impl Follower {
                 continue;
             }
             match self.control.describe(foreign, describe::describe(&container, attachment)).await {
-                Ok(()) => self.resolv_conf(session, &container, foreign).await,
+                Ok(()) => {
+                    if resolv::bypasses_containers(&self.resolv_conf) || self.is_shut_in(session, &container)
+                    {
+                        self.resolv_conf(&container, foreign).await;
+                    }
+                }
                 // It has left meanwhile, or it is from before this agent's ledger.
                 Err(why) if why.code == ErrorCode::NotFound => {}
                 Err(why) => self.tell(format!("container {}: {why}", container.name)),
@@ -312,14 +328,11 @@ impl Follower {
     }
 
     /// Makes the container ask the router itself, where Docker's own resolver would not: where the host's resolver is a
-    /// loopback one, and where all its networks are internal.
-    async fn resolv_conf(&mut self, session: &Session, container: &Container, foreign: &str) {
+    /// loopback one, where all its networks are internal, and where it is attached for its label.
+    pub(super) async fn resolv_conf(&mut self, container: &Container, foreign: &str) {
         // Servers that were given by `--dns` are asked from the container's namespace, loopback or not.
         let path = PathBuf::from(&container.resolv_conf_path);
-        if container.resolv_conf_path.is_empty()
-            || !container.host_config.dns.is_empty()
-            || !(resolv::bypasses_containers(&self.resolv_conf) || self.is_shut_in(session, container))
-        {
+        if container.resolv_conf_path.is_empty() || !container.host_config.dns.is_empty() {
             return;
         }
         let list = self.control.list().await.unwrap_or_default();
@@ -332,7 +345,7 @@ impl Follower {
         {
             tracing::warn!(
                 file = %path.display(), %why,
-                "Docker's resolver does not ask the router here, and the container's resolv.conf is out of reach: other hosts' names will not resolve; run containers, or the engine, with --dns {}",
+                "nobody asks the router here but the container itself, and the container's resolv.conf is out of reach: other hosts' names will not resolve; run containers, or the engine, with --dns {}",
                 model::SERVICE_ADDRESS
             );
         }
@@ -373,7 +386,9 @@ impl Follower {
             let aux = network.ipam.config.iter().flat_map(|config| config.auxiliary_addresses.values());
             there.addresses.extend(aux.filter_map(|text| bare(text)).map(|address| (id.clone(), address)));
         }
-        for container in self.engine.containers().await? {
+        let containers = self.engine.containers().await?;
+        self.labels(session, &containers, &endpoints).await;
+        for container in containers {
             there
                 .endpoints
                 .extend(container.network_settings.networks.into_values().map(|part| part.endpoint_id));
@@ -417,8 +432,13 @@ impl Follower {
         }
     }
 
+    /// What was said of this is over: the next time it is said again.
+    pub(super) fn settled(&mut self, about: &str) {
+        self.told.retain(|told| !told.starts_with(about));
+    }
+
     /// Says something once.
-    fn tell(&mut self, what: String) {
+    pub(super) fn tell(&mut self, what: String) {
         if !self.told.contains(&what) {
             tracing::warn!("{what}");
             if self.told.len() > 256 {

@@ -3,7 +3,8 @@
 //! Two halves that meet only in [`state::State`]:
 //! - the plugin ([`plugin`]) answers what the engine asks while it creates networks and starts containers;
 //! - the follower ([`follow`]) makes each network appear on the engine, learns names and labels of containers after
-//!   they were attached, and clears away what the engine has forgotten.
+//!   they were attached, attaches those that ask for it by a label ([`label`]), and clears away what the engine has
+//!   forgotten.
 //!
 //! Invariant: the plugin never calls the engine. The engine holds locks while it waits for a plugin's answer, so a call
 //! back would wait for ever. What the plugin has to know of the engine is learned beforehand by the follower.
@@ -19,6 +20,7 @@ use crate::Control;
 mod describe;
 mod engine;
 mod follow;
+mod label;
 mod plugin;
 mod resolv;
 mod state;

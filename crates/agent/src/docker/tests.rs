@@ -212,6 +212,7 @@ pub(super) fn view(networks: impl IntoIterator<Item = Network>) -> View {
         routers: BTreeMap::new(),
         tunnels: Arc::default(),
         troubles: vec![],
+        moves: 0,
     }
 }
 

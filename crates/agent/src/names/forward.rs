@@ -6,13 +6,14 @@
 //!
 //! Invariant: no router is ever asked.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use model::SERVICE_ADDRESS;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -27,6 +28,8 @@ use super::resolv::Resolv;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How often each server is asked.
 const ROUNDS: usize = 2;
+/// How long one that did not answer is left alone, unless nobody else answers: each query would wait for it otherwise.
+const REST: Duration = Duration::from_secs(30);
 /// How many servers of a file are used (resolv.conf(5), `MAXNS`).
 const SERVERS_MAX: usize = 3;
 const PORT: u16 = 53;
@@ -70,6 +73,8 @@ struct Known {
     servers: Arc<[SocketAddr]>,
     /// Which answered last: the next query goes there first.
     first: usize,
+    /// Those that did not answer lately, and when.
+    silent: BTreeMap<SocketAddr, Instant>,
 }
 
 impl Forwarder {
@@ -94,28 +99,41 @@ impl Forwarder {
                 Upstreams::Given(_) => "the agent's configuration".to_owned(),
             }));
         }
+        let turn = (0..servers.len()).map(|i| (first + i) % servers.len());
+        let (resting, awake): (Vec<usize>, Vec<usize>) = turn.partition(|at| self.rests(servers[*at]));
         let mut no_help = None;
         for _ in 0..ROUNDS {
-            for i in 0..servers.len() {
-                let at = (first + i) % servers.len();
-                let server = servers[at];
-                match timeout(self.patience, exchange(server, forward)).await {
-                    Ok(Ok(answer)) if Raw::new(&answer).is_some_and(|raw| NO_HELP.contains(&raw.rcode())) => {
-                        no_help = no_help.or(Some(answer));
+            for some in [&awake, &resting] {
+                for &at in some {
+                    let server = servers[at];
+                    match timeout(self.patience, exchange(server, forward)).await {
+                        Ok(Ok(answer)) => {
+                            self.known().silent.remove(&server);
+                            if Raw::new(&answer).is_none_or(|raw| !NO_HELP.contains(&raw.rcode())) {
+                                self.prefer(&servers, at);
+                                return Ok(answer);
+                            }
+                            no_help = no_help.or(Some(answer));
+                        }
+                        Ok(Err(error)) => self.was_silent(server, &error),
+                        Err(_) => self.was_silent(server, &"no answer in time"),
                     }
-                    Ok(Ok(answer)) => {
-                        self.prefer(&servers, at);
-                        return Ok(answer);
-                    }
-                    Ok(Err(error)) => debug!(%server, %error, "resolver failed"),
-                    Err(_) => debug!(%server, "resolver is silent"),
                 }
-            }
-            if let Some(answer) = no_help {
-                return Ok(answer);
+                if let Some(answer) = no_help {
+                    return Ok(answer);
+                }
             }
         }
         Err(Unanswered::Silent(servers.to_vec()))
+    }
+
+    fn rests(&self, server: SocketAddr) -> bool {
+        self.known().silent.get(&server).is_some_and(|since| since.elapsed() < REST)
+    }
+
+    fn was_silent(&self, server: SocketAddr, why: &dyn std::fmt::Display) {
+        debug!(%server, %why, "resolver is silent");
+        self.known().silent.insert(server, Instant::now());
     }
 
     /// The servers, and which to ask first.
@@ -137,7 +155,12 @@ impl Forwarder {
                     if text.is_some() || known.stamp.is_none() {
                         let resolv = Resolv::parse(&text.unwrap_or_default());
                         let servers = resolv.nameservers.into_iter().map(|a| SocketAddr::new(a, PORT));
-                        *known = Known { stamp, servers: self.allowed(servers.collect()), first: 0 };
+                        *known = Known {
+                            stamp,
+                            servers: self.allowed(servers.collect()),
+                            first: 0,
+                            silent: BTreeMap::new(),
+                        };
                     }
                 }
             }

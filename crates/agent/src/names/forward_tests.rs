@@ -160,6 +160,27 @@ async fn a_server_that_cannot_help_is_passed_over_and_quoted_if_none_can() {
 }
 
 #[tokio::test]
+async fn a_silent_server_is_waited_for_once_also_where_the_others_cannot_help() {
+    let refusing: Script = |_, query| vec![response(query, ResponseCode::Refused, "").to_vec().unwrap()];
+    let (silent, refuser) = (upstream(|_, _| Vec::new()).await, upstream(refusing).await);
+    let forwarder = forwarder(&[&silent, &refuser]);
+    for _ in 0..3 {
+        assert_eq!(ask(&forwarder, Transport::Udp).await, "Refused");
+    }
+    assert_eq!((silent.asked.borrow().len(), refuser.asked.borrow().len()), (1, 3));
+}
+
+#[tokio::test]
+async fn a_server_that_was_silent_is_asked_again_when_nobody_else_answers() {
+    let waking = upstream(|turn, query| if turn < 2 { Vec::new() } else { good(turn, query) }).await;
+    let forwarder = forwarder(&[&waking]);
+    assert!(ask(&forwarder, Transport::Udp).await.starts_with("none of the resolvers"));
+    assert_eq!(ask(&forwarder, Transport::Udp).await, "good");
+    assert_eq!(ask(&forwarder, Transport::Udp).await, "good");
+    assert_eq!(waking.asked.borrow().len(), 4);
+}
+
+#[tokio::test]
 async fn that_a_name_does_not_exist_is_an_answer() {
     let denying: Script = |_, query| vec![response(query, ResponseCode::NXDomain, "").to_vec().unwrap()];
     let (one, two) = (upstream(denying).await, upstream(good).await);

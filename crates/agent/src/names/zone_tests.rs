@@ -80,6 +80,7 @@ pub(crate) fn view(domain: &str, endpoints: Vec<Endpoint>) -> View {
         routers: BTreeMap::new(),
         tunnels: std::sync::Arc::default(),
         troubles: Vec::new(),
+        moves: 0,
     }
 }
 

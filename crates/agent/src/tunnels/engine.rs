@@ -333,10 +333,11 @@ impl Engine {
             self.follow_addresses(now);
         }
         let mut closely = !self.devices_open;
-        for peer in self.peers.values_mut() {
+        for (far, peer) in &mut self.peers {
+            let foreign = matches!(far, Far::Peer(_));
             closely |= count(peer, &mut self.endpoint, self.timing.child_bytes, now);
             take_note(peer, &self.endpoint, now);
-            closely |= ping(peer, &mut self.endpoint, &self.dataplane, &mut self.last_ping, now);
+            closely |= ping((peer, foreign), &mut self.endpoint, &self.dataplane, &mut self.last_ping, now);
             let mtus = &self.view.routers;
             closely |= measure(peer, &self.dataplane, mtus, &mut self.last_ping, now);
         }
@@ -412,9 +413,9 @@ fn take_note(peer: &mut Peer, endpoint: &Endpoint, now: Instant) {
     }
 }
 
-/// Pings what is due, and acts on what is not answered. True: something is not well, look closely.
+/// Pings what is due, and acts on what is not answered; a foreign peer is not pinged, but asked by IKE. True: something is not well, look closely.
 fn ping(
-    peer: &mut Peer,
+    (peer, foreign): (&mut Peer, bool),
     endpoint: &mut Endpoint,
     dataplane: &Dataplane,
     last: &mut u32,
@@ -437,6 +438,14 @@ fn ping(
         }
         reset |= due.reset;
         closely |= !probes.alive();
+    }
+    if foreign {
+        let heard = endpoint.sas(id).iter().filter(|sa| sa.up).map(|sa| sa.heard).max();
+        let due = peer.quiet.due(peer.used().packets_out, heard, now);
+        if due.doubt {
+            endpoint.doubt(id, now);
+        }
+        reset |= due.reset;
     }
     let silent = peer.silent();
     if silent.is_some() != peer.told_silent {

@@ -19,6 +19,7 @@ mod mtu;
 mod pcapng;
 mod peer;
 mod probe;
+mod quiet;
 mod status;
 mod view;
 mod wanted;

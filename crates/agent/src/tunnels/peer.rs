@@ -13,6 +13,7 @@ use plan::{Inside, Tunnel};
 
 use super::mtu::Search;
 use super::probe::Probes;
+use super::quiet::Quiet;
 use crate::dataplane::{DeviceIndex, PeerIndex};
 
 /// A peer.
@@ -33,6 +34,8 @@ pub(super) struct Peer {
     pub(super) children: BTreeMap<EspSpi, Child>,
     /// The IKE SAs that are up, since when.
     pub(super) ikes: BTreeMap<IkeSpis, Instant>,
+    /// What a foreign peer leaves unanswered.
+    pub(super) quiet: Quiet,
     pub(super) search: Option<Search>,
     /// What the packet path was told to refuse larger packets than.
     pub(super) limit: Option<u32>,
@@ -89,6 +92,7 @@ impl Peer {
             slots: BTreeMap::new(),
             children: BTreeMap::new(),
             ikes: BTreeMap::new(),
+            quiet: Quiet::default(),
             search: None,
             limit: None,
             past: ChildUse::default(),
@@ -117,10 +121,10 @@ impl Peer {
         self.children.values().map(Child::used).fold(self.past, add)
     }
 
-    /// Since when nothing passes in at least one network, although keys are agreed.
+    /// Since when nothing passes in at least one network, although keys are agreed; or nothing comes from a foreign peer.
     pub(super) fn silent(&self) -> Option<Instant> {
         let probes = self.slots.values().filter_map(|slot| slot.probes.as_ref());
-        probes.filter_map(Probes::silent).min()
+        probes.filter_map(Probes::silent).chain(self.quiet.silent()).min()
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a changed view comes to: peers that come, change and go, devices, routes and policies.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -19,9 +19,13 @@ impl Engine {
     pub(super) fn apply(&mut self, now: Instant) {
         let view = self.views.borrow_and_update().clone();
         let tunnels_changed = !Arc::ptr_eq(&view.tunnels, &self.view.tunnels);
+        let moved = view.moves != self.view.moves;
         self.view = view;
         if tunnels_changed {
             self.apply_tunnels(now);
+        }
+        if moved {
+            self.follow_addresses(now);
         }
         self.devices_open = self.devices.apply(&self.view, &self.dataplane);
         self.devices.route(&self.routes, &self.dataplane);
@@ -198,11 +202,10 @@ impl Engine {
                 self.endpoint.set_paths(peer.id(), paths, wanted::initiate(&peer.tunnel.begins), now);
             }
             let Some(ike::Status::Up { path, .. }) = self.endpoint.status(peer.id()) else { continue };
-            let source = linux::host::source_for(path.remote.ip());
-            if let Some(source) = source.filter(|source| *source != path.local.ip()) {
-                tracing::info!(peer = %peer.tunnel.name, from = %path.local.ip(), to = %source, "we moved");
-                let local = std::net::SocketAddr::new(source, path.local.port());
-                self.endpoint.set_local(peer.id(), local, now);
+            if let Some(other) = moved(path, &peer.tunnel.addresses, port) {
+                let name = &peer.tunnel.name;
+                tracing::info!(peer = %name, from = %path.local.ip(), to = %other.local.ip(), "we moved");
+                self.endpoint.set_path(peer.id(), other, now);
             }
         }
     }
@@ -210,12 +213,11 @@ impl Engine {
     /// Whether one of the next few paths in use should leave from another address of ours.
     pub(super) fn have_moved(&mut self) -> bool {
         let count = self.peers.len().min(PATHS_EACH);
-        let next: Vec<ike::PeerId> =
-            self.peers.values().cycle().skip(self.checked).take(count).map(Peer::id).collect();
+        let mut next = self.peers.values().cycle().skip(self.checked).take(count);
         self.checked = (self.checked + count) % self.peers.len().max(1);
-        next.into_iter().any(|id| match self.endpoint.status(id) {
+        next.any(|peer| match self.endpoint.status(peer.id()) {
             Some(ike::Status::Up { path, .. }) => {
-                linux::host::source_for(path.remote.ip()).is_some_and(|source| source != path.local.ip())
+                moved(path, &peer.tunnel.addresses, self.settings.port).is_some()
             }
             Some(ike::Status::Waiting | ike::Status::Connecting | ike::Status::Failed { .. }) | None => false,
         })
@@ -248,4 +250,14 @@ impl Engine {
             }
         }
     }
+}
+
+/// The path to take in the place of one in use, if that is not ours any more: to the same address from another of ours; if
+/// none of ours leads there, to the first of the peer's that one leads to, of whatever family.
+fn moved(path: ike::Path, addresses: &[SocketAddr], port: u16) -> Option<ike::Path> {
+    let other = match linux::host::source_for(path.remote.ip()) {
+        Some(source) => ike::Path { local: SocketAddr::new(source, path.local.port()), ..path },
+        None => *wanted::paths(addresses, port, linux::host::source_for).first()?,
+    };
+    (other != path).then_some(other)
 }

@@ -76,6 +76,7 @@ impl<'a> Host<'a> {
             address: None,
             labels: [("bench".to_owned(), "yes".to_owned())].into(),
             ports: Vec::new(),
+            routes: None,
         };
         let body = serde_json::to_vec(&request)?;
         let start = Instant::now();

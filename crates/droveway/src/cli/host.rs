@@ -4,8 +4,9 @@ use clap::{Args, Subcommand};
 use model::api::{HostPatch, HostView};
 use model::{Candidate, Host, Source};
 
-use super::connection::{Connection, each, suggest};
+use super::connection::Connection;
 use super::exit::Failure;
+use super::kind::{Kind, explained, inspect, remove};
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
@@ -82,41 +83,41 @@ impl HostArgs {
                 )
             }
             Verb::Inspect { names } => {
-                let (hosts, result) = each(&names, async |name| match client.host(name).await {
-                    Ok(host) => Ok(host),
-                    Err(error) => Err(explain(&client, error, name).await),
-                })
-                .await;
-                if !hosts.is_empty() {
-                    output.inspect(&hosts, details)?;
-                }
-                result
+                inspect::<Hosts, _>(&client, output, &names, async || Ok(details)).await
             }
             Verb::Label { name, changes } => {
                 let patch = HostPatch { labels: changes.into_iter().collect() };
-                if let Err(error) = client.patch_host(&name, &patch).await {
-                    return Err(explain(&client, error, &name).await);
-                }
+                let patched = client.patch_host(&name, &patch).await;
+                explained::<Hosts, _>(&client, &name, patched).await?;
                 let host = client.host(&name).await?;
                 output.object(&host, labelled)
             }
-            Verb::Rm { names } => {
-                let (_, result) = each(&names, async |name| match client.remove_host(name).await {
-                    Ok(()) => output.done(name),
-                    Err(error) => Err(explain(&client, error, name).await),
-                })
-                .await;
-                result
-            }
+            Verb::Rm { names } => remove::<Hosts>(&client, output, &names).await,
         }
     }
 }
 
-async fn explain(client: &Client, error: Error, name: &str) -> Failure {
-    suggest(error, "host", name, async || {
-        Ok(client.hosts().await?.iter().map(|view| view.host.name.to_string()).collect())
-    })
-    .await
+struct Hosts;
+
+impl Kind for Hosts {
+    const WHAT: &'static str = "host";
+    type View = HostView;
+
+    async fn all(client: &Client) -> Result<Vec<HostView>, Error> {
+        client.hosts().await
+    }
+
+    async fn one(client: &Client, name: &str) -> Result<HostView, Error> {
+        client.host(name).await
+    }
+
+    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
+        client.remove_host(name).await
+    }
+
+    fn name(view: &HostView) -> String {
+        view.host.name.to_string()
+    }
 }
 
 fn labelled(view: &HostView) -> String {

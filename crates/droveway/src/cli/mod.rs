@@ -8,6 +8,7 @@ mod connection;
 mod endpoint;
 mod exit;
 mod host;
+mod kind;
 mod local;
 mod log;
 mod names;

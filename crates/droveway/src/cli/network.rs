@@ -6,13 +6,14 @@ use clap::{Args, Subcommand};
 use ipnet::IpNet;
 use model::{Driver, Endpoint, Host, HostId, Name, Network, NetworkSpec, Peer};
 
-use super::connection::{Connection, each, suggest};
+use super::connection::Connection;
 use super::exit::Failure;
 use super::host::behind_nat;
+use super::kind::{Kind, inspect, remove};
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
-use crate::client::Client;
+use crate::client::{Client, Error};
 
 /// Networks: named, isolated address spaces that span all hosts
 #[derive(Debug, Args)]
@@ -134,39 +135,39 @@ impl NetworkArgs {
                     "There is no network yet; `droveway network create --help` shows how to make one.",
                 )
             }
-            Verb::Inspect { names } => inspect(&client, &names, output).await,
-            Verb::Rm { names } => {
-                let (_, result) = each(&names, async |name| match client.remove_network(name).await {
-                    Ok(()) => output.done(name),
-                    Err(error) => Err(suggest(error, "network", name, async || known(&client).await).await),
+            Verb::Inspect { names } => {
+                inspect::<Networks, _>(&client, output, &names, async || {
+                    let use_ = Use::fetch(&client).await?;
+                    Ok(move |network: &Network| details(network, &use_))
                 })
-                .await;
-                result
+                .await
             }
+            Verb::Rm { names } => remove::<Networks>(&client, output, &names).await,
         }
     }
 }
 
-async fn known(client: &Client) -> Result<Vec<String>, crate::client::Error> {
-    Ok(client.networks().await?.iter().map(|network| network.name.to_string()).collect())
-}
+struct Networks;
 
-async fn inspect(client: &Client, names: &[String], output: Output) -> Result<(), Failure> {
-    let (networks, result) = each(names, async |name| match client.network(name).await {
-        Ok(network) => Ok(network),
-        Err(error) => Err(suggest(error, "network", name, async || known(client).await).await),
-    })
-    .await;
-    if !networks.is_empty() {
-        let use_ = Use {
-            blocks: client.blocks().await?,
-            endpoints: client.endpoints().await?,
-            peers: client.peers().await?,
-            hosts: client.hosts().await?.into_iter().map(|view| (view.host.id.clone(), view.host)).collect(),
-        };
-        output.inspect(&networks, |network| details(network, &use_))?;
+impl Kind for Networks {
+    const WHAT: &'static str = "network";
+    type View = Network;
+
+    async fn all(client: &Client) -> Result<Vec<Network>, Error> {
+        client.networks().await
     }
-    result
+
+    async fn one(client: &Client, name: &str) -> Result<Network, Error> {
+        client.network(name).await
+    }
+
+    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
+        client.remove_network(name).await
+    }
+
+    fn name(network: &Network) -> String {
+        network.name.to_string()
+    }
 }
 
 /// Who uses networks.
@@ -178,6 +179,15 @@ struct Use {
 }
 
 impl Use {
+    async fn fetch(client: &Client) -> Result<Self, Error> {
+        Ok(Self {
+            blocks: client.blocks().await?,
+            endpoints: client.endpoints().await?,
+            peers: client.peers().await?,
+            hosts: client.hosts().await?.into_iter().map(|view| (view.host.id.clone(), view.host)).collect(),
+        })
+    }
+
     fn host(&self, id: &HostId) -> String {
         self.hosts.get(id).map_or_else(|| id.to_string(), |host| host.name.to_string())
     }

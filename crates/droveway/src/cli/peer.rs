@@ -10,8 +10,9 @@ use clap::{Args, Subcommand};
 use ipnet::IpNet;
 use model::{Name, Peer, PeerProof, PeerSpec};
 
-use super::connection::{Connection, each, suggest};
+use super::connection::Connection;
 use super::exit::{Exit, Failure};
+use super::kind::{Kind, inspect, remove};
 use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};
@@ -156,37 +157,40 @@ impl PeerArgs {
                     "There is no foreign peer; `droveway peer create --help` shows how to join one.",
                 )
             }
-            Verb::Inspect { names: wanted } => {
+            Verb::Inspect { names } => {
                 let client = self.connection.open()?;
-                let (peers, result) = each(&wanted, async |name| match client.peer(name).await {
-                    Ok(peer) => Ok(peer),
-                    Err(error) => Err(explain(&client, error, name).await),
-                })
-                .await;
-                if !peers.is_empty() {
+                inspect::<Peers, _>(&client, output, &names, async || {
                     let names = Names::fetch(&client).await?;
-                    output.inspect(&peers, |peer| details(peer, &names))?;
-                }
-                result
-            }
-            Verb::Rm { names } => {
-                let client = self.connection.open()?;
-                let (_, result) = each(&names, async |name| match client.remove_peer(name).await {
-                    Ok(()) => output.done(name),
-                    Err(error) => Err(explain(&client, error, name).await),
+                    Ok(move |peer: &Peer| details(peer, &names))
                 })
-                .await;
-                result
+                .await
             }
+            Verb::Rm { names } => remove::<Peers>(&self.connection.open()?, output, &names).await,
         }
     }
 }
 
-async fn explain(client: &Client, error: Error, name: &str) -> Failure {
-    suggest(error, "peer", name, async || {
-        Ok(client.peers().await?.iter().map(|peer| peer.name.to_string()).collect())
-    })
-    .await
+struct Peers;
+
+impl Kind for Peers {
+    const WHAT: &'static str = "peer";
+    type View = Peer;
+
+    async fn all(client: &Client) -> Result<Vec<Peer>, Error> {
+        client.peers().await
+    }
+
+    async fn one(client: &Client, name: &str) -> Result<Peer, Error> {
+        client.peer(name).await
+    }
+
+    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
+        client.remove_peer(name).await
+    }
+
+    fn name(peer: &Peer) -> String {
+        peer.name.to_string()
+    }
 }
 
 /// The secret in a file that nobody else can read.

@@ -1,6 +1,9 @@
 //! From the options of `droveway server` and `droveway agent` to the rooms that do the work.
 
 use std::future::Future;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
@@ -36,6 +39,7 @@ async fn serve(args: ServerArgs) -> Result<(), Failure> {
         if let Err(failure) = write(&greeting(&ready, local::address())) {
             warn(&failure.render());
         }
+        tell_manager();
     };
     server::run(config, ready, stop).await.map_err(|error| fault(error.into()))
 }
@@ -63,7 +67,22 @@ async fn host(settings: Settings) -> Result<(), Failure> {
         tunnels: settings.tunnels,
     };
     // Its errors say what to do themselves: the remedies of a refused verb are not the agent's.
-    agent::run(config, stop).await.map_err(|error| Failure::new(Exit::of(error.code), error.message))
+    agent::run(config, tell_manager, stop)
+        .await
+        .map_err(|error| Failure::new(Exit::of(error.code), error.message))
+}
+
+/// Tells a service manager that we serve, where it wants to know (`sd_notify(3)`): what is ordered after us begins then.
+fn tell_manager() {
+    let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let told = match socket.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name),
+        None => SocketAddr::from_pathname(&socket),
+    }
+    .and_then(|address| UnixDatagram::unbound()?.send_to_addr(b"READY=1", &address));
+    if let Err(error) = told {
+        tracing::warn!(%error, socket = %socket.display(), "the service manager cannot be told that we serve");
+    }
 }
 
 /// Two threads serve thousands of connections; more would only cost memory.

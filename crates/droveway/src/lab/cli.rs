@@ -135,7 +135,7 @@ Examples:
         host: String,
         /// Its new address; the old one is gone at once
         #[arg(value_name = "ADDRESS")]
-        address: std::net::Ipv4Addr,
+        address: std::net::IpAddr,
     },
     /// Have a NAT box forget its flows and take other ports for new ones
     #[command(after_help = "Examples:
@@ -186,9 +186,9 @@ struct Up {
     /// Put hosts behind NAT boxes: `h2,h3` each behind its own, `h2+h3` both behind one
     #[arg(long, value_name = "HOST[+HOST][,HOST]", value_delimiter = ',')]
     nat: Vec<Together>,
-    /// The underlay's addresses [default: 10.0.0.0/24]
+    /// The underlay's addresses, IPv4 or IPv6 (fd00::/64) [default: 10.0.0.0/24]
     #[arg(long, value_name = "CIDR")]
-    underlay: Option<ipnet::Ipv4Net>,
+    underlay: Option<ipnet::IpNet>,
 }
 
 #[derive(Debug, Args)]

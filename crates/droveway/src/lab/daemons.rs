@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -55,7 +56,7 @@ impl Daemon {
         let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
         match self {
             Self::Server => {
-                let listen = format!("{}:{SERVER_PORT}", spec.address(2));
+                let listen = SocketAddr::new(spec.address(2), SERVER_PORT).to_string();
                 let data = path(spec.server_dir());
                 let mut command = words(&[&program, "server", "--data-dir", &data, "--listen", &listen]);
                 command.extend_from_slice(&spec.server_args);

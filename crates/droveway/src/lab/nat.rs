@@ -11,7 +11,7 @@
 //! of a range numbered so as well: after [`Lab::rebind`](super::Lab::rebind) no flow keeps its port.
 
 use std::fmt::Write;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 use ipnet::Ipv4Net;
@@ -35,8 +35,8 @@ pub struct Nat {
 
 impl Nat {
     /// The box's address on its inside.
-    pub(super) fn gateway(&self) -> Ipv4Addr {
-        nth(self.lan, 1)
+    pub(super) fn gateway(&self) -> IpAddr {
+        nth(self.lan.into(), 1)
     }
 }
 

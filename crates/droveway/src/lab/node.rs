@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::Stdio;
 
@@ -59,7 +59,7 @@ struct Cable {
     bridge: String,
     /// Its end at the node.
     device: &'static str,
-    address: Ipv4Addr,
+    address: IpAddr,
 }
 
 /// The cables of a node: one, and a second where it is a NAT box.
@@ -83,7 +83,10 @@ fn plug(spec: &LabSpec, node: &Node, pid: u32) -> Result<()> {
     for Cable { port, bridge, device, address } in cables(spec, node) {
         // What is left of a node that was powered off a moment ago: the kernel takes its time.
         let _ = ip(&format!("link del {port}\n"));
-        let [_, _, c, d] = address.octets();
+        let [c, d] = match address {
+            IpAddr::V4(address) => [address.octets()[2], address.octets()[3]],
+            IpAddr::V6(address) => [address.octets()[14], address.octets()[15]],
+        };
         ip(&format!(
             "link add {port} mtu {mtu} type veth peer name {device} mtu {mtu} address 02:00:0a:00:{c:02x}:{d:02x} netns {pid}\n\
              link set {port} master {bridge} up\n"
@@ -114,7 +117,7 @@ pub(super) fn inner(dir: &Path, node: &str) -> Result<()> {
     expect(&mut io::stdin().lock(), PLUGGED)?;
     let node = spec.node(node)?;
     for Cable { device, address, .. } in cables(&spec, &node) {
-        ip(&format!("addr add {} dev {device}\nlink set {device} up\n", spec.on_link(address)))?;
+        ip(&format!("{}link set {device} up\n", spec.add_address(address, device)))?;
     }
     let gateway = node.behind.map_or(spec.gateway(), |nat| spec.nats[nat].gateway());
     ip(&format!("link set lo up\nroute add default via {gateway}\n"))?;

@@ -317,6 +317,7 @@ fn request(spec: &RunSpec, pid: u32) -> AttachRequest {
         address: spec.address,
         labels: spec.labels.clone(),
         ports: spec.ports.clone(),
+        routes: None,
     }
 }
 

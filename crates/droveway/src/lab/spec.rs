@@ -1,6 +1,6 @@
 //! What a lab shall be, and where its things are.
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -46,7 +46,7 @@ pub struct Node {
     /// What it is for.
     pub kind: Kind,
     /// The address of its `eth0`.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// The NAT box that it is behind, by its number from 0.
     pub(super) behind: Option<usize>,
 }
@@ -68,9 +68,9 @@ pub struct LabSpec {
     pub dir: PathBuf,
     /// The droveway program.
     pub program: PathBuf,
-    /// The underlay. `.1` is the bridge, `.2` the server, `.5` host `h1`, `.101` the NAT box `nat1`, `.201` the first of
-    /// `others`.
-    pub underlay: Ipv4Net,
+    /// The underlay, of either family. `.1` is the bridge, `.2` the server, `.5` host `h1`, `.101` the NAT box `nat1`,
+    /// `.201` the first of `others`.
+    pub underlay: IpNet,
     /// NAT boxes, `nat1` and so on, each with those who are behind it.
     #[serde(default)]
     pub nats: Vec<Nat>,
@@ -102,7 +102,7 @@ impl LabSpec {
             mtu: 1500,
             dir: default_dir(&name),
             program: std::env::current_exe().context("cannot find the droveway program")?,
-            underlay: Ipv4Net::new(Ipv4Addr::new(10, 0, 0, 0), 24)?,
+            underlay: Ipv4Net::new(Ipv4Addr::new(10, 0, 0, 0), 24)?.into(),
             nats: Vec::new(),
             others: Vec::new(),
             resolv_conf: None,
@@ -127,9 +127,13 @@ impl LabSpec {
             self.mtu
         );
         ensure!(
-            self.underlay.prefix_len() <= 24,
-            "lab {name}: underlay {} is too small; give one of /24 or larger",
+            self.underlay.max_prefix_len() - self.underlay.prefix_len() >= 8,
+            "lab {name}: underlay {} is too small; give a /24 or larger, with IPv6 a /120 or larger",
             self.underlay
+        );
+        ensure!(
+            self.mtu >= 1280 || matches!(self.underlay, IpNet::V4(_)),
+            "lab {name}: IPv6 needs an MTU of 1280 or more; ask for that with --mtu"
         );
         if self.docker && !nix::unistd::geteuid().is_root() {
             bail!("lab {name}: Docker Engines need root; run it with sudo, or leave --docker out");
@@ -167,6 +171,10 @@ impl LabSpec {
     fn validate_nats(&self) -> Result<()> {
         let lab = &self.name;
         ensure!(
+            self.nats.is_empty() || matches!(self.underlay, IpNet::V4(_)),
+            "lab {lab}: NAT boxes are for IPv4; leave out --nat, or give an --underlay of IPv4"
+        );
+        ensure!(
             self.nats.len() <= HOSTS_MAX as usize,
             "lab {lab}: {} NAT boxes are not possible; ask for at most {HOSTS_MAX}",
             self.nats.len()
@@ -174,7 +182,8 @@ impl LabSpec {
         let mut seen = std::collections::BTreeSet::new();
         for (i, nat) in self.nats.iter().enumerate() {
             let lan = nat.lan;
-            let others = self.nats[..i].iter().map(|nat| nat.lan).chain([self.underlay]);
+            let before = self.nats[..i].iter().map(|nat| IpNet::V4(nat.lan));
+            let (lan, others) = (IpNet::V4(lan), before.chain([self.underlay]));
             for other in others {
                 ensure!(
                     !lan.contains(&other) && !other.contains(&lan),
@@ -208,7 +217,7 @@ impl LabSpec {
     pub(super) fn nodes(&self) -> impl Iterator<Item = Node> + '_ {
         let node = |name: String, kind, number: u32| {
             let behind = self.nats.iter().position(|nat| nat.behind.contains(&name));
-            let net = behind.map_or(self.underlay, |nat| self.nats[nat].lan);
+            let net = behind.map_or(self.underlay, |nat| self.nats[nat].lan.into());
             Node { name, kind, address: nth(net, number), behind }
         };
         let nats =
@@ -233,20 +242,26 @@ impl LabSpec {
     }
 
     /// Address number `n` of the underlay.
-    pub(super) fn address(&self, n: u32) -> Ipv4Addr {
+    pub(super) fn address(&self, n: u32) -> IpAddr {
         nth(self.underlay, n)
     }
 
     /// The bridge's address: the nodes' default gateway, behind which nothing is.
-    pub(super) fn gateway(&self) -> Ipv4Addr {
+    pub(super) fn gateway(&self) -> IpAddr {
         self.address(1)
     }
 
     /// An address with the prefix length of the net that it is in.
-    pub(super) fn on_link(&self, address: Ipv4Addr) -> IpNet {
-        let mut nets = self.nats.iter().map(|nat| nat.lan);
+    pub(super) fn on_link(&self, address: IpAddr) -> IpNet {
+        let mut nets = self.nats.iter().map(|nat| IpNet::V4(nat.lan));
         let net = nets.find(|lan| lan.contains(&address)).unwrap_or(self.underlay);
-        IpNet::new_assert(IpAddr::V4(address), net.prefix_len())
+        IpNet::new_assert(address, net.prefix_len())
+    }
+
+    /// A line for `ip -batch` that gives a device an address. One of IPv6 is there at once: nobody else has it.
+    pub(super) fn add_address(&self, address: IpAddr, device: &str) -> String {
+        let at_once = if address.is_ipv6() { " nodad" } else { "" };
+        format!("addr add {} dev {device}{at_once}\n", self.on_link(address))
     }
 
     pub(super) fn node_dir(&self, node: &str) -> PathBuf {
@@ -280,7 +295,7 @@ impl LabSpec {
     }
 
     pub(super) fn server_url(&self) -> String {
-        format!("https://{}:{SERVER_PORT}", self.address(2))
+        format!("https://{}", SocketAddr::new(self.address(2), SERVER_PORT))
     }
 
     pub(super) fn resolv_conf(&self) -> String {
@@ -321,8 +336,11 @@ impl LabSpec {
 }
 
 /// Address number `n` of a net.
-pub(super) fn nth(net: Ipv4Net, n: u32) -> Ipv4Addr {
-    Ipv4Addr::from(u32::from(net.network()) + n)
+pub(super) fn nth(net: IpNet, n: u32) -> IpAddr {
+    match net {
+        IpNet::V4(net) => Ipv4Addr::from(u32::from(net.network()) + n).into(),
+        IpNet::V6(net) => Ipv6Addr::from(u128::from(net.network()) + u128::from(n)).into(),
+    }
 }
 
 /// Where a lab keeps its things unless told otherwise: gone after a reboot, and private to the user.
@@ -348,6 +366,15 @@ mod tests {
         spec.hosts = 2;
         let nodes: Vec<_> = spec.nodes().map(|node| format!("{} {}", node.name, node.address)).collect();
         assert_eq!(nodes, ["server 10.0.0.2", "h1 10.0.0.5", "h2 10.0.0.6"]);
+    }
+
+    #[test]
+    fn an_underlay_of_ipv6_is_numbered_alike() {
+        let spec = LabSpec { underlay: "fd00::/64".parse().unwrap(), ..LabSpec::new("t").unwrap() };
+        spec.validate().unwrap();
+        assert_eq!(spec.node("h1").unwrap().address.to_string(), "fd00::5");
+        assert_eq!(spec.server_url(), "https://[fd00::2]:7443");
+        assert_eq!(spec.add_address(spec.address(5), "eth0"), "addr add fd00::5/64 dev eth0 nodad\n");
     }
 
     fn boxes(text: &str) -> Vec<Nat> {
@@ -396,6 +423,9 @@ mod tests {
                 "overlaps",
             ),
             (LabSpec { underlay: "10.0.0.0/28".parse().unwrap(), ..good.clone() }, "/24"),
+            (LabSpec { underlay: "fd00::/124".parse().unwrap(), ..good.clone() }, "/120"),
+            (LabSpec { underlay: "fd00::/64".parse().unwrap(), mtu: 1000, ..good.clone() }, "1280"),
+            (LabSpec { underlay: "fd00::/64".parse().unwrap(), nats: boxes("h1"), ..good.clone() }, "IPv4"),
         ] {
             let error = bad.validate().unwrap_err().to_string();
             assert!(error.contains(says), "{error}");

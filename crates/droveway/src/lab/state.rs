@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -78,7 +78,7 @@ fn read_stat(proc_dir: &Path) -> io::Result<(u8, u64)> {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct NodeState {
     /// The address of its `eth0`.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// Its pid 1, as the caller's machine sees it; none while it is powered off.
     pub init: Option<Pin>,
     /// How often a NAT box was told to forget.

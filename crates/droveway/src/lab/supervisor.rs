@@ -135,9 +135,9 @@ pub(super) fn inner(dir: &Path) -> Result<()> {
     let _ = fs::write("/proc/sys/net/bridge/bridge-nf-call-iptables", "0");
     ip(&format!(
         "link set lo up\nlink add {UNDERLAY_BRIDGE} address 02:00:0a:ff:ff:01 mtu {} type bridge\n\
-         addr add {} dev {UNDERLAY_BRIDGE}\nlink set {UNDERLAY_BRIDGE} up\n",
+         {}link set {UNDERLAY_BRIDGE} up\n",
         spec.mtu,
-        spec.on_link(spec.gateway()),
+        spec.add_address(spec.gateway(), UNDERLAY_BRIDGE),
     ))
     .context("cannot make the underlay")?;
     for i in 0..spec.nats.len() {

@@ -5,7 +5,7 @@
 //! its own alone: there the host drops both ways, and the other nothing. The table is replaced whole.
 
 use std::fmt::Write;
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
@@ -72,7 +72,7 @@ impl Lab {
 
     /// Gives a node another address on its net, as when a lease changed: the old one is gone at once, connections that
     /// used it are dead. Switched off and on, the node has its first address again.
-    pub fn readdress(&self, node: &str, address: Ipv4Addr) -> Result<()> {
+    pub fn readdress(&self, node: &str, address: IpAddr) -> Result<()> {
         let _lock = lock(self.dir())?;
         let mut state = self.state()?;
         let init = state.running(node)?;
@@ -83,7 +83,7 @@ impl Lab {
             planned.address
         );
         let (net, gateway) = match planned.behind {
-            Some(nat) => (spec.nats[nat].lan, spec.nats[nat].gateway()),
+            Some(nat) => (spec.nats[nat].lan.into(), spec.nats[nat].gateway()),
             None => (spec.underlay, spec.gateway()),
         };
         let taken =
@@ -93,8 +93,8 @@ impl Lab {
         let usable = net.contains(&address) && address != net.network() && address != net.broadcast();
         ensure!(usable, "{address} is not in {net}, where {node} is; give another");
         let script = format!(
-            "addr flush dev eth0 scope global\naddr add {} dev eth0\nroute replace default via {gateway}\n",
-            spec.on_link(address)
+            "addr flush dev eth0 scope global\n{}route replace default via {gateway}\n",
+            spec.add_address(address, "eth0")
         );
         let mut command = self.enter(&Door::of(init));
         command.args(["lab-stage", "--", "ip", "-batch", "-"]);
@@ -173,10 +173,11 @@ impl State {
                 format!("numgen random mod {ALL} < {} ", fault.lost)
             };
             let Some(seen) = self.seen(node, other) else { continue };
+            let ip = if seen.address.is_ipv6() { "ip6" } else { "ip" };
             // Writing to a String does not fail.
-            let _ = writeln!(from, "    ip saddr {} {chance}counter drop", seen.address);
+            let _ = writeln!(from, "    {ip} saddr {} {chance}counter drop", seen.address);
             if seen.both_ways {
-                let _ = writeln!(to, "    ip daddr {} {chance}counter drop", seen.address);
+                let _ = writeln!(to, "    {ip} daddr {} {chance}counter drop", seen.address);
             }
         }
         if from.is_empty() {
@@ -211,7 +212,7 @@ impl State {
 
 /// The address by which one node knows another.
 struct Seen {
-    address: Ipv4Addr,
+    address: IpAddr,
     /// Whether the other does not know this one.
     both_ways: bool,
 }

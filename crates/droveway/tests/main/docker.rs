@@ -9,9 +9,10 @@ use droveway::lab::{Daemon, Lab, LabSpec};
 
 use crate::probe;
 use crate::steady::Steady;
-use crate::support::{LIMIT, in_router, lines, says, spec, succeeds, ttl, until};
+use crate::support::{LIMIT, in_router, lines, says, spec, succeeds, ttl, ttl_of, until};
+use crate::watch::{Watched, canary, carried};
 
-const IMAGE: &str = "app:test";
+pub const IMAGE: &str = "app:test";
 
 /// An image of nothing but Debian's static busybox, as a tar archive.
 static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
@@ -29,19 +30,19 @@ static ARCHIVE: LazyLock<Vec<u8>> = LazyLock::new(|| {
 });
 
 /// A lab of two hosts with engines that have the image; nothing where there can be none.
-fn harbour() -> Option<Lab> {
+pub fn harbour() -> Option<Watched> {
     harbour_with(&[])
 }
 
 /// The same with more arguments for the engines.
-fn harbour_with(docker_args: &[&str]) -> Option<Lab> {
+fn harbour_with(docker_args: &[&str]) -> Option<Watched> {
     let engine = std::process::Command::new("dockerd").arg("--version").stdout(Stdio::null()).status();
     if !nix::unistd::geteuid().is_root() || !engine.is_ok_and(|status| status.success()) {
         println!("passed over: this needs root and dockerd");
         return None;
     }
-    let lab =
-        Lab::up(LabSpec { docker: true, docker_args: lines(&docker_args.join("\n")), ..spec(2) }).unwrap();
+    let docker_args = lines(&docker_args.join("\n"));
+    let lab = Watched::up(LabSpec { docker: true, docker_args, ..spec(2) });
     for host in lab.hosts() {
         let mut import = lab.spawn(&host, &["docker", "import", "-", IMAGE]).unwrap();
         import.stdin.take().unwrap().write_all(&ARCHIVE).unwrap();
@@ -51,27 +52,34 @@ fn harbour_with(docker_args: &[&str]) -> Option<Lab> {
     Some(lab)
 }
 
-fn docker(lab: &Lab, host: &str, words: &[&str]) -> String {
+pub fn docker(lab: &Lab, host: &str, words: &[&str]) -> String {
     let command: Vec<&str> = ["docker"].iter().chain(words).copied().collect();
     lab.check(host, &command).unwrap().trim().to_owned()
 }
 
 /// `docker run -d --network managed --name NAME MORE IMAGE sleep`.
-fn run(lab: &Lab, host: &str, name: &str, more: &[&str]) {
+pub fn run(lab: &Lab, host: &str, name: &str, more: &[&str]) {
     let command =
         [&["run", "-d", "--network", "managed", "--name", name], more, &[IMAGE, "sleep", "1000"]].concat();
     docker(lab, host, &command);
 }
 
-fn address(lab: &Lab, host: &str, name: &str, network: &str) -> Ipv4Addr {
+pub fn address(lab: &Lab, host: &str, name: &str, network: &str) -> Ipv4Addr {
     let form = format!("{{{{(index .NetworkSettings.Networks {network:?}).IPAddress}}}}");
     let text = docker(lab, host, &["inspect", "-f", &form, name]);
     text.parse().unwrap_or_else(|_| panic!("docker inspect of {name} shows {text:?}"))
 }
 
-/// Whether a ping from a container of an engine arrives.
-fn reaches(lab: &Lab, host: &str, name: &str, to: &str) -> bool {
-    succeeds(lab, host, &["docker", "exec", name, "ping", "-c", "1", "-W", "1", to])
+/// Whether a ping from a container of an engine arrives. After it goes the canary, to a port where nobody is: busybox's
+/// ping cannot carry it.
+pub fn reaches(lab: &Lab, host: &str, name: &str, to: &str) -> bool {
+    let script = "ping -c 1 -W 1 \"$1\" && { echo \"$2\" | busybox nc -u -w 1 \"$1\" 9; true; }";
+    let text = says(lab, host, &["docker", "exec", name, "sh", "-c", script, "sh", to, canary()]);
+    let ttl = ttl_of(&text);
+    if ttl == Some(62) {
+        carried(lab);
+    }
+    ttl.is_some()
 }
 
 fn server_knows(lab: &Lab) -> Vec<model::Endpoint> {
@@ -87,7 +95,7 @@ fn devices(lab: &Lab, host: &str) -> Vec<String> {
 
 /// Nothing of any container is left: not with the agent, the server, the router, the host.
 #[track_caller]
-fn nothing_is_left(lab: &Lab, host: &str) {
+pub fn nothing_is_left(lab: &Lab, host: &str) {
     until(LIMIT, "the agent has no endpoint", || lab.endpoints(host).unwrap().is_empty());
     until(LIMIT, "the server has none", || server_knows(lab).is_empty());
     until(LIMIT, "the router has no port", || {
@@ -161,6 +169,7 @@ fn a_published_port_is_reached_from_everywhere() {
         served(from, at);
     }
     let site = address(&lab, "h1", "site", "managed");
+    until(LIMIT, "across hosts", || reaches(&lab, "h2", "far", &site.to_string()));
     for (host, name) in [("h1", "near"), ("h1", "site"), ("h2", "far")] {
         for at in ["10.0.0.5:8080".to_owned(), format!("{site}:80")] {
             let url = format!("http://{at}/");
@@ -181,6 +190,7 @@ fn stop_start_kill_and_rm_leave_nothing_behind() {
     run(&lab, "h2", "other", &[]);
     let other = address(&lab, "h2", "other", "managed").to_string();
     run(&lab, "h1", "it", &["--stop-timeout", "0"]);
+    until(LIMIT, "across hosts", || reaches(&lab, "h1", "it", &other));
     for end in [&["stop", "it"][..], &["kill", "it"], &["restart", "-t", "0", "it"]] {
         until(LIMIT, "it reaches the other", || reaches(&lab, "h1", "it", &other));
         docker(&lab, "h1", end);

@@ -2,17 +2,19 @@
 
 use std::time::{Duration, Instant};
 
-use droveway::lab::{Container, Lab};
+use droveway::lab::Container;
 
 use crate::support::{
-    LIMIT, Look, idle_in, kernel, lab, meet, network_in_clear, router_words, run_soon, says, succeeds, until,
+    LIMIT, Look, idle_in, kernel, lab, meet, network_in_clear, ping, router_words, run_soon, says, spec,
+    ttl_of, until,
 };
+use crate::watch::Watched;
 
 /// A second, and as much again for a machine that has others to serve: how long it took is printed.
 const BACK: Duration = Duration::from_secs(2);
 
 struct Scene {
-    lab: Lab,
+    lab: Watched,
     network: &'static str,
     near: Container,
     far: Container,
@@ -42,7 +44,7 @@ fn on_host(what: &'static str, command: impl Into<String>) -> Case {
 }
 
 impl Scene {
-    fn new(lab: Lab, network: &'static str) -> Self {
+    fn new(lab: Watched, network: &'static str) -> Self {
         let near = run_soon(&lab, "h1", &idle_in(network, "near"));
         let far = run_soon(&lab, "h2", &idle_in(network, "far"));
         meet(&lab, &near, &far);
@@ -59,9 +61,9 @@ impl Scene {
     /// Across hosts and to the outside.
     fn flows(&self) -> bool {
         let far = self.far.ip().to_string();
-        [far.as_str(), "10.0.0.2"]
-            .iter()
-            .all(|to| succeeds(&self.lab, &self.near.path(), &["ping", "-n", "-c", "1", "-W", "0.2", to]))
+        [far.as_str(), "10.0.0.2"].iter().all(|to| {
+            ttl_of(&ping(&self.lab, &self.near.path(), &["-n", "-c", "1", "-W", "0.2", to])).is_some()
+        })
     }
 
     /// The first line of what the kernel shows that is so.
@@ -165,7 +167,7 @@ fn whatever_is_deleted_of_a_router_or_of_the_host_is_back_within_a_second() {
 
 #[test]
 fn what_is_deleted_of_a_vxlan_is_back_within_a_second() {
-    let lab = lab(2);
+    let lab = Watched::in_clear(spec(2));
     network_in_clear(&lab, "clear", "10.50.0.0/16");
     let scene = Scene::new(lab, "clear");
     let fdb = scene.line(|line| line.contains("dst 10.0.0.6"));

@@ -2,7 +2,6 @@
 
 use droveway::client::ask_agent;
 use droveway::lab::{Daemon, Lab, SERVER};
-use model::agent_api::AttachRequest;
 
 use crate::steady::Steady;
 use crate::support::{LIMIT, Look, idle, idle_in, lab, meet, says, succeeds, ttl, until};
@@ -152,32 +151,82 @@ fn what_the_server_refuses_of_one_endpoint_is_in_no_others_way() {
     until(LIMIT, "the server knows it", || {
         says(&lab, SERVER, &["droveway", "endpoint", "ls"]).contains("goes")
     });
-    // More names than the server takes.
-    lab.check("h1", &["ip", "netns", "add", "odd"]).unwrap();
-    let request = AttachRequest {
-        network: "managed".to_owned(),
-        netns: "/run/netns/odd".into(),
-        ifname: "eth0".to_owned(),
-        name: Some("odd".parse().unwrap()),
-        stack: None,
-        service: None,
-        aliases: (0..65).map(|i| format!("odd-{i}").parse().unwrap()).collect(),
-        address: None,
-        labels: [].into(),
-        ports: Vec::new(),
-    };
-    let socket = lab.agent_socket("h1").unwrap();
-    ask_agent(&socket, async |agent| agent.attach(&request).await).unwrap();
+    // More names than the server takes, which an agent refuses too: so they are written to its books by hand.
+    lab.run("h1", &idle("odd")).unwrap();
+    lab.kill_agent("h1").unwrap();
+    let ledger = rusqlite::Connection::open(lab.dir().join("h1/agent/ledger.sqlite")).unwrap();
+    let names: Vec<String> = (0..65).map(|i| format!("odd-{i}")).collect();
+    let changed = ledger.execute(
+        "UPDATE record SET value = json_set(value, '$.endpoint.aliases', json(?1)) WHERE value ->> '$.endpoint.name' = 'odd'",
+        [serde_json::to_string(&names).unwrap()],
+    );
+    assert_eq!(changed, Ok(1));
+    drop(ledger);
+    lab.start_agent("h1").unwrap();
+    lab.wait_connected("h1").unwrap();
     lab.run("h1", &idle("after")).unwrap();
     lab.kill_container("h1", &goes.name).unwrap();
     until(LIMIT, "the server knows the others as they are", || {
         let text = says(&lab, SERVER, &["droveway", "endpoint", "ls"]);
         text.contains("after") && !text.contains("goes")
     });
-    let text = says(&lab, SERVER, &["droveway", "endpoint", "ls"]);
-    assert!(!text.contains("odd"), "it was to be refused: {text}");
+    let text = says(&lab, SERVER, &["droveway", "endpoint", "ls", "-o", "json"]);
+    assert!(!text.contains("odd-0"), "it was to be refused: {text}");
     let log = std::fs::read_to_string(lab.daemon_log("h1", Daemon::Agent)).unwrap();
-    assert!(log.contains("at most 64 aliases"), "{log}");
+    assert!(log.contains("it has 65 aliases; at most 64"), "{log}");
+}
+
+#[test]
+fn what_an_agent_without_descriptors_cannot_mend_it_mends_when_it_has_some_though_nothing_else_happens() {
+    let lab = lab(1);
+    let near = lab.run("h1", &idle("near")).unwrap();
+    let agent = lab.check("h1", &["pgrep", "-o", "-f", "droveway agent "]).unwrap();
+    let limit = |files: &str| {
+        let words = ["prlimit", "--pid", agent.trim(), &format!("--nofile={files}:")];
+        lab.check("h1", &words).unwrap();
+    };
+    // Fewer than it has open, and as many as it waits for.
+    limit("16");
+    lab.check("h1", &["ip", "netns", "del", "droveway-managed"]).unwrap();
+    let log = || std::fs::read_to_string(lab.daemon_log("h1", Daemon::Agent)).unwrap();
+    until(LIMIT, "it says what it lacks", || {
+        log().contains("Too many open files") || log().contains("EMFILE")
+    });
+    assert!(!succeeds(&lab, &near.path(), &["ping", "-n", "-c", "1", "-W", "0.3", "10.42.0.1"]));
+    limit("1024");
+    until(LIMIT, "the router is back", || {
+        succeeds(&lab, &near.path(), &["ping", "-n", "-c", "1", "-W", "0.3", "10.42.0.1"])
+    });
+    until(LIMIT, "and the agent answers", || {
+        lab.agent_status("h1").is_ok_and(|status| status.routers.iter().all(|router| router.converged))
+    });
+    let lines = log().lines().filter(|line| line.contains("open files") || line.contains("EMFILE")).count();
+    assert!(lines < 50, "{lines} lines: it is to pause between its tries, and to say the same once");
+}
+
+#[test]
+fn a_router_whose_last_container_vanished_without_a_word_lingers_like_any_other() {
+    let lab = lab(1);
+    lab.check("h1", &["ip", "netns", "add", "odd"]).unwrap();
+    let request = model::agent_api::AttachRequest {
+        network: "managed".to_owned(),
+        netns: "/run/netns/odd".into(),
+        ifname: "eth0".to_owned(),
+        name: Some("odd".parse().unwrap()),
+        stack: None,
+        service: None,
+        aliases: Vec::new(),
+        address: None,
+        labels: [].into(),
+        ports: Vec::new(),
+        routes: None,
+    };
+    let socket = lab.agent_socket("h1").unwrap();
+    ask_agent(&socket, async |agent| agent.attach(&request).await).unwrap();
+    lab.check("h1", &["ip", "netns", "del", "odd"]).unwrap();
+    // What follows from it in the kernel is done when it shows.
+    until(LIMIT, "it is gone", || lab.endpoints("h1").unwrap().is_empty());
+    assert!(lab.check("h1", &["ls", "/run/netns"]).unwrap().contains("droveway-managed"), "it lingers");
 }
 
 #[test]

@@ -126,7 +126,7 @@ fn traffic(guest: &mut Guest, peer: &Peer, inner: Inner) {
 
 /// We have another address, and charon hears of it.
 fn we_move(lab: &Lab, guest: &mut Guest, peer: &Peer, address: Ipv4Addr) {
-    lab.readdress("h1", address).unwrap();
+    lab.readdress("h1", address.into()).unwrap();
     peer.with(|state| state.moved(address));
     let there = format!("swanctl --list-sas | grep -q 'remote.*@ {address}'");
     until(LIMIT, "charon has heard of our move", || guest.run(&there).0);

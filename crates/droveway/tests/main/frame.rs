@@ -1,7 +1,7 @@
 //! Frames as an attacker makes them, byte by byte: Ethernet, ARP (RFC 826), IPv4 (RFC 791), UDP (RFC 768), ICMP (RFC 792),
-//! VXLAN (RFC 7348), IEEE 802.1Q.
+//! VXLAN (RFC 7348), IEEE 802.1Q; and what a router of IPv6 says (RFC 4443).
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 pub type Mac = [u8; 6];
 
@@ -49,6 +49,21 @@ pub fn ipv4(from: Ipv4Addr, to: Ipv4Addr, protocol: u8, payload: &[u8]) -> Vec<u
     head[10..12].copy_from_slice(&sum);
     head.extend(payload);
     head
+}
+
+/// "Packet too big" (RFC 4443 §3.2): of the UDP datagrams between two, on one port at both, no more than `mtu` bytes pass.
+pub fn icmpv6_too_big(by: Ipv6Addr, (from, to): (Ipv6Addr, Ipv6Addr), port: u16, mtu: u32) -> Vec<u8> {
+    let header = |length: u16, next: u8, from: Ipv6Addr, to: Ipv6Addr| {
+        let length = length.to_be_bytes();
+        [&[0x60, 0, 0, 0, length[0], length[1], next, 64], &from.octets()[..], &to.octets()].concat()
+    };
+    let quoted = [header(1400, 17, from, to), udp(port, port, &[0; 64])].concat();
+    let mut body = [&[2, 0, 0, 0], &mtu.to_be_bytes()[..], &quoted].concat();
+    let pseudo =
+        [&by.octets()[..], &from.octets(), &(body.len() as u32).to_be_bytes(), &[0, 0, 0, 58]].concat();
+    let sum = checksum(&[pseudo, body.clone()].concat()).to_be_bytes();
+    body[2..4].copy_from_slice(&sum);
+    [header(body.len() as u16, 58, by, from), body].concat()
 }
 
 /// An IPv4 packet in a frame.

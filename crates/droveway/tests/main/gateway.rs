@@ -3,7 +3,7 @@
 use droveway::lab::Lab;
 use model::agent_api::RouterStatus;
 
-use crate::support::{LIMIT, idle_in, lab, says, until};
+use crate::support::{LIMIT, idle_in, lab, says, ttl, until};
 
 const SECRET: &str = "a secret of the two sides alone";
 
@@ -32,7 +32,9 @@ fn a_gateway_has_a_router_with_an_address_and_others_a_route_to_what_is_behind_i
     });
 
     // Another host of the network sends there what is behind the peer.
-    lab.run("h2", &idle_in("safe", "web")).unwrap();
+    let web = lab.run("h2", &idle_in("safe", "web")).unwrap();
+    let gateway = router(&lab, "h1").unwrap().address.unwrap().to_string();
+    until(LIMIT, "the gateway is reached from there", || ttl(&lab, &web.path(), &gateway) == Some(63));
     let routes = ["ip", "netns", "exec", "droveway-safe", "ip", "route", "get", "192.168.77.1"];
     until(LIMIT, "the other host has the route", || says(&lab, "h2", &routes).contains("tun0"));
     let shown = server("droveway peer inspect office -o json") + &server("droveway network inspect safe");

@@ -7,8 +7,9 @@ use droveway::lab::{Container, Lab, RunSpec};
 use crate::frame::{Arp, BROADCAST, Mac, echo, ipv4, mac, packet, tcp_syn, udp, vxlan};
 use crate::probe;
 use crate::support::{
-    Capture, LIMIT, Look, idle_in, in_router, lab, meet, router, run_soon, silent, succeeds, ttl, until,
+    Capture, LIMIT, Look, idle_in, in_router, lab, meet, router, run_soon, silent, spec, succeeds, ttl, until,
 };
+use crate::watch::{Watched, canary};
 
 const SPACE: &str = "10.50.0.0/16";
 /// An address that both networks use: of the slice that is kept for claims.
@@ -77,7 +78,7 @@ fn encrypted_networks_of_equal_cidr_on_the_same_hosts_cannot_reach_each_other_by
 
 #[test]
 fn vxlans_of_equal_cidr_on_the_same_hosts_cannot_reach_each_other_by_any_packet() {
-    equal_cidrs(&lab(2), "vxlan");
+    equal_cidrs(&Watched::in_clear(spec(2)), "vxlan");
 }
 
 fn equal_cidrs(lab: &Lab, driver: &str) {
@@ -112,8 +113,8 @@ fn equal_cidrs(lab: &Lab, driver: &str) {
     for (victim, _) in victims {
         let (there, address) = (mac(&victim.mac()), victim.ip());
         for to in [there, BROADCAST, gateway, gateway_mac(lab, "h1", "blue"), overlay] {
-            frames.push(packet(to, me.0, &ipv4(me.1, address, 1, &echo(b"attack"))));
-            frames.push(packet(to, me.0, &ipv4(me.1, address, 17, &udp(MARK, MARK, b"attack"))));
+            frames.push(packet(to, me.0, &ipv4(me.1, address, 1, &echo(canary().as_bytes()))));
+            frames.push(packet(to, me.0, &ipv4(me.1, address, 17, &udp(MARK, MARK, canary().as_bytes()))));
             let syn = tcp_syn((me.1, MARK), (address, 80));
             frames.push(packet(to, me.0, &ipv4(me.1, address, 6, &syn)));
             frames.push(Arp { operation: 1, sender: me, target: ([0; 6], address) }.frame(to, me.0));
@@ -146,7 +147,7 @@ fn equal_cidrs(lab: &Lab, driver: &str) {
 
 #[test]
 fn nobody_but_a_peer_can_put_a_frame_into_the_overlay() {
-    let lab = lab(2);
+    let lab = Watched::in_clear(spec(2));
     let (red, blue) = (side(&lab, "red", "vxlan"), side(&lab, "blue", "vxlan"));
     let victim = &blue.far;
     let capture = Capture::start(&lab, &victim.path(), &["env"], "eth0", "udp");
@@ -156,6 +157,17 @@ fn nobody_but_a_peer_can_put_a_frame_into_the_overlay() {
         vxlan(vni(&lab, "blue"), &packet(to, from, &datagram))
     };
     let port = 4789;
+    // Somebody else's NAT leads there as well.
+    let detour = SocketAddr::from(([10, 0, 0, 2], 7003));
+    for (host, to) in [("h1", "10.0.0.5"), ("h2", "10.0.0.6")] {
+        let chain = "type nat hook prerouting priority dstnat - 10; policy accept;";
+        let rule = format!("ip daddr 10.0.0.2 udp dport 7003 dnat to {to}:{port}");
+        let rules = format!("table ip theirs {{ chain pre {{ {chain} {rule}; }}; }}");
+        lab.check(host, &["nft", &rules]).unwrap();
+    }
+    for from in [&red.near, &red.far, &blue.near] {
+        probe::send_udp(&lab, &from.path(), detour, &inner(MARK, b"attack"));
+    }
     let hosts = [Ipv4Addr::new(10, 0, 0, 5), Ipv4Addr::new(10, 0, 0, 6)];
     for to in hosts.map(|host| SocketAddr::from((host, port))) {
         for from in [&red.near, &red.far, &blue.near] {

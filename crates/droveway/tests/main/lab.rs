@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use droveway::lab::{Container, Daemon, Lab};
 
-use crate::support::{idle, lab, succeeds};
+use crate::support::{idle, lab, ttl};
 
 fn sleeper(lab: &Lab, host: &str, name: &str) -> Container {
     lab.run(host, &idle(name)).unwrap()
@@ -15,7 +15,7 @@ fn reaches(lab: &Lab, from: &Container, to: &Container) -> bool {
     let (from, to) = (from.path(), to.address().unwrap().to_string());
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
-        if succeeds(lab, &from, &["ping", "-c", "1", "-W", "1", &to]) {
+        if ttl(lab, &from, &to).is_some() {
             return true;
         }
         if Instant::now() > deadline {

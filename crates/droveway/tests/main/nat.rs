@@ -90,7 +90,7 @@ fn a_host_that_moved_is_at_its_new_address_only_and_cuts_follow_it() {
     let lab = bare("h3", 3);
     lab.cut("h1", "h2").unwrap();
     let there = Ipv4Addr::new(10, 0, 0, 77);
-    lab.readdress("h2", there).unwrap();
+    lab.readdress("h2", there.into()).unwrap();
     assert!(!pings(&lab, "h1", "10.0.0.77") && !pings(&lab, "h2", "10.0.0.5"));
     assert!(!pings(&lab, "server", "10.0.0.6"));
     assert!(
@@ -98,12 +98,12 @@ fn a_host_that_moved_is_at_its_new_address_only_and_cuts_follow_it() {
     );
     lab.heal().unwrap();
     assert!(pings(&lab, "h1", "10.0.0.77"));
-    lab.readdress("h3", Ipv4Addr::new(192, 168, 101, 99)).unwrap();
+    lab.readdress("h3", Ipv4Addr::new(192, 168, 101, 99).into()).unwrap();
     assert!(pings(&lab, "h3", "10.0.0.77"));
     for (address, why) in
         [([10, 0, 0, 5], "is h1's"), ([10, 9, 0, 5], "is not in"), ([10, 0, 0, 1], "the gateway's")]
     {
-        let error = lab.readdress("h2", address.into()).unwrap_err().to_string();
+        let error = lab.readdress("h2", Ipv4Addr::from(address).into()).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
     }
     lab.kill("h2").unwrap();

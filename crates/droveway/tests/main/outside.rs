@@ -6,7 +6,10 @@ use droveway::lab::Lab;
 
 use crate::frame::{BROADCAST, echo, ipv4, mac, packet, udp};
 use crate::probe;
-use crate::support::{Capture, Look, idle, in_router, lab, meet, router_words, says, silent, succeeds, ttl};
+use crate::support::{
+    Capture, LIMIT, Look, idle, in_router, lab, meet, router_words, says, silent, succeeds, ttl, until,
+};
+use crate::watch::canary;
 
 const POOL: &str = "10.42.";
 
@@ -44,14 +47,14 @@ fn what_goes_out_is_masqueraded_and_no_address_of_the_pool_is_seen_beyond_the_ro
     let mut frames = Vec::new();
     for to in nowhere.map(|to| to.parse::<Ipv4Addr>().unwrap()) {
         for over in [gateway, BROADCAST] {
-            frames.push(packet(over, me.0, &ipv4(me.1, to, 17, &udp(6666, 6666, b"nowhere"))));
-            frames.push(packet(over, me.0, &ipv4(me.1, to, 1, &echo(b"nowhere"))));
+            frames.push(packet(over, me.0, &ipv4(me.1, to, 17, &udp(6666, 6666, canary().as_bytes()))));
+            frames.push(packet(over, me.0, &ipv4(me.1, to, 1, &echo(canary().as_bytes()))));
         }
     }
     // To the outside from addresses that are not the container's.
     for from in [Ipv4Addr::new(10, 42, 77, 77), far.ip(), Ipv4Addr::new(192, 0, 2, 1)] {
         let server = Ipv4Addr::new(10, 0, 0, 2);
-        frames.push(packet(gateway, me.0, &ipv4(from, server, 17, &udp(6666, 6666, b"forged"))));
+        frames.push(packet(gateway, me.0, &ipv4(from, server, 17, &udp(6666, 6666, canary().as_bytes()))));
     }
     // Replies and resets that belong to no connection.
     let server = Ipv4Addr::new(10, 0, 0, 2);
@@ -105,4 +108,60 @@ fn nobody_outside_reaches_a_container_by_its_address() {
     capture.sees(&format!("{} > {to}: ICMP echo request", far.ip()));
     let lines = capture.lines();
     assert!(lines.iter().all(|line| line.contains(&far.ip().to_string())), "{lines:#?}");
+}
+
+#[test]
+fn somebody_elses_nat_leads_no_container_to_the_hosts_loopback() {
+    let lab = lab(1);
+    let inside = lab.run("h1", &idle("inside")).unwrap();
+    let rules = "table ip theirs {
+        chain pre {
+            type nat hook prerouting priority dstnat - 10; policy accept;
+            ip daddr 10.0.0.2 udp dport 7001 dnat to 10.0.0.5:9001
+            ip daddr 10.0.0.2 udp dport 7002 dnat to 127.0.0.1:9001
+        }
+    }";
+    lab.check("h1", &["nft", rules]).unwrap();
+    let seen = Capture::start(&lab, "h1", &["env"], &uplink(&lab, "h1"), "udp");
+    let mirrors =
+        ["10.0.0.5:9001", "127.0.0.1:9001"].map(|at| probe::mirror_at(&lab, "h1", at.parse().unwrap()));
+    let asks =
+        |port: u16| probe::seen_as(&lab, &inside.path(), 5000 + port % 10, ([10, 0, 0, 2], port).into());
+    assert!(asks(7001).is_some(), "what is not ours is left alone where it harms nobody");
+    assert_eq!(asks(7002), None, "loopback is for the host's own programs");
+    seen.sees("> 10.0.0.2.7002");
+    for mut mirror in mirrors {
+        mirror.kill().unwrap();
+        mirror.wait().unwrap();
+    }
+}
+
+#[test]
+fn a_connection_that_began_while_the_rules_were_missing_does_not_go_on_in_the_containers_name() {
+    let lab = lab(1);
+    let inside = lab.run("h1", &idle("inside")).unwrap();
+    let gateway = mac(&in_router(&lab, "h1", "managed", &["cat", "/sys/class/net/br0/address"]));
+    let server = Ipv4Addr::new(10, 0, 0, 2);
+    let frame = |from: u16| {
+        vec![packet(gateway, mac(&inside.mac()), &ipv4(inside.ip(), server, 17, &udp(from, 6666, b"flow")))]
+    };
+    let capture = |what: &str| Capture::in_router(&lab, "h1", "managed", "up0", what);
+    // Nobody mends it meanwhile.
+    lab.kill_agent("h1").unwrap();
+    in_router(&lab, "h1", "managed", &["nft", "delete", "table", "inet", "droveway"]);
+    let bare = capture("udp port 6666");
+    probe::send(&lab, &inside.path(), &frame(5001));
+    bare.sees(&format!("{}.5001 > 10.0.0.2.6666", inside.ip()));
+    let tracked = in_router(&lab, "h1", "managed", &["cat", "/proc/net/nf_conntrack"]);
+    lab.start_agent("h1").unwrap();
+    lab.wait_connected("h1").unwrap();
+    until(LIMIT, "the rules are back", || {
+        in_router(&lab, "h1", "managed", &["nft", "list", "tables"]).contains("inet droveway")
+    });
+    let mended = capture("udp port 6666");
+    for from in [5001, 5002] {
+        probe::send(&lab, &inside.path(), &frame(from));
+    }
+    mended.sees(".5002 > 10.0.0.2.6666");
+    none_of_the_pool(&format!("what was tracked: {tracked}"), &mended);
 }

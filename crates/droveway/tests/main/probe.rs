@@ -14,7 +14,7 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, sendto, socket,
 };
 
-use crate::api;
+use crate::{api, load};
 
 const ROLE: &str = "DROVEWAY_TEST_PROBE";
 
@@ -28,7 +28,10 @@ fn a_probe() {
         ["capture", interface] => capture(interface),
         ["udp", to, payload] => {
             let to: SocketAddr = to.parse().unwrap();
-            UdpSocket::bind("0.0.0.0:0").unwrap().send_to(&unhex(payload), to).unwrap();
+            UdpSocket::bind(if to.is_ipv6() { "[::]:0" } else { "0.0.0.0:0" })
+                .unwrap()
+                .send_to(&unhex(payload), to)
+                .unwrap();
         }
         ["get", path] => println!("{}", get("169.254.169.250:80", path).unwrap()),
         ["page", at] => println!("PAGE {}", get(at, "/").unwrap_or_default()),
@@ -36,12 +39,15 @@ fn a_probe() {
         ["resolver", at] => resolver(&UdpSocket::bind(at).unwrap()),
         ["mirror", at] => mirror(&UdpSocket::bind(at).unwrap()),
         ["look", from, to] => look(from, to),
+        ["sink", at] => load::sink(at),
+        ["source", to, tcp, udp, millis, canary] => load::source(to, tcp, udp, millis, canary),
         _ => panic!("no such role: {role}"),
     }
     println!("PROBE DONE");
 }
 
-fn words(role: &str) -> Vec<String> {
+/// The words that run a role.
+pub fn words(role: &str) -> Vec<String> {
     let binary = std::env::current_exe().unwrap().display().to_string();
     let role = format!("{ROLE}={role}");
     ["env", &role, &binary, "--exact", "probe::a_probe", "--nocapture"].map(str::to_owned).to_vec()

@@ -6,19 +6,21 @@ use std::path::Path;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use std::time::Duration;
 
-use droveway::lab::{Container, Lab, LabSpec};
+use droveway::lab::{Container, LabSpec};
 
 use crate::probe;
 use crate::support::{LIMIT, Look, idle, kernel, meet, says, spec, until};
+use crate::watch::Watched;
 
 /// One lab for all refusals: none may change it. It ends with this process.
 struct Town {
-    lab: Lab,
+    lab: Watched,
     near: Container,
 }
 
 static TOWN: LazyLock<Town> = LazyLock::new(|| {
-    let lab = Lab::up(LabSpec { agent_args: vec!["--label".into(), "town=1".into()], ..spec(2) }).unwrap();
+    let agent_args = vec!["--label".into(), "town=1".into()];
+    let lab = Watched::up(LabSpec { agent_args, ..spec(2) });
     crate::support::network_in_clear(&lab, "clear", "10.61.0.0/16");
     let (near, far) = (lab.run("h1", &idle("near")).unwrap(), lab.run("h2", &idle("far")).unwrap());
     meet(&lab, &near, &far);
@@ -61,6 +63,7 @@ impl Town {
         let before = self.everything();
         by();
         assert_eq!(self.everything(), before);
+        self.lab.unseen();
     }
 
     /// `droveway lab … words`, as a person types it.
@@ -330,6 +333,17 @@ fn the_agents_socket_refuses_garbage_and_goes_on() {
                 text.contains(netns) && text.contains(whose) && text.contains("attach a container's"),
                 "{text}"
             );
+        }
+        // What the server would not keep, too many of anything: refused here, before anything is made.
+        let names: Vec<String> = (0..65).map(|i| format!("\"name-{i}\"")).collect();
+        let labels: Vec<String> = (0..257).map(|i| format!("\"label-{i}\":\"\"")).collect();
+        for (what, many) in [
+            ("65 aliases; at most 64", format!("\"aliases\":[{}]", names.join(","))),
+            ("257 labels; at most 256", format!("\"labels\":{{{}}}", labels.join(","))),
+        ] {
+            let (status, text) =
+                attach(&format!(r#"{{"network":"managed","netns":"/run/netns/spare",{many}}}"#));
+            assert!(status == 400 && text.contains(what), "{status} {text}");
         }
         let large = format!(r#"{{"network":"{}"}}"#, "x".repeat(300 << 10));
         is_refusal(&attach(&large), 413..=413);

@@ -2,17 +2,18 @@
 
 use std::net::Ipv4Addr;
 
-use droveway::lab::{Container, Lab};
+use droveway::lab::Container;
 
 use crate::frame::{Arp, BROADCAST, Mac, echo, echo_reply, ethernet, ipv4, mac, packet, tagged, udp};
 use crate::probe;
 use crate::steady::Steady;
 use crate::support::{
-    Capture, LIMIT, Look, idle, in_router, lab, meet, router, silent, succeeds, ttl, until,
+    Capture, LIMIT, Look, idle, in_router, lab, meet, ping, router, silent, ttl, ttl_of, until,
 };
+use crate::watch::{Watched, canary};
 
 struct Street {
-    lab: Lab,
+    lab: Watched,
     attacker: Container,
     victim: Container,
     bystander: Container,
@@ -38,7 +39,8 @@ impl Street {
         let who = |container: &Container| (mac(&container.mac()), container.ip());
         let (me, victim, other, far) =
             (who(&self.attacker), who(&self.victim), who(&self.bystander), who(&self.far));
-        let datagram = |from: Ipv4Addr, to: Ipv4Addr| ipv4(from, to, 17, &udp(6666, 6666, b"forged"));
+        let datagram =
+            |from: Ipv4Addr, to: Ipv4Addr| ipv4(from, to, 17, &udp(6666, 6666, canary().as_bytes()));
         let mut frames = Vec::new();
         for from in [victim.0, self.gateway, far.0, BROADCAST, [2, 0, 0, 0, 0, 1]] {
             for (to, address) in [other, (self.gateway, far.1), (BROADCAST, other.1)] {
@@ -51,7 +53,7 @@ impl Street {
         for from in others.clone().chain([Ipv4Addr::new(8, 8, 8, 8)]) {
             for (to, address) in [other, (self.gateway, far.1), (BROADCAST, Ipv4Addr::BROADCAST)] {
                 frames.push(packet(to, me.0, &datagram(from, address)));
-                frames.push(packet(to, me.0, &ipv4(from, address, 1, &echo(b"forged"))));
+                frames.push(packet(to, me.0, &ipv4(from, address, 1, &echo(canary().as_bytes()))));
             }
         }
         for operation in [1, 2] {
@@ -169,8 +171,8 @@ fn a_container_that_takes_its_neighbours_mac_or_address_only_cuts_itself_off() {
     let address = victim.ip().to_string();
     lab.check(&at, &["ip", "addr", "add", &format!("{address}/32"), "dev", "eth0"]).unwrap();
     for other in &others {
-        let ping = ["ping", "-n", "-c", "1", "-W", "0.4", "-I", &address, other];
-        assert!(!succeeds(lab, &at, &ping), "{other} from the neighbour's address");
+        let text = ping(lab, &at, &["-n", "-c", "1", "-W", "0.4", "-I", &address, other]);
+        assert!(ttl_of(&text).is_none(), "{other} from the neighbour's address");
     }
     assert!(street.router_believes(victim.ip()).contains(&victim.mac()));
     lab.check(&at, &["ip", "addr", "del", &format!("{address}/32"), "dev", "eth0"]).unwrap();

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use droveway::lab::{Container, Lab};
 
 use crate::support::{LIMIT, Look, until};
+use crate::watch::pattern;
 
 /// It goes on for so long at least: what it is to survive may be over in no time.
 const LEAST: Duration = Duration::from_millis(500);
@@ -16,9 +17,9 @@ pub struct Steady {
 }
 
 impl Steady {
-    /// Begins, twenty times a second.
+    /// Begins, twenty times a second, with the canary.
     pub fn start(lab: &Lab, from: &Container, to: &Container) -> Self {
-        Self::start_with(lab, &from.path(), &[], &to.ip().to_string())
+        Self::start_saying(lab, &from.path(), &["-p", &pattern(), &to.ip().to_string()])
     }
 
     /// The same from anywhere, by some words before.

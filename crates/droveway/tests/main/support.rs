@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use droveway::lab::{Container, Lab, LabSpec, RunSpec};
 
+use crate::watch::{Watched, carried, pattern};
+
 /// How long anything may take that is no subject of a test.
 pub const LIMIT: Duration = Duration::from_secs(15);
 
@@ -17,13 +19,13 @@ pub const LIMIT: Duration = Duration::from_secs(15);
 pub fn spec(hosts: u32) -> LabSpec {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let name = format!("m{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-    let program = env!("CARGO_BIN_EXE_droveway").into();
+    let program = std::env::var(PROGRAM).unwrap_or_else(|_| env!("CARGO_BIN_EXE_droveway").to_owned()).into();
     LabSpec { hosts, program, ..LabSpec::new(&name).unwrap() }
 }
 
-/// A lab with server and agents, all connected.
-pub fn lab(hosts: u32) -> Lab {
-    Lab::up(spec(hosts)).unwrap()
+/// A lab with server and agents, all connected, in which the canary must not be seen.
+pub fn lab(hosts: u32) -> Watched {
+    Watched::up(spec(hosts))
 }
 
 /// Says that the test that calls cannot be made here, and why: to the terminal, past the harness that keeps what passing
@@ -36,6 +38,20 @@ pub fn skipped(why: &str) {
         let mut file = std::fs::OpenOptions::new().create(true).append(true).open(list).unwrap();
         file.write_all(line.as_bytes()).unwrap();
     }
+}
+
+/// The program that labs run, if it is not the one that was made with the tests: `make soak` has one that is made to be fast.
+const PROGRAM: &str = "SOAK_PROGRAM";
+
+/// Whether `make soak` runs the test, with a fast program and nothing beside it.
+pub fn soak() -> bool {
+    std::env::var_os(PROGRAM).is_some()
+}
+
+/// A number from the environment, by which `make soak` asks for the long form of a test.
+pub fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{variable}={text} is not a number")))
 }
 
 /// Waits until it is so, and says how long that took.
@@ -128,13 +144,25 @@ pub fn router(lab: &Lab, host: &str, network: &str) -> model::agent_api::RouterS
 
 /// The time to live with which an address answers one ping, if it does.
 pub fn ttl(lab: &Lab, from: &str, to: &str) -> Option<u8> {
-    let text = says(lab, from, &["ping", "-n", "-c", "1", "-W", "1", to]);
-    ttl_of(&text)
+    ttl_of(&ping(lab, from, &["-n", "-c", "1", "-W", "1", to]))
+}
+
+/// What ping says, its last word being the address. From a container to another it carries the canary.
+pub fn ping(lab: &Lab, from: &str, words: &[&str]) -> String {
+    let inner = from.contains('/') && words.last().is_some_and(|to| !to.starts_with("10.0.0."));
+    let pattern = pattern();
+    let canary: &[&str] = if inner { &["-p", &pattern] } else { &[] };
+    let text = says(lab, from, &[&["ping"], canary, words].concat());
+    // On one host there is no router between.
+    if inner && ttl_of(&text).is_some_and(|left| left < 64) {
+        carried(lab);
+    }
+    text
 }
 
 /// Whether an address does not answer pings.
 pub fn silent(lab: &Lab, from: &str, to: &str) -> bool {
-    !succeeds(lab, from, &["ping", "-n", "-c", "2", "-i", "0.1", "-W", "0.4", to])
+    ttl_of(&ping(lab, from, &["-n", "-c", "2", "-i", "0.1", "-W", "0.4", to])).is_none()
 }
 
 pub fn ttl_of(text: &str) -> Option<u8> {

@@ -1,5 +1,6 @@
 //! WALK.md: what a packet's day looks like.
 
+use std::ops::Deref;
 use std::process::Child;
 use std::sync::LazyLock;
 
@@ -7,12 +8,14 @@ use droveway::lab::{Container, Lab, LabSpec, RunSpec};
 
 use crate::probe;
 use crate::support::{
-    LIMIT, Look, idle, in_router, lab, meet, router, router_words, says, spec, succeeds, ttl, ttl_of, until,
+    LIMIT, Look, idle, in_router, lab, meet, ping, router, router_words, says, spec, succeeds, ttl, ttl_of,
+    until,
 };
+use crate::watch::Watched;
 
 /// One lab for all that only looks: mongo and hubot on h2, rocketchat on h1, as in the reference. It ends with this process.
 struct Walk {
-    lab: Lab,
+    lab: Watched,
     mongo: Container,
     hubot: Container,
     rocketchat: Container,
@@ -21,7 +24,7 @@ struct Walk {
 
 static WALK: LazyLock<Walk> = LazyLock::new(|| {
     let resolv_conf = Some("nameserver 10.0.0.2\nsearch lab.example\n".to_owned());
-    let lab = Lab::up(LabSpec { resolv_conf, ..spec(2) }).unwrap();
+    let lab = Watched::up(LabSpec { resolv_conf, ..spec(2) });
     let resolver = probe::resolver_at(&lab, "server", "10.0.0.2:53".parse().unwrap());
     let member = |host: &str, name: &str| {
         let of = |text: &str| Some(text.parse().unwrap());
@@ -41,6 +44,30 @@ static WALK: LazyLock<Walk> = LazyLock::new(|| {
     });
     walk
 });
+
+/// The walk, for one test: at its end the canary has not been seen on the underlay.
+struct Walker;
+
+fn walk() -> Walker {
+    LazyLock::force(&WALK);
+    Walker
+}
+
+impl Deref for Walker {
+    type Target = Walk;
+
+    fn deref(&self) -> &Walk {
+        &WALK
+    }
+}
+
+impl Drop for Walker {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.lab.unseen();
+        }
+    }
+}
 
 impl Walk {
     /// The short answer of `dig`.
@@ -69,14 +96,14 @@ impl Walk {
 
 #[test]
 fn a_neighbour_on_the_same_host_is_one_hop_away() {
-    let walk = &*WALK;
+    let walk = walk();
     assert_eq!(walk.hops("h2/mongo", &walk.hubot), [walk.hubot.ip().to_string()]);
     assert_eq!(ttl(&walk.lab, "h2/mongo", &walk.hubot.ip().to_string()), Some(64));
 }
 
 #[test]
 fn a_container_of_another_host_is_three_hops_away_and_each_answers() {
-    let walk = &*WALK;
+    let walk = walk();
     let far = walk.rocketchat.ip().to_string();
     assert_eq!(walk.hops("h2/mongo", &walk.rocketchat), [walk.router_of("h2"), walk.router_of("h1"), far]);
     let back = walk.mongo.ip().to_string();
@@ -86,7 +113,7 @@ fn a_container_of_another_host_is_three_hops_away_and_each_answers() {
 
 #[test]
 fn routers_are_neighbours_on_the_overlay() {
-    let walk = &*WALK;
+    let walk = walk();
     let far = walk.router_of("h2");
     let text =
         walk.lab.check("h1", &router_words("managed", &["ping", "-n", "-c", "1", "-W", "2", &far])).unwrap();
@@ -95,7 +122,7 @@ fn routers_are_neighbours_on_the_overlay() {
 
 #[test]
 fn a_container_has_one_interface_with_one_address_of_the_network() {
-    let walk = &*WALK;
+    let walk = walk();
     let text = walk.lab.check("h2/mongo", &["ip", "-o", "-4", "addr"]).unwrap();
     let found: Vec<&str> = text.lines().map(|line| line.split_whitespace().nth(3).unwrap()).collect();
     assert_eq!(found, ["127.0.0.1/8", &format!("{}/16", walk.mongo.ip())]);
@@ -108,7 +135,7 @@ fn a_container_has_one_interface_with_one_address_of_the_network() {
 
 #[test]
 fn the_arp_table_has_remote_and_service_addresses_at_the_own_routers_mac_and_a_neighbour_at_its_own() {
-    let walk = &*WALK;
+    let walk = walk();
     let service = "169.254.169.250".to_owned();
     let (near, far) = (walk.hubot.ip().to_string(), walk.rocketchat.ip().to_string());
     for to in [&near, &far, &service] {
@@ -126,7 +153,7 @@ fn the_arp_table_has_remote_and_service_addresses_at_the_own_routers_mac_and_a_n
 
 #[test]
 fn nobody_answers_arp_for_an_address_outside_leased_blocks() {
-    let walk = &*WALK;
+    let walk = walk();
     let blocks: Vec<_> =
         ["h1", "h2"].iter().flat_map(|host| router(&walk.lab, host, "managed").blocks).collect();
     let outside = (1..250u8).map(|n| std::net::Ipv4Addr::new(10, 42, n, 77));
@@ -143,7 +170,7 @@ fn nobody_answers_arp_for_an_address_outside_leased_blocks() {
 
 #[test]
 fn an_unused_address_of_a_leased_block_is_unreachable_says_the_far_router() {
-    let walk = &*WALK;
+    let walk = walk();
     let block = router(&walk.lab, "h1", "managed").blocks[0];
     let unused = block.hosts().last().unwrap().to_string();
     let text = says(&walk.lab, "h2/mongo", &["ping", "-n", "-c", "1", "-W", "8", &unused]);
@@ -153,7 +180,7 @@ fn an_unused_address_of_a_leased_block_is_unreachable_says_the_far_router() {
 
 #[test]
 fn resolv_conf_has_the_hosts_search_domain_then_the_stacks_and_the_routers_resolver() {
-    let text = WALK.lab.check("h1/rocketchat", &["cat", "/etc/resolv.conf"]).unwrap();
+    let text = walk().lab.check("h1/rocketchat", &["cat", "/etc/resolv.conf"]).unwrap();
     let domains = [
         "lab.example",
         "rocket-chat.droveway.internal",
@@ -165,7 +192,7 @@ fn resolv_conf_has_the_hosts_search_domain_then_the_stacks_and_the_routers_resol
 
 #[test]
 fn a_container_is_found_by_short_name_by_service_and_stack_and_in_full_over_udp_and_tcp() {
-    let walk = &*WALK;
+    let walk = walk();
     let expected = walk.rocketchat.ip().to_string();
     for name in [
         "rocketchat.droveway.internal",
@@ -187,7 +214,7 @@ fn a_container_is_found_by_short_name_by_service_and_stack_and_in_full_over_udp_
 
 #[test]
 fn an_address_has_its_name_and_a_name_that_is_none_does_not_exist() {
-    let walk = &*WALK;
+    let walk = walk();
     let name = walk.dig("h2/mongo", &["-x", &walk.rocketchat.ip().to_string()]);
     assert!(name.contains("rocketchat") && name.ends_with(".droveway.internal."), "{name}");
     let text = says(&walk.lab, "h2/mongo", &["dig", "+time=2", "no-such-name.droveway.internal"]);
@@ -198,13 +225,13 @@ fn an_address_has_its_name_and_a_name_that_is_none_does_not_exist() {
 
 #[test]
 fn a_foreign_name_is_asked_of_the_hosts_resolver() {
-    assert_eq!(WALK.dig("h2/mongo", &["www.example.com"]), "192.0.2.7");
-    assert_eq!(WALK.dig("h2/mongo", &["+search", "intranet"]), "192.0.2.7", "by the host's search domain");
+    assert_eq!(walk().dig("h2/mongo", &["www.example.com"]), "192.0.2.7");
+    assert_eq!(walk().dig("h2/mongo", &["+search", "intranet"]), "192.0.2.7", "by the host's search domain");
 }
 
 #[test]
 fn a_query_to_any_resolver_is_answered_by_the_router_in_that_ones_name() {
-    let walk = &*WALK;
+    let walk = walk();
     let expected = walk.rocketchat.ip().to_string();
     // Outside, a container on another host, and the router itself.
     for asked in ["8.8.8.8", &expected, "10.42.0.1"] {
@@ -221,7 +248,7 @@ fn a_query_to_any_resolver_is_answered_by_the_router_in_that_ones_name() {
 
 #[test]
 fn metadata_tells_a_container_of_itself_and_its_neighbours() {
-    let walk = &*WALK;
+    let walk = walk();
     let get = |at: &str, path: &str| probe::metadata(&walk.lab, at, &format!("/latest/{path}"));
     assert_eq!(get("h2/mongo", "self/container/name"), "mongo");
     assert_eq!(get("h2/mongo", "self/container/primary_ip"), walk.mongo.ip().to_string());
@@ -244,22 +271,23 @@ fn mtu_is(lab: &Lab, from: &Container, to: &Container, mtu: u32) {
             "{device}"
         );
     }
-    let ping = |size: u32| {
+    let passes = |size: u32| {
         let (size, to) = ((size - 28).to_string(), to.ip().to_string());
-        succeeds(lab, &at, &["ping", "-M", "do", "-c", "1", "-W", "1", "-s", &size, &to])
+        ttl_of(&ping(lab, &at, &["-M", "do", "-c", "1", "-W", "1", "-s", &size, &to])).is_some()
     };
-    assert!(ping(mtu), "a packet of {mtu} bytes passes");
-    assert!(!ping(mtu + 1), "a packet of {} bytes does not", mtu + 1);
+    assert!(passes(mtu), "a packet of {mtu} bytes passes");
+    assert!(!passes(mtu + 1), "a packet of {} bytes does not", mtu + 1);
 }
 
 #[test]
 fn the_mtu_is_what_the_underlay_leaves() {
-    mtu_is(&WALK.lab, &WALK.mongo, &WALK.rocketchat, 1438);
+    let walk = walk();
+    mtu_is(&walk.lab, &walk.mongo, &walk.rocketchat, 1438);
 }
 
 #[test]
 fn the_mtu_follows_a_larger_underlay() {
-    let lab = Lab::up(LabSpec { mtu: 9000, ..spec(2) }).unwrap();
+    let lab = Watched::up(LabSpec { mtu: 9000, ..spec(2) });
     let (one, other) = (lab.run("h1", &idle("one")).unwrap(), lab.run("h2", &idle("other")).unwrap());
     meet(&lab, &one, &other);
     mtu_is(&lab, &one, &other, 8938);

@@ -1,41 +1,113 @@
 //! What is on the underlay while a test runs: a canary that must not be there, and packets that may.
 
+use std::collections::BTreeSet;
+use std::ops::Deref;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::{LazyLock, Mutex, PoisonError};
 
 use droveway::lab::capture::{Capture, Report, What};
 use droveway::lab::{Container, Lab, LabSpec};
 use rustls::crypto::aws_lc_rs;
 
-use crate::support::{LIMIT, Look, idle, lab, meet, spec, succeeds, until};
+use crate::support::{LIMIT, Look, idle, meet, spec, succeeds, until};
 
-/// A capture of the whole underlay, with a canary made for this run: it begins before the canary exists, so nothing with
-/// the canary in it can come before. If the test fails, the last packets are left in a pcap file.
+/// Sixteen letters and digits, made for this run of the tests, that are nowhere but in what containers send each other.
+pub fn canary() -> &'static str {
+    static CANARY: LazyLock<String> = LazyLock::new(|| {
+        let mut random = [0; 8];
+        aws_lc_rs::default_provider().secure_random.fill(&mut random).unwrap();
+        hex(&random)
+    });
+    &CANARY
+}
+
+/// The canary as `ping -p` takes it.
+pub fn pattern() -> String {
+    hex(canary().as_bytes())
+}
+
+/// The labs in which a packet with the canary in it has gone from host to host.
+static CARRIED: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// A packet with the canary in it has gone from a host of this lab to another.
+pub fn carried(lab: &Lab) {
+    CARRIED.lock().unwrap_or_else(PoisonError::into_inner).insert(lab.spec().name.to_string());
+}
+
+/// A lab whose networks are encrypted, and a capture of its underlay from before the first container until the lab
+/// ends: whatever a test does, the canary that its traffic carries is not seen there.
+pub struct Watched {
+    // Before the lab: it has to end first.
+    watch: Option<Mutex<Watch>>,
+    lab: Lab,
+}
+
+impl Watched {
+    pub fn up(spec: LabSpec) -> Self {
+        let lab = Lab::up(spec).unwrap();
+        Self { watch: Some(Mutex::new(Watch::begin(&lab))), lab }
+    }
+
+    /// Where a network is in clear there is nothing to watch.
+    pub fn in_clear(spec: LabSpec) -> Self {
+        Self { watch: None, lab: Lab::up(spec).unwrap() }
+    }
+
+    /// All that was on the underlay until now.
+    pub fn report(&self) -> Report {
+        self.watch.as_ref().unwrap().lock().unwrap_or_else(PoisonError::into_inner).report()
+    }
+
+    /// Asserts that until now the canary has gone from host to host, if anything has, and was never seen.
+    #[track_caller]
+    pub fn unseen(&self) {
+        if self.watch.is_none() {
+            return;
+        }
+        let report = self.report();
+        if let Err(error) = report.clean() {
+            panic!("{error}\n{report}");
+        }
+        let carried = CARRIED.lock().unwrap_or_else(PoisonError::into_inner);
+        let none = report.count(|flow| matches!(flow.what, What::Esp { .. })) == 0;
+        let name = self.lab.spec().name.as_str();
+        assert!(
+            none || carried.contains(name),
+            "of what went from host to host nothing had the canary in it"
+        );
+    }
+}
+
+impl Deref for Watched {
+    type Target = Lab;
+
+    fn deref(&self) -> &Lab {
+        &self.lab
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.unseen();
+        }
+    }
+}
+
+/// A capture of the whole underlay. If the test fails, the last packets are left in a pcap file.
 pub struct Watch {
     capture: Capture,
-    canary: String,
+    pattern: String,
     file: PathBuf,
 }
 
 impl Watch {
     pub fn begin(lab: &Lab) -> Self {
-        let mut random = [0; 8];
-        aws_lc_rs::default_provider().secure_random.fill(&mut random).unwrap();
-        let canary = hex(&random);
-        let capture = lab.capture(&[&canary]).unwrap();
+        let capture = lab.capture(&[canary()]).unwrap();
         let file =
             PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("underlay-{}.pcap", lab.spec().name));
-        Self { capture, canary, file }
-    }
-
-    /// Sixteen letters and digits that are nowhere but in what this test sends.
-    pub fn canary(&self) -> &str {
-        &self.canary
-    }
-
-    /// The canary as `ping -p` takes it.
-    pub fn pattern(&self) -> String {
-        hex(self.canary.as_bytes())
+        Self { capture, pattern: pattern(), file }
     }
 
     /// A ping whose payload is the canary.
@@ -49,8 +121,7 @@ impl Watch {
     }
 
     fn ping(&self, lab: &Lab, from: &str, words: &[&str]) -> bool {
-        let pattern = self.pattern();
-        let ping = ["ping", "-n", "-c", "1", "-W", "1", "-s", "200", "-p", &pattern];
+        let ping = ["ping", "-n", "-c", "1", "-W", "1", "-s", "200", "-p", &self.pattern];
         succeeds(lab, from, &[&ping[..], words].concat())
     }
 
@@ -140,9 +211,8 @@ fn on_a_network_in_clear_the_canary_is_found_and_the_packet_kept() {
     // What is kept can be read by others.
     let file = tempfile::NamedTempFile::new().unwrap();
     watch.capture.write(file.path()).unwrap();
-    let canary = watch.canary().to_owned();
     let shown = Command::new("tcpdump").args(["-A", "-n", "-r"]).arg(file.path()).output().unwrap();
-    assert!(String::from_utf8_lossy(&shown.stdout).contains(&canary), "{shown:?}");
+    assert!(String::from_utf8_lossy(&shown.stdout).contains(canary()), "{shown:?}");
 }
 
 #[test]
@@ -164,7 +234,7 @@ fn each_packet_is_counted_once_by_the_node_that_sends_it_also_behind_a_nat() {
 fn a_canary_is_found_across_the_segments_of_a_stream_and_the_fragments_of_a_packet() {
     let lab = Lab::up(LabSpec { bare: true, ..spec(2) }).unwrap();
     let mut watch = Watch::begin(&lab);
-    let (half, rest) = watch.canary().split_at(7);
+    let (half, rest) = canary().split_at(7);
     let script = format!("(printf {half}; sleep 0.3; printf {rest}) | busybox nc -w 2 10.0.0.6 99");
     let mut listener = lab.spawn("h2", &["busybox", "nc", "-l", "-p", "99"]).unwrap();
     until(LIMIT, "a stream arrives", || {
@@ -173,7 +243,7 @@ fn a_canary_is_found_across_the_segments_of_a_stream_and_the_fragments_of_a_pack
     listener.kill().unwrap();
     listener.wait().unwrap();
     // Larger than the underlay: it comes in fragments, each with many canaries.
-    let pattern = watch.pattern();
+    let pattern = pattern();
     lab.check("h1", &["ping", "-c", "1", "-W", "1", "-s", "4000", "-p", &pattern, "10.0.0.6"]).unwrap();
     let report = watch.report();
     assert_eq!(report.finds, 1 + 6, "three fragments each way: {report}");
@@ -197,7 +267,7 @@ fn the_capture_outlives_a_node_that_is_switched_off_and_on() {
 
 #[test]
 fn the_verb_says_what_was_on_the_underlay_and_fails_if_a_text_is_seen() {
-    let lab = lab(2);
+    let lab = Watched::up(spec(2));
     let (one, other) = pair(&lab);
     let verb = |find: &str, at: &str, words: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_droveway"));

@@ -134,7 +134,8 @@ impl Sealer {
             .collect()
     }
 
-    fn seal_content(
+    /// A part of a message: what it begins with, which fragment of how many, and its octets.
+    pub(crate) fn seal_content(
         &mut self,
         header: &Header,
         first: PayloadType,

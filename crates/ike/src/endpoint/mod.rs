@@ -7,6 +7,8 @@
 //! owner is told of one SA to send on for each slot at any time.
 
 mod effects;
+#[cfg(any(test, feature = "fuzzing"))]
+mod forge;
 mod peers;
 mod strangers;
 
@@ -126,6 +128,10 @@ impl Endpoint {
     pub fn add_peer(&mut self, peer: PeerId, config: PeerConfig, now: Instant) {
         self.configs.insert(peer, Arc::new(config));
         self.peers.entry(peer).or_insert_with(|| Peer::new(now));
+        // Perhaps it heard of us before we heard of it, and has asked already.
+        for spi in self.opened.values().copied().collect::<Vec<_>>() {
+            self.with_sa(spi, now, Sa::answer_early);
+        }
         self.touch(Timer::Peer(peer));
         self.settle(now);
     }
@@ -160,6 +166,14 @@ impl Endpoint {
     pub fn set_local(&mut self, peer: PeerId, local: SocketAddr, now: Instant) {
         for spi in self.sas_of(peer) {
             self.with_sa(spi, now, |sa, cx| sa.set_local(local, cx));
+        }
+        self.settle(now);
+    }
+
+    /// The SAs with a peer take another path from now on, because the one they have does not exist any more.
+    pub fn set_path(&mut self, peer: PeerId, path: Path, now: Instant) {
+        for spi in self.sas_of(peer) {
+            self.with_sa(spi, now, |sa, cx| sa.take_path(path, cx));
         }
         self.settle(now);
     }

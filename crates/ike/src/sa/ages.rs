@@ -14,6 +14,7 @@ impl Sa {
         let mut at: Vec<Instant> = self.later.iter().map(|(at, _)| *at).collect();
         at.extend(self.window.timeout());
         at.extend(self.give_up_at);
+        at.extend(self.early_until());
         if self.is_up() {
             let timing = &cx.config.timing;
             at.extend([self.rekey_at, self.expire_at]);
@@ -55,6 +56,7 @@ impl Sa {
                 }
             };
         }
+        self.answer_early(cx);
         self.resend_or_give_up(cx);
         let due = self.later.extract_if(.., |(at, _)| *at <= now).map(|(_, task)| task);
         self.tasks.extend(due);

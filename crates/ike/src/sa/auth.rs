@@ -181,6 +181,11 @@ impl Sa {
     }
 }
 
+/// Whether nobody here knows who the initiator claims to be.
+pub(super) fn is_stranger(body: &Body, cx: &Cx<'_>) -> bool {
+    matches!(whose(body, cx), Err(Error::Unauthenticated(AuthFailure::Unknown(_))))
+}
+
 /// Which of our peers the initiator claims to be, of those that know us by the name it calls us.
 fn whose(body: &Body, cx: &Cx<'_>) -> Result<(PeerId, Arc<PeerConfig>), Error> {
     let id = body.id_i.as_ref().ok_or(crate::Misbehaved::Missing(PayloadType::IdInitiator))?;

@@ -105,7 +105,11 @@ impl Sa {
         }
         let Some(child) = self.children.get(&spi) else { return };
         let heir = self.children.values().any(|it| {
-            it.slot == child.slot && it.inbound != spi && it.stage == Stage::Up && it.ordinal > child.ordinal
+            // Itself replaced or not by now: it took this one's place.
+            it.slot == child.slot
+                && it.inbound != spi
+                && it.stage != Stage::Closing
+                && it.ordinal > child.ordinal
         });
         let (why, linger) =
             if heir { (Failure::Replaced, cx.config.timing.linger) } else { (otherwise, Duration::ZERO) };

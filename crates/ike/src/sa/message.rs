@@ -63,6 +63,10 @@ impl Sa {
         if seen == Seen::Outside {
             return false;
         }
+        // It asks again what is kept until it is known.
+        if self.early.is_some() && !header.flags.response {
+            return false;
+        }
         let opened = match datagram {
             Datagram::Clear(message) => {
                 self.handle_clear(message, bytes, path, cx);
@@ -106,7 +110,7 @@ impl Sa {
         }
         if header.flags.response {
             self.handle_response(&header, body, bytes, cx);
-        } else {
+        } else if let Some(body) = self.keep_early(&header, body, cx) {
             self.handle_request(&header, body, cx);
         }
         self.begin_next(cx);
@@ -204,7 +208,9 @@ impl Sa {
     fn handle_response(&mut self, header: &Header, body: Result<Body, Error>, bytes: &[u8], cx: &mut Cx<'_>) {
         self.window.answered(header.message_id);
         if let Err(error) = body.and_then(|body| self.process(body, bytes, cx)) {
-            // Authenticated and wrong: the two do not agree on the protocol, and the SA ends (RFC 7296 §2.21.3).
+            // Authenticated and wrong: the two do not agree on the protocol, and the SA ends (RFC 7296 §2.21.3). What could
+            // not even be read was nobody's answer, and no other will come.
+            self.forget_current(cx);
             self.fail(&error, cx);
         }
     }
@@ -230,7 +236,7 @@ impl Sa {
         }
     }
 
-    fn handle_request(&mut self, header: &Header, body: Result<Body, Error>, cx: &mut Cx<'_>) {
+    pub(super) fn handle_request(&mut self, header: &Header, body: Result<Body, Error>, cx: &mut Cx<'_>) {
         let answer = body.and_then(|body| self.answer(header.exchange, body, cx));
         let payloads = match &answer {
             Ok(payloads) => payloads.clone(),

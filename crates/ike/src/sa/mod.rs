@@ -17,6 +17,9 @@ mod auth;
 mod body;
 mod child;
 mod create;
+mod early;
+#[cfg(any(test, feature = "fuzzing"))]
+mod forge;
 mod inform;
 mod message;
 mod open;
@@ -255,6 +258,8 @@ pub(crate) struct Sa {
     seen_from: Option<Path>,
     crypt: Option<Crypt>,
     opening: Option<Opening>,
+    /// The peer's `IKE_AUTH`, while nobody here knows who that is.
+    early: Option<early::Early>,
     window: Window,
     reassembly: [Reassembly; 2],
     tasks: VecDeque<Task>,
@@ -295,6 +300,7 @@ impl Sa {
             seen_from: None,
             crypt: None,
             opening: None,
+            early: None,
             window: Window::default(),
             reassembly: [Reassembly::new(), Reassembly::new()],
             tasks: VecDeque::new(),
@@ -413,18 +419,23 @@ impl Sa {
     /// Ends the SA here and now. The endpoint takes it away.
     pub(crate) fn die(&mut self, why: Failure, cx: &mut Cx<'_>) {
         self.drop_children(&why, cx);
-        match self.current.take() {
-            Some(Task::Create(task)) => create::forget(task.offer(), cx),
-            Some(Task::Auth(task)) => create::forget(task.offer(), cx),
-            Some(Task::Open(_) | Task::Rekey(_) | Task::Close(_) | Task::Bye | Task::Probe | Task::Move)
-            | None => {}
-        }
+        self.forget_current(cx);
         self.over.get_or_insert(why.clone());
         if !matches!(self.phase, Phase::Dead(_)) {
             self.phase = Phase::Dead(why);
         }
         self.tasks.clear();
         self.later.clear();
+    }
+
+    /// The exchange under way comes to nothing.
+    fn forget_current(&mut self, cx: &mut Cx<'_>) {
+        match self.current.take() {
+            Some(Task::Create(task)) => create::forget(task.offer(), cx),
+            Some(Task::Auth(task)) => create::forget(task.offer(), cx),
+            Some(Task::Open(_) | Task::Rekey(_) | Task::Close(_) | Task::Bye | Task::Probe | Task::Move)
+            | None => {}
+        }
     }
 
     /// Ends the SA, and the peer is told.
@@ -514,7 +525,11 @@ impl Sa {
 
     /// We send from another address from now on: the peer hears of it at once.
     pub(crate) fn set_local(&mut self, local: SocketAddr, cx: &mut Cx<'_>) {
-        let path = Path { local, remote: self.path.remote };
+        self.take_path(Path { local, remote: self.path.remote }, cx);
+    }
+
+    /// We send by another path from now on: the peer hears of it at once.
+    pub(crate) fn take_path(&mut self, path: Path, cx: &mut Cx<'_>) {
         if self.path == path {
             return;
         }

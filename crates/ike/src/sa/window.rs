@@ -69,6 +69,12 @@ impl Window {
         self.next = self.next.wrapping_add(1);
     }
 
+    /// The id that the peer's next request has.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn expected(&self) -> u32 {
+        self.expected
+    }
+
     /// The answer to our request came. False if that request is not under way (any more).
     pub(crate) fn answered(&mut self, id: u32) -> bool {
         let ours = self.outstanding() == Some(id);

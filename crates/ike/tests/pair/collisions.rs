@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use ike::Endpoint;
 
-use crate::harness::{PEER, Pair, child};
+use crate::harness::{FAIR, PEER, Pair, Weather, child};
 
 const SECOND: Duration = Duration::from_secs(1);
 const GAP: Duration = Duration::from_millis(10);
@@ -57,6 +57,20 @@ fn a_child_rekeyed_by_either_side_is_replaced_without_losing_a_packet() {
             assert!(pair.spis(side).is_disjoint(&old[side]), "a new child took its place");
             assert_eq!(pair.hosts[side].made, 2);
         }
+    }
+}
+
+#[test]
+fn a_child_that_both_replace_again_and_again_loses_no_packet_that_is_late() {
+    for seed in 400..412 {
+        let mut pair = pair(seed);
+        pair.weather = Weather { delay: (1, 60), ..FAIR };
+        for round in 0..200 {
+            pair.act(round % 2, rekey_child);
+            pair.run_with_traffic(GAP, GAP / 2);
+        }
+        expect_no_loss(&mut pair);
+        assert!(pair.hosts[0].made > 10, "rekeyed many times: {}", pair.hosts[0].made);
     }
 }
 

@@ -229,6 +229,36 @@ fn a_peer_with_another_key_is_refused_and_both_sides_say_so() {
 }
 
 #[test]
+fn a_host_that_is_asked_before_it_has_heard_of_the_asker_answers_when_it_has() {
+    let stranger = |timing: Timing| {
+        let mut pair = Pair::with(20, timing, no_tune);
+        pair.act(1, |it, now| it.remove_peer(PEER, now));
+        pair
+    };
+    let known = peer_config(1, [address(0), address(1)], &[1]);
+    // Also when the question comes in pieces, and again while it waits.
+    for timing in [Timing::default(), Timing { fragment: 200, ..Timing::default() }] {
+        let mut pair = stranger(timing);
+        pair.run(Duration::from_millis(700));
+        assert_eq!(pair.hosts[0].endpoint.status(PEER), Some(Status::Connecting), "{}", pair.story());
+        pair.act(1, |it, now| it.add_peer(PEER, known.clone(), now));
+        pair.run(Duration::from_millis(20));
+        pair.expect_settled(&[1]);
+        assert!(pair.hosts.iter().all(|it| it.failures.is_empty()), "{}", pair.story());
+    }
+    // Whom it does not hear of in a while it refuses, and both know why.
+    let mut pair = stranger(Timing::default());
+    pair.run(Timing::default().patience.mul_f64(0.9));
+    assert!(pair.hosts.iter().all(|it| it.failures.is_empty()), "{}", pair.story());
+    pair.run(Duration::from_millis(200));
+    assert_eq!(pair.hosts[0].failures, [Failure::RefusedUs], "{}", pair.story());
+    assert!(matches!(&pair.hosts[1].failures[..], [Failure::RefusedPeer(why)] if why.contains("not a peer")));
+    pair.act(1, |it, now| it.add_peer(PEER, known, now));
+    pair.run(3 * SECOND);
+    pair.expect_settled(&[1]);
+}
+
+#[test]
 fn a_removed_peer_is_told_and_cannot_come_back() {
     let mut pair = Pair::new(16);
     pair.up();

@@ -95,6 +95,7 @@ fn table(family: Family, digest: &str) -> Object {
             "table inet droveway {{ comment \"{digest}\"
                map publish {{ type inet_proto . inet_service : ipv4_addr . inet_service; }}
                set vtep {{ type ipv4_addr . inet_service; }}
+               set vtep6 {{ type ipv6_addr . inet_service; }}
                chain input {{ type filter hook input priority 0; policy accept;
                  ip saddr . udp dport @vtep accept; }}
              }}"
@@ -216,8 +217,13 @@ pub(crate) fn desired() -> State {
             Object::Element(vec![Field::Ipv4(Ipv4Addr::new(10, 42, 64, 70)), Field::Port(80)]),
         ),
         (
-            h,
+            h.clone(),
             Key::Element(Set::Vtep, vec![Field::Ipv4(Ipv4Addr::new(10, 9, 0, 2)), Field::Port(4799)]),
+            Object::Element(vec![]),
+        ),
+        (
+            h.clone(),
+            Key::Element(Set::Vtep6, vec![Field::Ipv6("fd00::2".parse().unwrap()), Field::Port(4799)]),
             Object::Element(vec![]),
         ),
     ]

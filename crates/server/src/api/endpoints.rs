@@ -150,24 +150,7 @@ fn authority(
 }
 
 fn check(endpoint: &Endpoint) -> Result<(), ApiError> {
-    let bad = |what: &str| Err(refuse(ErrorCode::Invalid, format!("endpoint {}: {what}", endpoint.id)));
-    let addresses = &endpoint.addresses;
-    if addresses.is_empty() || addresses.len() > 8 {
-        return bad("it needs one address, and has eight at most");
-    }
-    if addresses.iter().enumerate().any(|(i, address)| addresses[..i].contains(address)) {
-        return bad("an address is there twice");
-    }
-    if endpoint.mac.0[0] & 1 != 0 || endpoint.mac.0 == [0; 6] {
-        return bad("its MAC address is not that of one device; use a unicast address");
-    }
-    if endpoint.aliases.len() > 64 || endpoint.ports.len() > 1024 || endpoint.labels.len() > 256 {
-        return bad("at most 64 aliases, 1024 ports and 256 labels");
-    }
-    if endpoint.container.as_ref().is_some_and(|id| id.len() > 128) {
-        return bad("the container's id is longer than 128 bytes");
-    }
-    Ok(())
+    endpoint.check().map_err(|why| refuse(ErrorCode::Invalid, format!("endpoint {}: {why}", endpoint.id)))
 }
 
 /// Takes away an endpoint of the agent's own host. One that is not there is no error: an answer may have been lost.

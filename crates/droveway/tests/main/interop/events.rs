@@ -13,7 +13,7 @@ use crate::frame::{ipv4, mac, packet, udp};
 use crate::probe;
 use crate::steady::Steady;
 use crate::support::{LIMIT, spec, until};
-use crate::watch::Watch;
+use crate::watch::{Watch, pattern};
 
 /// Something that asks for new keys, whether of the IKE SA, whether of the child, and what it is.
 type Ask<'a> = (&'static str, bool, bool, &'a dyn Fn(&Charon<'_>));
@@ -189,8 +189,7 @@ fn new_keys_by_either_side_lose_no_packet_and_leave_no_old_ones() {
     field.join(&Trust::Psk);
     let mut sa = charon.up(BOX);
     field.up();
-    let steady =
-        Steady::start_saying(&field.lab, &field.web.path(), &["-s", "200", "-p", &watch.pattern(), INNER]);
+    let steady = Steady::start_saying(&field.lab, &field.web.path(), &["-s", "200", "-p", &pattern(), INNER]);
     let by_gateway = |_: &Charon<'_>| {
         field.lab.check("h1", &["droveway", "tunnel", "rekey", BOX]).unwrap();
     };
@@ -316,7 +315,11 @@ fn a_charon_that_is_killed_is_missed_and_tried_until_it_is_back() {
     charon.kill();
     let told = field.log().len();
     let down = || field.log().get(told..).unwrap_or_default().contains("tunnel down");
-    let missed = until(LIMIT * 4, "the gateway misses charon", down);
+    // By what is sent to it and not answered; without traffic it would be twice as long.
+    let missed = until(LIMIT, "the gateway misses charon", || {
+        field.both_ways(&watch);
+        down()
+    });
     println!("the gateway misses charon {missed:?} after its death");
     assert!(!field.both_ways(&watch));
     charon.restart();
