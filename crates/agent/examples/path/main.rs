@@ -2,12 +2,13 @@
 //!
 //! ```sh
 //! cargo run --release -p agent --example path -- [--rounds 5] [--seconds 2] [--measure TEXT] \
-//!     [--queue LENGTH] [--tuning WORDS]... [--ablation] [--no-vxlan]
+//!     [--queue LENGTH] [--tuning WORDS]... [--ablation] [--no-vxlan] [--peers N]
 //! ```
 //!
 //! Needs root and iperf3. Two hosts in namespaces; rounds are interleaved, since machines differ from minute to minute.
 //! What is printed are medians and quartiles of figures, and of the rounds' ratios to VXLAN. `--tuning` measures the path
-//! with settings (docs/tuning.md), beside the others if given more than once; `--ablation` takes each technique away.
+//! with settings (docs/tuning.md), beside the others if given more than once; `--ablation` takes each technique away;
+//! `--peers` measures the path once more with as many other peers that are silent, and says what they cost.
 
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement that fails has no result")]
 #![allow(clippy::cast_precision_loss, clippy::cast_sign_loss, reason = "figures")]
@@ -32,6 +33,8 @@ struct Wanted {
     measure: String,
     vxlan: bool,
     queue: u32,
+    /// Other peers, on a way of its own.
+    peers: Option<u32>,
     /// Settings of the path, each a way of its own.
     tunings: Vec<String>,
 }
@@ -62,6 +65,7 @@ impl Wanted {
             vxlan: true,
             // As the agent makes its devices.
             queue: 64,
+            peers: None,
             tunings: Vec::new(),
         };
         let mut arguments = std::env::args().skip(1);
@@ -72,6 +76,7 @@ impl Wanted {
                 "--seconds" => wanted.seconds = value().parse().unwrap(),
                 "--measure" => wanted.measure = value(),
                 "--queue" => wanted.queue = value().parse().unwrap(),
+                "--peers" => wanted.peers = Some(value().parse().unwrap()),
                 "--tuning" => wanted.tunings.push(value()),
                 "--no-vxlan" => wanted.vxlan = false,
                 "--ablation" => wanted.tunings = ABLATION.map(str::to_owned).to_vec(),
@@ -103,6 +108,22 @@ fn main() {
                 (tuning.as_str(), pair)
             })
             .collect();
+        let crowded = wanted.peers.map(|count| {
+            let dir = dir.join("crowd");
+            std::fs::create_dir(&dir).unwrap();
+            let pair = tuned(&dir, &wanted.tunings[0].parse().unwrap());
+            let (before, begun) = (resident(), std::time::Instant::now());
+            [&pair.a, &pair.b].iter().for_each(|host| host.crowd(count));
+            println!("{count} peers on both sides: all there in {:.2?}", begun.elapsed());
+            println!("  {:.1} KB each", (resident() - before) / 2.0 / f64::from(count));
+            let spent = measure::seconds_of("/proc/self/stat");
+            std::thread::sleep(std::time::Duration::from_secs(5));
+            let spent = measure::seconds_of("/proc/self/stat") - spent;
+            println!("  {:.2} % of a processor while nothing is sent", spent / 5.0 * 100.0);
+            pair
+        });
+        let pairs: Vec<(&str, Pair)> =
+            pairs.into_iter().chain(crowded.map(|pair| ("with other peers", pair))).collect();
         let rigs: Vec<(&str, Rig<'_>)> =
             pairs.iter().map(|(tuning, pair)| (*tuning, Rig::new(pair))).collect();
         // VXLAN is measured between the hosts of the first.
@@ -148,6 +169,13 @@ fn vxlan(pair: &Pair, dir: &Path) {
             .unwrap();
         host.sh(&format!("ip link set vxlan0 mtu 1450 up; ip addr add 10.43.{side}.1/16 dev vxlan0"));
     }
+}
+
+/// Memory of this program, KB.
+fn resident() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.split_whitespace().next().unwrap().parse().unwrap()
 }
 
 /// The median, and between which values half of all are.

@@ -199,7 +199,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 /// User and system time of a process and of its children that have ended.
-fn seconds_of(stat: &str) -> f64 {
+pub fn seconds_of(stat: &str) -> f64 {
     let stat = std::fs::read_to_string(stat).unwrap();
     let fields = stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(4);
     fields.map(|field| field.parse::<f64>().unwrap()).sum::<f64>() / 100.0

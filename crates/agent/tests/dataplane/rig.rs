@@ -180,6 +180,23 @@ impl Host {
         self.path.set_routes(DEVICE, routes.collect());
     }
 
+    /// As if there were so many other peers, each with an address, a policy and an association each way.
+    pub fn crowd(&self, count: u32) {
+        let net = |n: u32| IpNet::from(IpAddr::from((0x0a64_0000 + n).to_be_bytes()));
+        let ours = nets(self.side);
+        let mut routes: Vec<_> = nets(3 - self.side).into_iter().map(|net| (net, PEER)).collect();
+        for n in 0..count {
+            let (peer, spi) = (PeerIndex(1000 + u64::from(n)), Spi::new(0x0100_0000 + n).unwrap());
+            let key = key_for(self.side, (n >> 8) as u8, n as usize);
+            let policy = Arc::new(InnerPolicy::new([net(n)], ours));
+            let sa = Arc::new(Inbound::new(spi, &key, Sequence::Extended).unwrap());
+            self.path.add_inbound(sa, policy, peer, DEVICE);
+            self.path.set_outbound(peer, (DEVICE, 0), sealing(spi, &key), way("192.0.2.11", "192.0.2.12"));
+            routes.push((net(n), peer));
+        }
+        self.path.set_routes(DEVICE, routes);
+    }
+
     /// Runs a shell command in the router.
     pub fn sh(&self, command: &str) -> String {
         self.router.run(|| sh(command)).unwrap()
