@@ -113,7 +113,9 @@ fn main() {
             std::fs::create_dir(&dir).unwrap();
             let pair = tuned(&dir, &wanted.tunings[0].parse().unwrap());
             let (before, begun) = (resident(), std::time::Instant::now());
-            [&pair.a, &pair.b].iter().for_each(|host| host.crowd(count));
+            for host in [&pair.a, &pair.b] {
+                host.crowd(count);
+            }
             println!("{count} peers on both sides: all there in {:.2?}", begun.elapsed());
             println!("  {:.1} KB each", (resident() - before) / 2.0 / f64::from(count));
             let spent = measure::seconds_of("/proc/self/stat");
