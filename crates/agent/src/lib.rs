@@ -80,6 +80,8 @@ pub struct Config {
     pub forwarders: Vec<IpAddr>,
     /// How tunnels to other hosts are to be.
     pub tunnels: tunnels::Settings,
+    /// Whether packets between containers and other hosts may take a shortcut past the kernel's stack.
+    pub shortcut: bool,
 }
 
 /// Runs the agent until `shutdown`; calls `ready` once it has joined and listens on its sockets. Networks go on as they are
@@ -117,6 +119,7 @@ pub async fn run(
     let waker = kernel.waker();
     let mut book = Book::open(ledger, identity.host.clone(), identity.name.clone()).map_err(internal)?;
     book.candidates.clone_from(&candidates);
+    book.no_shortcut = (!config.shortcut).then(|| "the agent was started with --no-shortcut".to_owned());
 
     let (requests, inbox) = std::sync::mpsc::channel();
     let (chores_tx, chores) = watch::channel(Arc::default());

@@ -312,6 +312,7 @@ impl Reconciler {
                         }
                         Step::Add(..) | Step::Change(..) | Step::Remove(..) => {}
                     },
+                    Err(error) if self.goes_without(step, &error) => {}
                     Err(error) => refused.push(error.to_string()),
                 }
             }
@@ -321,6 +322,28 @@ impl Reconciler {
         }
         self.try_later();
         self.refused(refused);
+    }
+
+    /// Whether the kernel takes no programs for packets, as it has just shown: then routers go without, until the next start.
+    fn goes_without(&mut self, step: &Step, error: &linux::StepError) -> bool {
+        let (Step::Add(_, Key::Program(_), _) | Step::Change(_, Key::Program(_), ..)) = step else {
+            return false;
+        };
+        if error.source.is_passing() {
+            return false;
+        }
+        if self.book.no_shortcut.is_none() {
+            let why = format!("the kernel takes no such programs: {}", error.source);
+            tracing::warn!(
+                "packets between containers and other hosts take no shortcut past the kernel's stack: {why}"
+            );
+            self.book.no_shortcut = Some(why);
+        }
+        self.wanted.retain(|(_, key), _| !matches!(key, Key::Program(_)));
+        // One that it took before it refused another goes.
+        self.stale = true;
+        self.unpublished = true;
+        true
     }
 
     fn try_later(&mut self) {

@@ -32,6 +32,8 @@ pub struct View {
     pub routers: BTreeMap<NetworkId, Router>,
     /// The tunnels that this host should have; the same value as before where none changed.
     pub tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
+    /// Why packets take no shortcut past the kernel's stack, if they do not.
+    pub no_shortcut: Option<String>,
     /// What the kernel refused lately, newest last.
     pub troubles: Vec<String>,
     /// Grows when an address of this host comes or goes.
@@ -70,6 +72,7 @@ impl View {
             local: book.records().map(|r| (r.endpoint.id.clone(), Arc::clone(&r.endpoint))).collect(),
             routers: BTreeMap::new(),
             tunnels: Arc::default(),
+            no_shortcut: book.no_shortcut.clone(),
             troubles: Vec::new(),
             moves: 0,
         }
@@ -138,6 +141,7 @@ impl View {
                         .collect(),
                     mtu: router.mtu,
                     converged: router.converged,
+                    no_shortcut: self.no_shortcut.clone(),
                 })
             })
             .collect()

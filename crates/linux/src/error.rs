@@ -67,6 +67,14 @@ impl Error {
         Self { attempted: attempted.into(), said: said.into(), errno: None, remedy: None }
     }
 
+    /// Whether the same may go well another time: something was not there yet, or short.
+    pub fn is_passing(&self) -> bool {
+        use Errno::{EAGAIN, EBUSY, EINTR, EMFILE, ENFILE, ENOBUFS, ENODEV, ENOMEM};
+        self.errno.is_some_and(|errno| {
+            matches!(errno, EAGAIN | EBUSY | EINTR | EMFILE | ENFILE | ENOBUFS | ENODEV | ENOMEM)
+        })
+    }
+
     pub(crate) fn with_remedy(mut self, remedy: &'static str) -> Self {
         self.remedy = Some(remedy);
         self
@@ -129,6 +137,7 @@ impl fmt::Display for Named<'_> {
             Key::Neighbour(name, address) => write!(f, "neighbour {address} dev {name}"),
             Key::Fdb(name, mac) => write!(f, "forwarding entry {mac} dev {name}"),
             Key::Route(table, destination) => write!(f, "route {destination} table {table}"),
+            Key::Program(name) => write!(f, "the program at {name}"),
             Key::Element(set, key) => write!(f, "element {key:?} of nft set {}", set.name()),
         }
     }

@@ -24,7 +24,7 @@ use crate::namespace::{Namespace, get_link};
 use crate::netlink::{Requests, request};
 use crate::netns::{self, Netns};
 use crate::watch::Watch;
-use crate::{address, link, nft, route, sysctl};
+use crate::{address, bpf, link, nft, route, sysctl};
 
 /// What the file of each router's namespace begins with.
 pub const NETNS_PREFIX: &str = "droveway-";
@@ -251,6 +251,7 @@ impl Kernel {
                     }
                 })
             }
+            (Key::Program(device), Object::Program(program)) => bpf::attach(site.home, device, program),
             (Key::Netns, _) => Err(Error::words("make a namespace", "the host's own is always there")),
             _ => Err(Error::words("apply a step", "its key and its object are of different kinds")),
         }
@@ -301,6 +302,7 @@ impl Kernel {
             Key::Route(table, destination) => route::remove(home, *table, *destination),
             Key::Element(set, fields) => nft::remove(&mut home.nft, *set, fields)
                 .map_err(|refusal| refusal.to_error(format!("remove from nft set {}", set.name()))),
+            Key::Program(device) => bpf::detach(home, device),
             Key::Netns => Err(Error::words("remove a namespace", "the host's own stays")),
         }
     }

@@ -18,9 +18,11 @@ use netlink_packet_route::link::{LinkFlags, LinkMessage};
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::RouteMessage;
 use netlink_packet_route::rule::RuleMessage;
-use plan::object::{Family, HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Route, Rule};
+use netlink_packet_route::tc::TcMessage;
+use plan::object::{Family, HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Program, Route, Rule};
 use plan::{Key, Object, Place, Scope, State};
 
+use crate::bpf;
 use crate::netlink::{Incoming, unread};
 use crate::nft::Fingerprint;
 use crate::parse::{self, Parsed};
@@ -70,6 +72,8 @@ pub(crate) struct Stale {
     pub(crate) routes: bool,
     /// The rules.
     pub(crate) rules: bool,
+    /// What hangs at the ingress of devices.
+    pub(crate) programs: bool,
     /// These nft tables.
     pub(crate) tables: BTreeSet<Family>,
 }
@@ -101,6 +105,14 @@ struct Device {
 }
 
 impl Device {
+    /// Whether programs at it are ours to judge: ports belong to containers.
+    fn has_programs(&self) -> bool {
+        matches!(
+            &self.link,
+            Some(Link { kind: LinkKind::Bridge | LinkKind::Vxlan { .. } | LinkKind::Tun, .. })
+        )
+    }
+
     fn has_ipv4(&self) -> bool {
         self.hanging.iter().any(|key| matches!(key, Key::Address(_, address) if address.addr().is_ipv4()))
     }
@@ -125,6 +137,7 @@ impl Mirror {
                 all: true,
                 routes: false,
                 rules: false,
+                programs: false,
                 tables: [Family::Inet, Family::Bridge].into(),
             },
             moved: false,
@@ -174,6 +187,10 @@ impl Mirror {
             Message::DelRoute(route) => self.lost_route(shown, &route),
             Message::NewRule(rule) => self.rule(shown, &rule, true),
             Message::DelRule(rule) => self.rule(shown, &rule, false),
+            Message::NewQueueDiscipline(change)
+            | Message::DelQueueDiscipline(change)
+            | Message::NewTrafficFilter(change)
+            | Message::DelTrafficFilter(change) => self.stale.programs |= bpf::concerns(&change),
             _ => {}
         }
     }
@@ -186,6 +203,7 @@ impl Mirror {
         self.rules.clear();
         self.stale.routes = false;
         self.stale.rules = false;
+        self.stale.programs = false;
         self.drop_from(shown, |key| !matches!(key, Key::Netns | Key::Table(_) | Key::Element(..)));
     }
 
@@ -193,6 +211,22 @@ impl Mirror {
     pub(crate) fn forget_routes(&mut self, shown: &mut Shown) {
         self.routes.clear();
         self.drop_from(shown, |key| matches!(key, Key::Route(..)));
+    }
+
+    /// Shows what hangs at the ingress of the bridge and of overlay devices, and nothing else there.
+    pub(crate) fn show_programs(&mut self, shown: &mut Shown, found: &[(u32, Vec<TcMessage>)]) {
+        let have: BTreeMap<_, _> = found
+            .iter()
+            .filter_map(|(index, filters)| {
+                let device = self.devices.get(index).filter(|device| device.has_programs())?;
+                let digest = bpf::digest(filters, |name| self.index(&Ifname::new(name)));
+                Some((device.name.clone(), Program { text: String::new(), digest }))
+            })
+            .collect();
+        self.drop_from(shown, |key| matches!(key, Key::Program(name) if !have.contains_key(name)));
+        for (name, program) in have {
+            self.set(shown, Key::Program(name), Some(Object::Program(program)));
+        }
     }
 
     /// Forgets the rules.
@@ -287,9 +321,12 @@ impl Mirror {
         if self.indices.get(&device.name) == Some(&index) {
             self.indices.remove(&device.name);
         }
+        // A program elsewhere that names this device has lost it.
+        self.stale.programs |= device.has_programs();
         for key in device.hanging {
             self.set(shown, key, None);
         }
+        self.set(shown, Key::Program(device.name.clone()), None);
         let routes: Vec<_> = self
             .routes
             .iter_mut()

@@ -13,6 +13,7 @@ use nix::libc;
 use plan::Place;
 use plan::object::{Family, Ifname};
 
+use crate::bpf;
 use crate::error::{At, Error};
 use crate::link;
 use crate::mirror::{Mirror, Shown};
@@ -20,8 +21,9 @@ use crate::netlink::{Events, Refusal, Requests, Seen, messages, request};
 use crate::netns::Netns;
 use crate::nft;
 
-const GROUPS: [u32; 7] = [
+const GROUPS: [u32; 8] = [
     libc::RTNLGRP_LINK,
+    libc::RTNLGRP_TC,
     libc::RTNLGRP_NEIGH,
     libc::RTNLGRP_IPV4_IFADDR,
     libc::RTNLGRP_IPV4_ROUTE,
@@ -73,6 +75,8 @@ impl Namespace {
             } else if std::mem::take(&mut stale.rules) {
                 self.mirror.forget_rules(shown);
                 self.dump(shown, rules()).inspect_err(|_| self.mirror.stale.rules = true)?;
+            } else if std::mem::take(&mut stale.programs) {
+                self.read_programs(shown).inspect_err(|_| self.mirror.stale.programs = true)?;
             } else if let Some(family) = stale.tables.pop_first() {
                 self.reread_table(shown, family, false)?;
             } else {
@@ -156,7 +160,27 @@ impl Namespace {
         self.dump(shown, neighbours(AddressFamily::Unspec))?;
         self.dump(shown, neighbours(AddressFamily::Bridge))?;
         self.dump(shown, routes())?;
-        self.dump(shown, rules())
+        self.dump(shown, rules())?;
+        self.read_programs(shown)
+    }
+
+    fn read_programs(&mut self, shown: &mut Shown) -> Result<(), Error> {
+        self.mirror.stale.programs = false;
+        if self.place == Place::Host {
+            return Ok(());
+        }
+        match bpf::read(self) {
+            Ok(found) => {
+                self.mirror.show_programs(shown, &found);
+                Ok(())
+            }
+            // A kernel without queueing disciplines.
+            Err(refusal) if refusal.errno == Errno::EOPNOTSUPP => Ok(()),
+            Err(refusal) => {
+                self.mirror.stale.programs = true;
+                Err(refusal.to_error(format!("read the programs of {}", At(&self.place))))
+            }
+        }
     }
 
     fn dump(&mut self, shown: &mut Shown, query: RouteNetlinkMessage) -> Result<(), Error> {

@@ -309,4 +309,7 @@ pub struct RouterStatus {
     pub mtu: u32,
     /// Whether the kernel shows all that should be there.
     pub converged: bool,
+    /// Why packets between containers and other hosts take no shortcut past the kernel's stack; `None` where most do.
+    #[serde(default)]
+    pub no_shortcut: Option<String>,
 }

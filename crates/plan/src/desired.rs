@@ -17,6 +17,7 @@ use crate::object::{
     ContainerEnd, Family, Field, HOST_DEVICE_PREFIX, Ifname, Key, Link, LinkKind, Object, Peer, Place, Route,
     RouteKind, Set, State, TABLE_MAIN,
 };
+use crate::shortcut::{self, Shortcut};
 use crate::{firewall, hash, transit};
 
 /// The overlay device of a network of driver `ipsec`.
@@ -37,6 +38,8 @@ pub struct Local {
     pub underlay: Option<Candidate>,
     /// Networks that shall have a router here, each with its slot of transit addresses.
     pub routers: BTreeMap<NetworkId, u16>,
+    /// Whether the kernel takes programs that hand packets on past its stack.
+    pub shortcut: bool,
     /// Attachments on this host.
     pub attachments: BTreeMap<EndpointId, Attachment>,
 }
@@ -175,6 +178,7 @@ impl<'a> Router<'a> {
             Driver::Ipsec => self.tun(&mut draw),
             Driver::Vxlan { vni, port } => self.vxlan(&mut draw, vni, port),
         }
+        self.shortcut(&mut draw);
     }
 
     /// The bridge with the router's addresses on it, its guard, and routes to what is attached to it.
@@ -199,7 +203,9 @@ impl<'a> Router<'a> {
             ("bridge/bridge-nf-call-iptables", "0"),
             ("bridge/bridge-nf-call-ip6tables", "0"),
             ("bridge/bridge-nf-call-arptables", "0"),
+            // The larger of the two holds, and a device begins with what the host's are given.
             ("ipv4/conf/all/rp_filter", "0"),
+            ("ipv4/conf/br0/rp_filter", "0"),
             ("ipv4/conf/all/send_redirects", "0"),
             ("ipv4/conf/br0/send_redirects", "0"),
             ("ipv4/conf/br0/proxy_arp", "1"),
@@ -261,6 +267,7 @@ impl<'a> Router<'a> {
         let device = Ifname::new("vxlan0");
         let kind = LinkKind::Vxlan { vni, port, local: underlay.address };
         draw.link("vxlan0", kind, overlay_mac(&self.network.id, &self.local.host), self.mtu);
+        draw.put(Key::Sysctl("ipv4/conf/vxlan0/rp_filter".to_owned()), Object::Sysctl("0".to_owned()));
 
         for peer in self.catalog.hosts.values().filter(|host| host.id != self.local.host) {
             let Some(remote) = peer.underlay().filter(|c| c.address.is_ipv4() == underlay.address.is_ipv4())
@@ -306,6 +313,24 @@ impl<'a> Router<'a> {
         let far = blocks.map(|block| block.cidr).chain(claims.map(|claim| claim.address.into()));
         for cidr in far.chain(self.remote()) {
             draw.route(cidr, self.unicast(TUN, None));
+        }
+    }
+
+    /// Between the bridge and the overlay device most packets need no more than a route.
+    fn shortcut(&self, draw: &mut Drawing<'_>) {
+        let overlay = Ifname::new(self.network.driver.device());
+        let IpNet::V4(pool) = self.network.pool() else { return };
+        if !self.local.shortcut || !draw.has(&Key::Link(overlay.clone())) {
+            return;
+        }
+        let br0 = Ifname::new("br0");
+        let framed = |device: &Ifname| device.as_str() != TUN;
+        let own: Vec<_> = [self.address, Some(self.network.gateway())].into_iter().flatten().collect();
+        let own: Vec<_> = ipv4(&own).collect();
+        for (at, toward) in [(&br0, &overlay), (&overlay, &br0)] {
+            let toward = (toward.as_str(), framed(toward));
+            let program = shortcut::program(&Shortcut { pool, own: &own, framed: framed(at), toward });
+            draw.put(Key::Program(at.clone()), Object::Program(program));
         }
     }
 
@@ -471,6 +496,10 @@ struct Drawing<'a> {
 }
 
 impl Drawing<'_> {
+    fn has(&self, key: &Key) -> bool {
+        self.state.contains_key(&(self.place.clone(), key.clone()))
+    }
+
     fn put(&mut self, key: Key, object: Object) {
         self.state.insert((self.place.clone(), key), object);
     }

@@ -62,6 +62,7 @@ fn scene(internal: bool) -> (Catalog, Local, EndpointId) {
         host: HostId::from_random(H1),
         underlay,
         routers: BTreeMap::from([(id, 0)]),
+        shortcut: true,
         attachments: BTreeMap::from([(endpoint.clone(), attachment)]),
     };
     (catalog, local, endpoint)

@@ -96,6 +96,7 @@ fn order(step: &Step) -> (u8, u8, &Place, &Key) {
         Key::Fdb(..) => 7,
         Key::Route(..) => 8,
         Key::Element(..) => 9,
+        Key::Program(_) => 10,
     };
     let rank = match object {
         Some(Object::Link(link)) => u8::from(link.kind != LinkKind::Bridge),

@@ -10,6 +10,7 @@ mod desired;
 mod diff;
 mod firewall;
 pub mod object;
+mod shortcut;
 pub mod transit;
 mod tunnels;
 

@@ -84,6 +84,8 @@ pub enum Key {
     Route(u32, IpNet),
     /// An element of a set or map of our table.
     Element(Set, Vec<Field>),
+    /// The program that a router's bridge or overlay device asks about each IPv4 packet that comes in by it.
+    Program(Ifname),
 }
 
 /// An object's value.
@@ -112,6 +114,8 @@ pub enum Object {
     Route(Route),
     /// The value of a map's element; empty for a set.
     Element(Vec<Field>),
+    /// A program.
+    Program(Program),
 }
 
 /// A device.
@@ -249,6 +253,16 @@ pub struct Table {
     pub digest: String,
 }
 
+/// An eBPF program for packets (`BPF_PROG_TYPE_SCHED_CLS`, direct action), alone at its device's ingress.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Program {
+    /// Its text: assembly, in which `index(NAME)` is the index of the device of that name. Never compared.
+    pub text: String,
+    /// What tells this text from others. `linux` keeps it in the filter's name, and observes `"altered"` where the program
+    /// is not alone, or a device that it names is another by now.
+    pub digest: String,
+}
+
 /// A family of nft tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Family {
@@ -368,6 +382,7 @@ impl Object {
         match (self, observed) {
             (Self::Link(want), Self::Link(have)) => want.satisfied_by(have),
             (Self::Table(want), Self::Table(have)) => want.digest == have.digest,
+            (Self::Program(want), Self::Program(have)) => want.digest == have.digest,
             (want, have) => want == have,
         }
     }

@@ -217,7 +217,13 @@ mod tests {
 
     fn local(host: &Host) -> Local {
         let host = host.id.clone();
-        Local { host, underlay: None, routers: BTreeMap::new(), attachments: BTreeMap::new() }
+        Local {
+            host,
+            underlay: None,
+            routers: BTreeMap::new(),
+            shortcut: false,
+            attachments: BTreeMap::new(),
+        }
     }
 
     fn catalog(hosts: &[&Host], driver: &str) -> Catalog {

@@ -23,6 +23,7 @@ impl Book {
             host: self.host.clone(),
             underlay: self.candidates.first().cloned(),
             routers: self.slots.clone(),
+            shortcut: self.no_shortcut.is_none(),
             attachments,
         }
     }

@@ -37,6 +37,8 @@ pub(crate) struct Book {
     pub(crate) revision: Revision,
     pub(crate) catalog: Catalog,
     pub(crate) candidates: Vec<Candidate>,
+    /// Why routers have no programs that hand packets on past the kernel's stack; `None` if they shall have them.
+    pub(crate) no_shortcut: Option<String>,
     records: BTreeMap<EndpointId, Record>,
     foreign: BTreeMap<String, EndpointId>,
     reservations: BTreeSet<(NetworkId, IpAddr)>,
@@ -68,6 +70,7 @@ impl Book {
             revision: contents.revision,
             catalog: contents.catalog,
             candidates: Vec::new(),
+            no_shortcut: None,
             records: BTreeMap::new(),
             foreign: BTreeMap::new(),
             reservations: BTreeSet::new(),

@@ -211,6 +211,7 @@ pub(super) fn view(networks: impl IntoIterator<Item = Network>) -> View {
         local: BTreeMap::new(),
         routers: BTreeMap::new(),
         tunnels: Arc::default(),
+        no_shortcut: None,
         troubles: vec![],
         moves: 0,
     }

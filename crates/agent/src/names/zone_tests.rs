@@ -79,6 +79,7 @@ pub(crate) fn view(domain: &str, endpoints: Vec<Endpoint>) -> View {
         local: local.into_iter().map(|endpoint| (endpoint.id.clone(), Arc::new(endpoint))).collect(),
         routers: BTreeMap::new(),
         tunnels: std::sync::Arc::default(),
+        no_shortcut: None,
         troubles: Vec::new(),
         moves: 0,
     }

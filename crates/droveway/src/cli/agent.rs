@@ -83,6 +83,9 @@ pub(super) struct AgentArgs {
     /// For tests and measurements: how the packet path works, as in `spin=0,no-gso`; see docs/tuning.md
     #[arg(long, hide = true, env = "DROVEWAY_TUNING", value_name = "WORDS", default_value = "")]
     tuning: Tuning,
+    /// Let every packet between containers and other hosts take the kernel's whole stack, and load no eBPF programs
+    #[arg(long, env = "DROVEWAY_NO_SHORTCUT", hide_env_values = true, value_parser = clap::builder::BoolishValueParser::new())]
+    no_shortcut: bool,
     /// For tests: new keys for a tunnel's traffic after so many seconds [default: an hour]
     #[arg(long, hide = true, env = "DROVEWAY_REKEY_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     rekey_every: Option<u64>,
@@ -120,6 +123,7 @@ pub(super) struct Settings {
     pub(super) docker: Option<PathBuf>,
     pub(super) forwarders: Vec<IpAddr>,
     pub(super) tunnels: agent::tunnels::Settings,
+    pub(super) shortcut: bool,
 }
 
 impl AgentArgs {
@@ -148,6 +152,7 @@ impl AgentArgs {
                 rekey_ike_every: self.rekey_ike_every.map(Duration::from_secs),
                 tuning: Tuning { workers: self.workers.or(self.tuning.workers), ..self.tuning },
             },
+            shortcut: !self.no_shortcut,
         })
     }
 }

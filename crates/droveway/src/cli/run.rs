@@ -65,6 +65,7 @@ async fn host(settings: Settings) -> Result<(), Failure> {
         docker_plugin: agent::DOCKER_PLUGIN.into(),
         forwarders: settings.forwarders,
         tunnels: settings.tunnels,
+        shortcut: settings.shortcut,
     };
     // Its errors say what to do themselves: the remedies of a refused verb are not the agent's.
     agent::run(config, tell_manager, stop)

@@ -75,7 +75,7 @@ fn details(status: &AgentStatus, tunnels: String, now: model::UnixMillis) -> Det
 fn router(router: &RouterStatus) -> String {
     let address = router.address.map_or_else(|| "no address yet".to_owned(), |address| address.to_string());
     format!(
-        "{} in {}: {address}, MTU {}, {}, blocks {}{}",
+        "{} in {}: {address}, MTU {}, {}, blocks {}{}{}",
         router.name,
         router.netns,
         router.mtu,
@@ -86,6 +86,7 @@ fn router(router: &RouterStatus) -> String {
         } else {
             ", NOT CONVERGED: the kernel does not show all that should be there"
         },
+        router.no_shortcut.as_ref().map_or_else(String::new, |why| format!(", no shortcut ({why})")),
     )
 }
 
@@ -99,7 +100,7 @@ mod tests {
             "connection": connection, "epoch": null, "revision": 0, "candidates": [],
             "routers": [{"network": "n-aaaaaaaaaa", "name": "managed", "netns": "droveway-managed",
                 "address": "10.42.64.65", "blocks": ["10.42.64.64/26"], "endpoints": ["e-aaaaaaaaaa"], "mtu": 1450,
-                "converged": false}],
+                "converged": false, "no_shortcut": "the kernel takes no such programs"}],
             "docker": {"state": "off"}, "troubles": [],
         }))
         .unwrap()
@@ -111,6 +112,7 @@ mod tests {
         let text = details(&down, "1 up".to_owned(), 300_000).render();
         assert!(text.contains("NOT connected for 5m: connection refused"), "{text}");
         assert!(text.contains("managed in droveway-managed: 10.42.64.65, MTU 1450, 1 endpoint"), "{text}");
+        assert!(text.contains(", no shortcut (the kernel takes no such programs)"), "{text}");
         assert!(text.contains("NOT CONVERGED") && text.contains("Tunnels:   1 up"), "{text}");
         let up = status(serde_json::json!({"state": "up", "since": 0}));
         assert!(

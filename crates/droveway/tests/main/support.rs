@@ -264,6 +264,9 @@ const ROUTER: &str = "
     bridge link | sed 's/^[0-9]*: //; s/@[^:]*//; s/<.*> mtu/mtu/'
     ip -br link | sed 's/@/ /' | cut -d' ' -f1
     grep -H . /proc/sys/net/ipv4/conf/br0/proxy_arp /proc/sys/net/ipv4/neigh/br0/proxy_delay /proc/sys/net/ipv4/ip_forward
+    for dev in br0 tun0 vxlan0; do
+        tc filter show dev $dev ingress 2>/dev/null | grep -o 'droveway.*[0-9] direct-action' | sed 's/[0-9]* direct/direct/'
+    done
     nft -s list ruleset";
 const HOST: &str = "
     ip -o -4 addr | sed 's/^[0-9]*: //'; ip -4 route

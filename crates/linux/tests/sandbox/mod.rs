@@ -1,5 +1,7 @@
 //! Where the tests run: each in network and mount namespaces of its own, as root or in a user namespace.
 
+pub(crate) mod scene;
+
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsFd;
@@ -48,6 +50,12 @@ pub(crate) fn run(name: &str, test: impl FnOnce(&Path) + Send + 'static) {
     if let Err(panic) = outcome {
         std::panic::resume_unwind(panic);
     }
+}
+
+/// Whether the kernel takes programs for packets from us: from root of the first user namespace alone.
+pub(crate) fn takes_programs() -> bool {
+    let ids = std::fs::read_to_string("/proc/self/uid_map").unwrap();
+    ids.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
 /// Runs a shell command in the calling thread's namespaces; what it prints.
