@@ -43,6 +43,7 @@ pub fn attach(lab: &Lab, host: &str, network: &str, name: &str) -> Result<Attach
         address: None,
         labels: BTreeMap::new(),
         ports: Vec::new(),
+        routes: None,
     };
     ask_agent(&lab.agent_socket(host).unwrap(), async |agent| agent.attach(&request).await)
 }

@@ -29,7 +29,7 @@ async fn unreported(server: &Server) -> Vec<String> {
 }
 
 async fn give_back(agent: &Agent, block: &Block) {
-    let body = GiveBack { network: block.network.to_string(), cidr: block.cidr };
+    let body = GiveBack { network: block.network.to_string(), cidr: block.cidr, leased: None };
     agent.client.delete_with(&format!("{DEFAULT}/blocks"), &body).await.unwrap();
 }
 
@@ -69,9 +69,15 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
         address: "10.60.0.9".parse().unwrap(),
         host: one.id.clone(),
         endpoint: one.endpoint(&late, "c", 3).id,
+        asked: false,
+        router: false,
     };
-    let request =
-        ClaimRequest { network: "tight".into(), address: claim.address, endpoint: claim.endpoint.clone() };
+    let request = ClaimRequest {
+        network: "tight".into(),
+        address: Some(claim.address),
+        endpoint: claim.endpoint.clone(),
+        router: false,
+    };
     one.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
 
     // A running server keeps its directory.

@@ -197,7 +197,7 @@ async fn resuming_from_any_moment_leads_to_what_a_fresh_snapshot_says() {
         moments.clone()
     };
     let give_back = async |host: &crate::harness::Agent, block: &model::Block| {
-        let body = GiveBack { network: block.network.to_string(), cidr: block.cidr };
+        let body = GiveBack { network: block.network.to_string(), cidr: block.cidr, leased: None };
         host.client.delete_with(&format!("{DEFAULT}/blocks"), &body).await.unwrap();
     };
     moment().await;
