@@ -368,9 +368,9 @@ impl World {
         } else if let Some((_, cursor)) = &mut agent.cursor {
             match cursor.advance(state) {
                 Step::Nothing => agent.revision = cursor.at,
-                Step::Delta(changes) => {
+                Step::Delta(touched) => {
                     agent.revision = cursor.at;
-                    for change in changes {
+                    for change in cursor.changes(state, &touched) {
                         match &change {
                             model::Change::Delete(Key::Claim(network, address)) => {
                                 agent.released.insert((network.clone(), *address), self.now);
