@@ -3,7 +3,9 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 
-use model::api::{ClaimRequest, ErrorCode, GiveBack, Held, HeldAnswer, ServerInfo, UnreportedHost};
+use model::api::{
+    ClaimRequest, ErrorCode, GiveBack, Heard, Held, HeldAnswer, IpamView, ServerInfo, UnreportedHost,
+};
 use model::{Block, Claim, Object, Watch};
 use serde_json::json;
 use server::{Config, StoreChoice, backup, restore};
@@ -33,6 +35,15 @@ async fn give_back(agent: &Agent, block: &Block) {
     agent.client.delete_with(&format!("{DEFAULT}/blocks"), &body).await.unwrap();
 }
 
+/// All of them have taken in what happened until now: what was given back is free.
+async fn all_hear(server: &Server, agents: [&Agent; 2]) {
+    let now: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
+    for agent in agents {
+        let said = Heard { epoch: now.epoch.clone(), revision: now.revision };
+        agent.client.put::<()>(&format!("{DEFAULT}/hosts/self/heard"), &said).await.unwrap();
+    }
+}
+
 /// An old backup, restored: what hosts hold is adopted, and nothing is leased before all have said it.
 async fn an_old_backup_is_adopted(store: StoreChoice) {
     let server = server_in(tempfile::tempdir().unwrap(), &store).await;
@@ -51,6 +62,7 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
 
     // What the backup does not know: two gives its block back and one gets it; two has another; one claims an address.
     give_back(&two, &moved).await;
+    all_hear(&server, [&one, &two]).await;
     let mut late = Vec::new();
     loop {
         let block = one.lease("tight", early.len() + late.len()).await.unwrap();
@@ -62,6 +74,7 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
     for other in late.drain(..late.len() - 1).collect::<Vec<_>>() {
         give_back(&one, &other).await;
     }
+    all_hear(&server, [&one, &two]).await;
     let late = late.remove(0);
     let fresh = two.lease("tight", 0).await.unwrap();
     let claim = Claim {
@@ -106,10 +119,16 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
     assert!(error.message.contains("h1, h3") && error.message.contains("--without"), "{error}");
     assert_eq!(two.lease("tight", 0).await.unwrap().cidr, fresh.cidr, "what it holds it has");
 
+    let rests = async || -> Vec<_> {
+        let all: IpamView = server.admin().get(&format!("{DEFAULT}/ipam")).await.unwrap();
+        all.withdrawn.into_iter().map(|one| (one.cidr, one.waits_for.len())).collect()
+    };
+    assert_eq!(rests().await, [(moved.cidr, 3)], "given back since; who may take part is waited for");
     let mine =
         Held { blocks: vec![early[0].clone(), early[1].clone(), late.clone()], claims: vec![claim.clone()] };
     assert!(held(&one, &mine).await.conflicts.is_empty());
     assert!(held(&one, &mine).await.conflicts.is_empty(), "said twice");
+    assert!(rests().await.is_empty(), "it was leased when all had heard");
     // One that never comes back is waited for until its operator says otherwise.
     let error = one.lease("tight", 3).await.unwrap_err();
     assert!(error.message.contains("h3") && !error.message.contains("h1"), "{error}");
@@ -149,7 +168,7 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
     give_back(&one, &late).await;
 
     let next = two.lease("tight", 1).await.unwrap();
-    assert!(![&early[0], &early[1], &fresh].iter().any(|held| held.cidr == next.cidr), "{next:?}");
+    assert!(![&early[0], &early[1], &fresh, &late].iter().any(|held| held.cidr == next.cidr), "{next:?}");
     assert!(next.leased > late.leased);
 }
 
