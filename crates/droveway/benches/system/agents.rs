@@ -1,6 +1,8 @@
 //! Many agents on one server: the agent's own client, without a kernel. How long a change takes until all have seen it,
 //! and what it costs the server. Both are on this machine, and share its cores.
 
+#![expect(clippy::cast_precision_loss, reason = "figures for people: counts and bytes far below 2^52")]
+
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
