@@ -183,7 +183,9 @@ async fn agents(program: &Path, count: usize, seconds: u64, report: &mut Report)
     );
 
     for (name, resume) in [("agents: all resume at once", true), ("agents: all begin anew at once", false)] {
-        agents.iter_mut().for_each(|agent| agent.stream = None);
+        for agent in &mut agents {
+            agent.stream = None;
+        }
         let (cpu, begun) = (process.cpu()?, Instant::now());
         (agents, _) = connect(agents, resume).await?;
         let (took, used) = (begun.elapsed().as_secs_f64(), process.cpu()? - cpu);
