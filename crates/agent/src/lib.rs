@@ -24,6 +24,7 @@ pub mod tls;
 pub mod tunnels;
 pub mod underlay;
 pub mod view;
+mod vital;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
