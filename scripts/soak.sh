@@ -7,6 +7,7 @@
 #   SOAK_CUT_SECONDS=300                     how long hosts are cut off from each other
 #   SOAK_SEED=N          the storm's seed; it is printed, so that a storm can be had again
 #   PROPTEST_CASES=N     random cases for each property
+#   DROVEWAY_SOAK_BYTES=N  bytes of one TCP stream between encrypted hosts; those with offloads refused get a tenth
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,6 +37,9 @@ SOAK_PROGRAM=$PWD/target/release/droveway SOAK_CUT_SECONDS=${SOAK_CUT_SECONDS:-3
 
 echo "storm: $half s, SOAK_SEED=$seed"
 SOAK_SECONDS=$half SOAK_SEED=$seed cargo test -p droveway --locked --test storm -- --nocapture
+
+echo "streams of ${DROVEWAY_SOAK_BYTES:=10000000000} bytes, with every offload refused in turn"
+DROVEWAY_SOAK_BYTES=$DROVEWAY_SOAK_BYTES cargo test -p agent --locked --test dataplane -- offloads --nocapture
 
 round=0
 started=$SECONDS

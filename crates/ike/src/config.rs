@@ -30,6 +30,9 @@ pub struct Config {
     pub limits: Limits,
     /// How long everything may take.
     pub timing: Timing,
+    /// How many workers receive for us. The SPI of a child that is for one of them leaves that worker as its remainder, so
+    /// that a socket filter finds the worker of a packet by a division.
+    pub workers: u32,
 }
 
 impl Default for Config {
@@ -39,6 +42,7 @@ impl Default for Config {
             ike: IkeOffer::default(),
             limits: Limits::default(),
             timing: Timing::default(),
+            workers: 1,
         }
     }
 }

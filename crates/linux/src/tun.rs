@@ -78,6 +78,21 @@ impl Queue {
         self.offloads
     }
 
+    /// Leaves no more to this side than that. It belongs to the device: all its queues are told the same.
+    pub fn restrict(&mut self, to: Offloads) -> Result<(), Error> {
+        let both = |a, b| a && b;
+        let now = self.offloads;
+        let wanted = Offloads {
+            checksum: both(now.checksum, to.checksum),
+            tso: both(now.tso, to.tso),
+            uso: both(now.uso, to.uso),
+        };
+        let told = set_offload(&self.file, wanted);
+        told.map_err(|errno| Error::errno("restrict the offloads of a TUN device".to_owned(), errno))?;
+        self.offloads = wanted;
+        Ok(())
+    }
+
     /// Reads one packet with its header; how many bytes that was. `None` if none waits. A packet larger than the buffer
     /// is cut: one of 64 KB and a header is enough.
     ///
@@ -161,18 +176,22 @@ fn offload(file: &File) -> Result<Offloads, Errno> {
     let all = Offloads { checksum: true, tso: true, uso: true };
     let no_uso = Offloads { uso: false, ..all };
     let none = Offloads { checksum: false, tso: false, uso: false };
-    for (offloads, features) in
-        [(all, libc::TUN_F_CSUM | TSO | USO), (no_uso, libc::TUN_F_CSUM | TSO), (none, 0)]
-    {
-        let features = libc::c_ulong::from(features);
-        // SAFETY: the request takes its argument by value.
-        match Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, features) }) {
-            Ok(_) => return Ok(offloads),
+    for offloads in [all, no_uso, none] {
+        match set_offload(file, offloads) {
+            Ok(()) => return Ok(offloads),
             Err(Errno::EINVAL) => {}
             Err(errno) => return Err(errno),
         }
     }
     Err(Errno::EINVAL)
+}
+
+fn set_offload(file: &File, offloads: Offloads) -> Result<(), Errno> {
+    let bit = |on: bool, bits: libc::c_uint| if on { bits } else { 0 };
+    let features = bit(offloads.checksum, libc::TUN_F_CSUM) | bit(offloads.tso, TSO) | bit(offloads.uso, USO);
+    let features = libc::c_ulong::from(features);
+    // SAFETY: the request takes its argument by value.
+    Errno::result(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, features) }).map(drop)
 }
 
 /// What a call that does not block did; `None` if it would have waited.

@@ -96,7 +96,7 @@ impl Socket {
             Family::V4 => SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)),
             Family::V6 => SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)),
         };
-        Self::open(family, any).map_err(|errno| {
+        Self::open(family, any, false).map_err(|errno| {
             let error = Error::errno(format!("open UDP socket {any}"), errno);
             if errno == Errno::EADDRINUSE {
                 error.with_remedy("another program has this port: stop that program, or set another port")
@@ -106,7 +106,28 @@ impl Socket {
         })
     }
 
-    fn open(family: Family, any: SocketAddr) -> Result<Self, Errno> {
+    /// Opens several sockets on one port, the calling thread's namespace's. ESP comes to the socket whose place is the
+    /// remainder of the SPI divided by their number; all else, IKE above all, to the first.
+    pub fn bind_group(family: Family, port: u16, count: usize) -> Result<Vec<Self>, Error> {
+        // Alone at first, so that a port which another program has is noticed.
+        let first = Self::bind(family, port)?;
+        if count <= 1 {
+            return Ok(vec![first]);
+        }
+        let any = match family {
+            Family::V4 => SocketAddr::from((Ipv4Addr::UNSPECIFIED, first.port)),
+            Family::V6 => SocketAddr::from((Ipv6Addr::UNSPECIFIED, first.port)),
+        };
+        let failed =
+            |errno| Error::errno(format!("share UDP port {} among {count} sockets", first.port), errno);
+        set(&first.fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1).map_err(failed)?;
+        let more: Result<Vec<_>, Errno> = (1..count).map(|_| Self::open(family, any, true)).collect();
+        let more = more.map_err(failed)?;
+        steer_by_spi(&first.fd, count).map_err(failed)?;
+        Ok(std::iter::once(first).chain(more).collect())
+    }
+
+    fn open(family: Family, any: SocketAddr, shared: bool) -> Result<Self, Errno> {
         let domain = match family {
             Family::V4 => libc::AF_INET,
             Family::V6 => libc::AF_INET6,
@@ -136,6 +157,9 @@ impl Socket {
         }
         let gro = set(&fd, libc::SOL_UDP, libc::UDP_GRO, 1).is_ok();
         let gso = AtomicBool::new(get(&fd, libc::SOL_UDP, libc::UDP_SEGMENT).is_ok());
+        if shared {
+            set(&fd, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1)?;
+        }
         let (address, length) = Name::of(any);
         // SAFETY: the address is a valid one of that length.
         Errno::result(unsafe { libc::bind(fd.as_raw_fd(), (&raw const address).cast(), length) })?;
@@ -163,6 +187,16 @@ impl Socket {
     /// Whether datagrams received may come together.
     pub fn gro(&self) -> bool {
         self.gro
+    }
+
+    /// From now on each datagram goes alone.
+    pub fn refuse_gso(&self) {
+        self.gso.store(false, Relaxed);
+    }
+
+    /// From now on each datagram comes alone. What waits already may still come together.
+    pub fn refuse_gro(&mut self) {
+        self.gro = set(&self.fd, libc::SOL_UDP, libc::UDP_GRO, 0).is_err() && self.gro;
     }
 
     /// Sends messages in order: how many went, and why the next one did not. Of that one the first datagrams may have
@@ -364,6 +398,34 @@ impl AsFd for Socket {
         self.fd.as_fd()
     }
 }
+
+/// Has the kernel choose among the sockets of a port by what a datagram begins with: the SPI, or zeroes before IKE. What
+/// is shorter than that goes to the first.
+fn steer_by_spi(fd: &OwnedFd, count: usize) -> Result<(), Errno> {
+    let count = u32::try_from(count).map_err(|_| Errno::EINVAL)?;
+    let step = |code: u32, k: u32| libc::sock_filter { code: code as u16, jt: 0, jf: 0, k };
+    let mut program = [
+        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0),
+        step(libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K, count),
+        step(libc::BPF_RET | BPF_A, 0),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    let length = size_of::<libc::sock_fprog>() as libc::socklen_t;
+    // SAFETY: the kernel reads one `sock_fprog` and the program it points to, which both outlive the call.
+    let outcome = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const program).cast(),
+            length,
+        )
+    };
+    Errno::result(outcome).map(drop)
+}
+
+/// "Return the accumulator" (`linux/filter.h`).
+const BPF_A: u32 = 0x10;
 
 /// As [`Socket::path_mtu`]: the path belongs to the namespace, not to a socket.
 pub fn path_mtu(remote: IpAddr) -> Option<u32> {

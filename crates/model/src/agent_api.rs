@@ -175,6 +175,9 @@ pub struct TunnelStatus {
     pub rekeys: u64,
     /// Packets dropped so far, by reason.
     pub drops: BTreeMap<String, u64>,
+    /// What the kernel or a device of this host refuses, and what is done instead, which is slower.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub slower: Vec<String>,
 }
 
 /// How a tunnel stands.

@@ -31,11 +31,9 @@ pub(crate) struct Shortcut<'a> {
 pub(crate) fn program(shortcut: &Shortcut<'_>) -> Program {
     let (toward, to_framed) = shortcut.toward;
     let ethernet = if shortcut.framed { ETHERNET } else { 0 };
-    let own: String = shortcut
-        .own
-        .iter()
-        .map(|address| format!("    if w2 == {} goto stack\n", u32::from(*address)))
-        .collect();
+    let own = shortcut.own.iter().fold(String::new(), |text, address| {
+        text + &format!("    if w2 == {} goto stack\n", u32::from(*address))
+    });
     let (mask, pool) = (u32::from(shortcut.pool.netmask()), u32::from(shortcut.pool.network()));
     let found = if to_framed { FOUND_NEIGHBOUR } else { FOUND_ROUTE };
     let send = match (shortcut.framed, to_framed) {

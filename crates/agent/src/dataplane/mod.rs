@@ -1,9 +1,9 @@
-//! The packet path of the encrypted driver: two threads between the routers' TUN devices and the tunnel's UDP sockets.
+//! The packet path of the encrypted driver: threads between the routers' TUN devices and the tunnel's UDP sockets.
 //!
 //! It knows security associations, routes and devices, and neither IKE nor the catalogue. The [`transmit`] thread reads
 //! superpackets of all devices, finds the peer, cuts, seals (RFC 4303) and sends; the [`receive`] thread opens, checks,
-//! merges and writes. Both together are one worker. Control gives them what they need by publishing a new [`State`];
-//! they answer by [`Signal`]s that are never waited for.
+//! merges and writes. Both together are a worker; there may be several ([`Tuning`]). Control gives them what they need by
+//! publishing a new [`State`]; they answer by [`Signal`]s that are never waited for.
 //!
 //! Invariant: an inner packet leaves sealed or not at all. Without a security association it waits for a while
 //! ([`early`]) and is then dropped.
@@ -19,6 +19,7 @@ mod receive;
 mod route;
 mod state;
 mod transmit;
+mod tuning;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -32,6 +33,7 @@ use ipnet::IpNet;
 use linux::{tun, udp};
 
 pub use state::PROBE_MAGIC_LEN;
+pub use tuning::{NoSuchSetting, Tuning, WORKERS_MAX, workers_here};
 
 use crate::dataplane::capture::Tap;
 use crate::dataplane::count::Drops;
@@ -148,17 +150,27 @@ pub enum Error {
 pub struct Dataplane {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    wakers: [Waker; 2],
+    wakers: Vec<Waker>,
     stop: Arc<AtomicBool>,
 }
 
 impl Dataplane {
-    /// Starts both threads, in the calling thread's namespace, which must be that of the sockets. `signals` should hold a
-    /// few hundred: what does not fit is dropped and counted.
+    /// Starts the threads of all workers, in the calling thread's namespace, which must be that of the sockets: for each
+    /// worker its own ([`udp::Socket::bind_group`]). `signals` should hold a few hundred: what does not fit is dropped and
+    /// counted.
     pub fn start<S: From<Signal> + Send + 'static>(
-        sockets: Sockets,
+        mut sockets: Vec<Sockets>,
         signals: SyncSender<S>,
+        tuning: Tuning,
     ) -> Result<Self, Error> {
+        for socket in sockets.iter_mut().flat_map(|it| it.v4.iter_mut().chain(&mut it.v6)) {
+            if tuning.no_gso {
+                socket.refuse_gso();
+            }
+            if tuning.no_gro {
+                socket.refuse_gro();
+            }
+        }
         let mut probe = [0; PROBE_MAGIC_LEN];
         aws_lc_rs::rand::fill(&mut probe).map_err(|_| Error::Kernel {
             attempted: "get random numbers",
@@ -167,19 +179,28 @@ impl Dataplane {
         let shared = Arc::new(Shared {
             state: Arc::new(esp::Published::new(State::default())),
             inbound: Arc::new(esp::Published::new(esp::SaTable::default())),
-            ports: sockets.into(),
+            ports: sockets.into_iter().map(Into::into).collect(),
             signals: Box::new(move |signal| signals.try_send(signal.into()).is_ok()),
             drops: Drops::default(),
             probe,
+            tuning,
         });
         let stop = Arc::new(AtomicBool::new(false));
-        let transmit = transmit::Transmitter::new(Arc::clone(&shared), Arc::clone(&stop))?;
-        let receive = receive::Receiver::new(Arc::clone(&shared), Arc::clone(&stop))?;
-        let mut dataplane =
-            Self { shared, threads: Vec::new(), wakers: [transmit.waker(), receive.waker()], stop };
-        dataplane.spawn("droveway-tx", move || transmit.run())?;
-        dataplane.spawn("droveway-rx", move || receive.run())?;
+        let mut dataplane = Self { shared, threads: Vec::new(), wakers: Vec::new(), stop };
+        for worker in 0..dataplane.workers() {
+            let (shared, stop) = (&dataplane.shared, &dataplane.stop);
+            let transmit = transmit::Transmitter::new(Arc::clone(shared), worker, Arc::clone(stop))?;
+            let receive = receive::Receiver::new(Arc::clone(shared), worker, Arc::clone(stop))?;
+            dataplane.wakers.extend([transmit.waker(), receive.waker()]);
+            dataplane.spawn(&format!("droveway-tx{worker}"), move || transmit.run())?;
+            dataplane.spawn(&format!("droveway-rx{worker}"), move || receive.run())?;
+        }
         Ok(dataplane)
+    }
+
+    /// How many workers there are: as many as there were sockets for.
+    pub fn workers(&self) -> usize {
+        self.shared.ports.len()
     }
 
     fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
@@ -194,9 +215,21 @@ impl Dataplane {
         self.change(|state| State { ike: ports, ..state.clone() });
     }
 
-    /// Moves packets of this device from now on.
-    pub fn add_device(&self, device: DeviceIndex, queue: tun::Queue) {
-        let queue = Arc::new(Device { index: device, queue });
+    /// Moves packets of this device from now on, by one queue for each worker. A flow stays with one of them: the kernel
+    /// chooses by its hash.
+    pub fn add_device(&self, device: DeviceIndex, mut queues: Vec<tun::Queue>) {
+        for queue in &mut queues {
+            let offloads = self.shared.tuning.offloads(queue.offloads());
+            if offloads != queue.offloads()
+                && let Err(error) = queue.restrict(offloads)
+            {
+                tracing::warn!("a TUN device goes on with all offloads: {error}");
+            }
+        }
+        if queues.is_empty() {
+            return;
+        }
+        let queue = Arc::new(Device { index: device, queues });
         self.change(|state| {
             let mut state = state.clone();
             state.devices.insert(device, queue);
@@ -252,25 +285,35 @@ impl Dataplane {
         self.wake();
     }
 
-    /// Seals what goes from a device to a peer on this security association from now on, and sends all that goes to the
-    /// peer by this path. Packets that waited go first.
+    /// Seals what a worker has for a peer from a device on this security association from now on, and sends all that goes to
+    /// the peer by this path. Packets that waited go first.
     pub fn set_outbound(
         &self,
         peer: PeerIndex,
-        device: DeviceIndex,
+        (device, worker): (DeviceIndex, usize),
         sa: Arc<esp::Outbound>,
         path: udp::Path,
     ) {
         self.change_peer(peer, |peer| {
-            peer.outbound.insert(device, sa);
+            peer.outbound.insert((device, worker), sa);
             peer.path = Some(path);
         });
     }
 
-    /// Sends nothing more from this device to the peer: no security association, no packet.
-    pub fn remove_outbound(&self, peer: PeerIndex, device: DeviceIndex) {
+    /// Sends nothing more on what this worker had for packets from the device to the peer. It uses what others have; with
+    /// none left nothing is sent: no security association, no packet.
+    pub fn remove_outbound(&self, peer: PeerIndex, device: DeviceIndex, worker: usize) {
         self.change_peer(peer, |peer| {
-            if let Some(sa) = peer.outbound.remove(&device) {
+            if let Some(sa) = peer.outbound.remove(&(device, worker)) {
+                sa.stop();
+            }
+        });
+    }
+
+    /// As [`remove_outbound`](Self::remove_outbound), of all workers.
+    pub fn remove_all_outbound(&self, peer: PeerIndex, device: DeviceIndex) {
+        self.change_peer(peer, |peer| {
+            for (_, sa) in peer.outbound.extract_if((device, 0)..=(device, usize::MAX), |_, _| true) {
                 sa.stop();
             }
         });
@@ -337,6 +380,20 @@ impl Dataplane {
     /// Copies all inner packets of a peer from now on, or no longer. Nobody waits for who reads the copies.
     pub fn set_capture(&self, peer: PeerIndex, tap: Option<SyncSender<Captured>>) {
         self.change_peer(peer, |peer| peer.tap = tap.map(Tap));
+    }
+
+    /// What the kernel or a device refuses, and what is done instead; nothing where all is as fast as it can be.
+    pub fn refused(&self) -> Vec<&'static str> {
+        let sockets = || self.shared.ports.iter().flat_map(state::Ports::sockets);
+        let state = self.shared.state.load();
+        let offloads = || state.devices.values().flat_map(|it| &it.queues).map(tun::Queue::offloads);
+        let all = [
+            (offloads().any(|it| !it.tso), "TUN segmentation: every segment passes the device alone"),
+            (offloads().any(|it| !it.uso), "TUN segmentation of UDP: every datagram passes the device alone"),
+            (sockets().any(|it| !it.gso()), "UDP segmentation: every datagram is sent alone"),
+            (sockets().any(|it| !it.gro()), "UDP coalescing: every datagram is received alone"),
+        ];
+        all.into_iter().filter_map(|(refused, what)| refused.then_some(what)).collect()
     }
 
     /// Packets of a peer that got no further, by reason.

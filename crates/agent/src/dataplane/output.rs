@@ -16,8 +16,6 @@ use crate::dataplane::count::Reason;
 use crate::dataplane::state::{IKE_PORT, Peer, Shared, State};
 use crate::dataplane::{PeerIndex, Signal};
 
-/// A flush is due when so many bytes wait: larger ones gain nothing, smaller ones cost system calls.
-const FLUSH_AT: usize = 200 * 1024;
 /// The largest ESP packet: that of the largest inner one.
 const PACKET_MAX: usize = packet::esp::sealed_len(u16::MAX as usize);
 /// Bytes of one message: what one UDP datagram of IPv4 holds. The kernel refuses more even when it is to cut them.
@@ -39,6 +37,10 @@ const MTU_SAFE: u32 = 1280;
 pub(super) struct Output {
     buffer: Box<[u8]>,
     used: usize,
+    /// A flush is due when so many bytes wait.
+    flush: usize,
+    /// Whose sockets it leaves by.
+    worker: usize,
     messages: Vec<Message>,
 }
 
@@ -57,8 +59,8 @@ struct Message {
 
 impl Output {
     /// For a thread's stream of packets.
-    pub fn new() -> Self {
-        Self::with_room(FLUSH_AT + PACKET_MAX, MESSAGES_MAX)
+    pub fn new(flush: usize, worker: usize) -> Self {
+        Self { flush, worker, ..Self::with_room(flush + PACKET_MAX, MESSAGES_MAX) }
     }
 
     /// For one ESP packet of so many bytes.
@@ -67,13 +69,25 @@ impl Output {
     }
 
     fn with_room(bytes: usize, messages: usize) -> Self {
-        Self { buffer: vec![0; bytes].into(), used: 0, messages: Vec::with_capacity(messages) }
+        Self {
+            buffer: vec![0; bytes].into(),
+            used: 0,
+            flush: bytes,
+            worker: 0,
+            messages: Vec::with_capacity(messages),
+        }
+    }
+
+    /// Whose packets wait here.
+    #[inline]
+    pub fn worker(&self) -> usize {
+        self.worker
     }
 
     /// Whether it should be flushed before another packet is sealed.
     #[inline]
     pub fn is_full(&self) -> bool {
-        self.used >= FLUSH_AT || self.messages.len() == self.messages.capacity()
+        self.used >= self.flush || self.messages.len() == self.messages.capacity()
     }
 
     /// Where the next ESP packet is to be sealed.
@@ -103,10 +117,11 @@ impl Output {
 
     /// Sends all that waits.
     pub fn flush(&mut self, shared: &Shared, state: &State) {
+        let ports = &shared.ports[self.worker];
         let mut patience = Patience::default();
         let mut next = 0;
         while let Some(message) = self.messages.get(next) {
-            let Some(socket) = shared.ports.of(&message.path) else {
+            let Some(socket) = ports.of(&message.path) else {
                 let count = message.count();
                 state.transmit_counts(shared, message.peer).add(Reason::SocketRefused, count);
                 next += 1;
@@ -115,7 +130,7 @@ impl Output {
             let mut call = [message.send(&self.buffer); CALL_MAX];
             let mut length = 0;
             for (slot, message) in call.iter_mut().zip(&self.messages[next..]) {
-                if !shared.ports.of(&message.path).is_some_and(|other| std::ptr::eq(other, socket)) {
+                if !ports.of(&message.path).is_some_and(|other| std::ptr::eq(other, socket)) {
                     break;
                 }
                 *slot = message.send(&self.buffer);
@@ -218,7 +233,7 @@ impl Patience {
 /// Sends a datagram that is not ours to seal.
 pub(super) fn send_plain(shared: &Shared, path: udp::Path, payload: &[u8]) {
     let state = shared.state.load();
-    let ports = if path.local.port() == IKE_PORT { &state.ike } else { &shared.ports };
+    let ports = if path.local.port() == IKE_PORT { &state.ike } else { &shared.ports[0] };
     let sent = ports.of(&path).map_or(0, |socket| {
         socket.send(&[udp::Send { path, bytes: payload, segment: payload.len().max(1), tos: 0 }]).0
     });

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use esp::{Entry, Opened, SaTable};
+use linux::tun;
 use linux::udp::{self, Received};
 use packet::ecn::{self, Ecn};
 use packet::encap::{self, Kind};
@@ -17,11 +18,11 @@ use packet::{ip, protocol};
 use crate::dataplane::count::{Counts, Reason};
 use crate::dataplane::limit::PerSource;
 use crate::dataplane::state::{Device, Origin, Peer, Ports, Shared, State};
+use crate::dataplane::tuning::RECEIVE_MAX;
 use crate::dataplane::watch::{Waker, Watch, Work};
 use crate::dataplane::{Direction, Error, Signal};
 
-/// Messages for one call, and the bytes of each: as much as UDP GRO puts together.
-const MESSAGES: usize = 4;
+/// The bytes of a message: as much as UDP GRO puts together.
 const MESSAGE: usize = 65_536;
 /// Packets that are merged at once.
 const BATCH: usize = 512;
@@ -38,6 +39,7 @@ const ECHO_LEN: usize = 8;
 /// The receiving thread.
 pub(super) struct Receiver {
     shared: Arc<Shared>,
+    worker: usize,
     stop: Arc<AtomicBool>,
     watch: Watch<Source>,
     /// Room for all messages of one call: what they hold is merged across them.
@@ -50,6 +52,7 @@ pub(super) struct Receiver {
 
 /// What does not depend on the buffers.
 struct Inner {
+    worker: usize,
     merger: Merger,
     ike: PerSource,
     unknown: PerSource,
@@ -74,19 +77,22 @@ struct Run<'a> {
 }
 
 impl Receiver {
-    pub fn new(shared: Arc<Shared>, stop: Arc<AtomicBool>) -> Result<Self, Error> {
-        let mut watch = Watch::new()?;
-        for socket in shared.ports.sockets() {
+    pub fn new(shared: Arc<Shared>, worker: usize, stop: Arc<AtomicBool>) -> Result<Self, Error> {
+        let mut watch = Watch::new(shared.tuning.spin)?;
+        let messages = shared.tuning.receive;
+        for socket in shared.ports[worker].sockets() {
             watch.add(Source { socket: Arc::clone(socket), ike: false })?;
         }
         Ok(Self {
             ike: Arc::default(),
             shared,
+            worker,
             stop,
             watch,
-            arena: vec![0; MESSAGES * MESSAGE].into(),
-            received: Vec::with_capacity(MESSAGES),
+            arena: vec![0; messages * MESSAGE].into(),
+            received: Vec::with_capacity(messages),
             inner: Inner {
+                worker,
                 merger: Merger::new(BATCH, Offloads { tcp: false, udp: false }),
                 ike: PerSource::new(IKE_EACH),
                 unknown: PerSource::new(1),
@@ -102,16 +108,18 @@ impl Receiver {
         let mut states = self.shared.state.reader();
         let mut tables = self.shared.inbound.reader();
         while !self.stop.load(Ordering::Relaxed) {
-            let Self { watch, shared, arena, received, inner, ike, .. } = &mut self;
+            let Self { worker, watch, shared, arena, received, inner, ike, .. } = &mut self;
             let sockets = &states.get().ike;
-            if !Arc::ptr_eq(ike, sockets) {
+            // Of port 500 there is one socket, and the first worker has it.
+            if *worker == 0 && !Arc::ptr_eq(ike, sockets) {
                 watch_ike(watch, sockets, &shared.drops.receive);
                 *ike = Arc::clone(sockets);
             }
             let worked = watch.round(|source| {
                 let mut buffers = arena.chunks_exact_mut(MESSAGE);
-                let mut buffers: [_; MESSAGES] = std::array::from_fn(|_| buffers.next().unwrap_or_default());
-                match source.socket.receive(&mut buffers, received) {
+                let mut buffers: [_; RECEIVE_MAX] =
+                    std::array::from_fn(|_| buffers.next().unwrap_or_default());
+                match source.socket.receive(&mut buffers[..shared.tuning.receive], received) {
                     Ok(0) => return Work::Dry,
                     Ok(_) => {}
                     Err(_) => {
@@ -202,8 +210,9 @@ impl Inner {
                 merging = None;
             }
             if merging.is_none() {
-                let offloads = device.queue.offloads();
-                self.merger.set_offloads(Offloads { tcp: offloads.tso, udp: offloads.uso });
+                let offloads = device.queues[self.queue_of(device)].offloads();
+                let merge = !shared.tuning.no_merge;
+                self.merger.set_offloads(Offloads { tcp: merge && offloads.tso, udp: merge && offloads.uso });
                 merging = Some(device);
             }
             let inner = range.start + inner.start..range.start + inner.end;
@@ -234,14 +243,20 @@ impl Inner {
         }
     }
 
+    /// This worker's queue of a device: its answers come back by the same (`tun_automq_select_queue`).
+    fn queue_of(&self, device: &Device) -> usize {
+        self.worker % device.queues.len()
+    }
+
     /// Writes what was merged, all of it in `bytes`.
     fn write(&mut self, shared: &Shared, device: &Device, bytes: &mut [u8]) {
+        let queue = &device.queues[self.queue_of(device)];
         let batch = self.merger.finish(bytes);
         for merged in batch.packets() {
             let written = if merged.segments() < PIECES {
-                write_one::<PIECES>(device, &merged, bytes)
+                write_one::<PIECES>(queue, &merged, bytes)
             } else {
-                write_one::<PIECES_MAX>(device, &merged, bytes)
+                write_one::<PIECES_MAX>(queue, &merged, bytes)
             };
             match written {
                 Ok(true) => {}
@@ -252,7 +267,7 @@ impl Inner {
     }
 }
 
-fn write_one<const N: usize>(device: &Device, merged: &Merged<'_>, bytes: &[u8]) -> std::io::Result<bool> {
+fn write_one<const N: usize>(queue: &tun::Queue, merged: &Merged<'_>, bytes: &[u8]) -> std::io::Result<bool> {
     let header = merged.header().emit();
     let mut pieces = [IoSlice::new(&[]); N];
     pieces[0] = IoSlice::new(&header);
@@ -261,7 +276,7 @@ fn write_one<const N: usize>(device: &Device, merged: &Merged<'_>, bytes: &[u8])
         *slot = IoSlice::new(&bytes[range]);
         count += 1;
     }
-    device.queue.write(&pieces[..count])
+    queue.write(&pieces[..count])
 }
 
 impl<'a> Run<'a> {

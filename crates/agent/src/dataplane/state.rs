@@ -12,7 +12,7 @@ use crate::dataplane::capture::Tap;
 use crate::dataplane::count::{Counts, Drops, Reason};
 use crate::dataplane::limit::EverySecond;
 use crate::dataplane::route::Routes;
-use crate::dataplane::{DeviceIndex, PeerIndex, Signal, Sockets};
+use crate::dataplane::{DeviceIndex, PeerIndex, Signal, Sockets, Tuning};
 
 /// Octets at the start of an echo's data by which an answer to a probe is known.
 pub const PROBE_MAGIC_LEN: usize = 8;
@@ -23,12 +23,14 @@ pub(super) const IKE_PORT: u16 = 500;
 pub(super) struct Shared {
     pub state: Arc<Published<State>>,
     pub inbound: Arc<Published<SaTable<Origin>>>,
-    pub ports: Ports,
+    /// Of each worker its own, by number.
+    pub ports: Vec<Ports>,
     /// Hands a signal to control; false if there is no room, or nobody listens.
     pub signals: Box<dyn Fn(Signal) -> bool + Send + Sync>,
     /// What belongs to no peer.
     pub drops: Drops,
     pub probe: [u8; PROBE_MAGIC_LEN],
+    pub tuning: Tuning,
 }
 
 /// The sockets of a port, as [`Sockets`] has them.
@@ -51,7 +53,8 @@ pub(super) struct State {
 /// A TUN device.
 pub(super) struct Device {
     pub index: DeviceIndex,
-    pub queue: tun::Queue,
+    /// Of each worker its own, by number.
+    pub queues: Vec<tun::Queue>,
 }
 
 /// How a peer is reached.
@@ -62,7 +65,8 @@ pub(super) struct Peer {
     /// The largest inner packet in bytes; without it, what the device lets through.
     pub mtu: Option<u32>,
     pub tap: Option<Tap>,
-    pub outbound: BTreeMap<DeviceIndex, Arc<esp::Outbound>>,
+    /// By device and the worker that they are for.
+    pub outbound: BTreeMap<(DeviceIndex, usize), Arc<esp::Outbound>>,
     /// What outlives a change of the rest.
     pub lasting: Arc<Lasting>,
 }
@@ -101,14 +105,18 @@ impl State {
         state
     }
 
-    /// A peer with the security association for packets of a device, and the path. `None` while one of them is missing.
+    /// A peer with the security association for packets of a device, and the path. `None` while one of them is missing. A
+    /// worker without an association of its own uses the first there is: foreign peers have but one.
     #[inline]
     pub fn way(
         &self,
         (peer, device): (PeerIndex, DeviceIndex),
+        worker: usize,
     ) -> Option<(&Peer, &esp::Outbound, udp::Path)> {
         let peer = self.peers.get(&peer)?;
-        Some((peer, peer.outbound.get(&device)?, peer.path?))
+        let all = &peer.outbound;
+        let first = || all.range((device, 0)..=(device, usize::MAX)).next().map(|(_, sa)| sa);
+        Some((peer, all.get(&(device, worker)).or_else(first)?, peer.path?))
     }
 
     /// Where drops of a peer that the sending thread notices are counted: with those of none for one that is not known.
@@ -157,11 +165,21 @@ impl Ports {
     }
 }
 
-/// A device in the hands of a thread that watches it.
-pub(super) struct Watched(pub Arc<Device>);
+/// A device in the hands of the worker that watches one of its queues.
+pub(super) struct Watched {
+    pub device: Arc<Device>,
+    pub worker: usize,
+}
+
+impl Watched {
+    /// `None` for a device with fewer queues than workers.
+    pub fn new(device: &Arc<Device>, worker: usize) -> Option<Self> {
+        (worker < device.queues.len()).then(|| Self { device: Arc::clone(device), worker })
+    }
+}
 
 impl AsFd for Watched {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.queue.as_fd()
+        self.device.queues[self.worker].as_fd()
     }
 }

@@ -22,8 +22,6 @@ use crate::dataplane::{DeviceIndex, Direction, Error, PeerIndex, Signal};
 
 /// The underlay sees the class of inner packets (RFC 4301 §5.1.2.1).
 const DSCP: Dscp = Dscp::Copy;
-/// Superpackets of one device before it is another's turn.
-const BUDGET: usize = 8;
 const INPUT: usize = vnet::LEN + 65_536;
 /// How often packets that wait are looked at for their age.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
@@ -31,6 +29,7 @@ const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 /// The sending thread.
 pub(super) struct Transmitter {
     shared: Arc<Shared>,
+    worker: usize,
     stop: Arc<AtomicBool>,
     watch: Watch<Watched>,
     input: Box<[u8]>,
@@ -59,15 +58,19 @@ struct Outgoing<'a> {
 }
 
 impl Transmitter {
-    pub fn new(shared: Arc<Shared>, stop: Arc<AtomicBool>) -> Result<Self, Error> {
+    pub fn new(shared: Arc<Shared>, worker: usize, stop: Arc<AtomicBool>) -> Result<Self, Error> {
         Ok(Self {
-            shared,
+            worker,
             stop,
-            watch: Watch::new()?,
+            watch: Watch::new(shared.tuning.spin)?,
             input: vec![0; INPUT].into(),
-            sender: Sender { output: Output::new(), scratch: vec![0; 2 * INPUT].into() },
+            sender: Sender {
+                output: Output::new(shared.tuning.flush, worker),
+                scratch: vec![0; 2 * INPUT].into(),
+            },
             early: Early::default(),
             expired: Instant::now(),
+            shared,
         })
     }
 
@@ -87,7 +90,7 @@ impl Transmitter {
             }
             let Self { watch, shared, input, sender, early, .. } = &mut self;
             let worked = watch.round(|device| {
-                let work = serve(shared, state, &device.0, input, sender, early);
+                let work = serve(shared, state, device, input, sender, early);
                 if sender.output.is_full() {
                     sender.output.flush(shared, state);
                 }
@@ -105,15 +108,16 @@ impl Transmitter {
         let is_current = |device: &Arc<Device>| {
             state.devices.get(&device.index).is_some_and(|current| Arc::ptr_eq(current, device))
         };
-        self.watch.retain(|watched| is_current(&watched.0));
+        self.watch.retain(|watched| is_current(&watched.device));
         for device in state.devices.values() {
-            if !self.watch.values().any(|watched| Arc::ptr_eq(&watched.0, device))
-                && let Err(error) = self.watch.add(Watched(Arc::clone(device)))
+            if !self.watch.values().any(|watched| Arc::ptr_eq(&watched.device, device))
+                && let Some(watched) = Watched::new(device, self.worker)
+                && let Err(error) = self.watch.add(watched)
             {
                 tracing::error!(%error, "a TUN device is left alone: none of its packets is sent");
             }
         }
-        let ready: Vec<_> = self.early.keys().filter(|key| state.way(*key).is_some()).collect();
+        let ready: Vec<_> = self.early.keys().filter(|key| state.way(*key, self.worker).is_some()).collect();
         for key in ready {
             for bytes in self.early.take(key) {
                 let outcome = self.sender.send_read(&self.shared, state, key, &bytes);
@@ -145,15 +149,17 @@ impl Transmitter {
 fn serve(
     shared: &Shared,
     state: &State,
-    device: &Device,
+    watched: &Watched,
     input: &mut [u8],
     sender: &mut Sender,
     early: &mut Early,
 ) -> Work {
+    let device = &watched.device;
+    let queue = &device.queues[watched.worker];
     let routes = state.routes.get(&device.index);
     let mut work = Work::Dry;
-    for _ in 0..BUDGET {
-        let bytes = match device.queue.read(input) {
+    for _ in 0..shared.tuning.turn {
+        let bytes = match queue.read(input) {
             Ok(Some(length)) => &input[..length],
             Ok(None) => return work,
             Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
@@ -197,7 +203,7 @@ fn hold(shared: &Shared, state: &State, early: &mut Early, key: early::Key, byte
 /// Seals a packet of our own and sends it, on the calling thread: the association takes two users, and needs it seldom.
 pub(super) fn inject(shared: &Shared, peer: PeerIndex, device: DeviceIndex, packet: &[u8]) {
     let state = shared.state.load();
-    let sent = state.way((peer, device)).ok_or(NoAssociation).and_then(|(peer, sa, path)| {
+    let sent = state.way((peer, device), 0).ok_or(NoAssociation).and_then(|(peer, sa, path)| {
         let room = packet::esp::sealed_len(packet.len());
         let mut sender = Sender { output: Output::for_one(room), scratch: Box::default() };
         let header = vnet::Repr::default();
@@ -224,7 +230,7 @@ impl Sender {
         key: early::Key,
         bytes: &[u8],
     ) -> Result<(), NoAssociation> {
-        let (peer, sa, path) = state.way(key).ok_or(NoAssociation)?;
+        let (peer, sa, path) = state.way(key, self.output.worker()).ok_or(NoAssociation)?;
         let Some((header, packet)) = vnet::Repr::parse(bytes).zip(bytes.get(vnet::LEN..)) else {
             peer.lasting.drops.transmit.add(Reason::Malformed, 1);
             return Ok(());
@@ -333,6 +339,6 @@ fn tell_too_big(state: &State, out: &Outgoing<'_>, segment: &[u8]) {
     if let Some((length, device)) = told {
         let header = vnet::Repr::default().emit();
         // As good as lost on the way: the sender tries again and is told again.
-        let _ = device.queue.write(&[IoSlice::new(&header), IoSlice::new(&message[..length])]);
+        let _ = device.queues[0].write(&[IoSlice::new(&header), IoSlice::new(&message[..length])]);
     }
 }

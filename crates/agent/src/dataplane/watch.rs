@@ -14,8 +14,6 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::dataplane::Error;
 
-/// Tries after the last success before the thread sleeps.
-const SPIN: u32 = 16;
 /// Empty reads after which a source is left to epoll while others are active.
 const DRY: u32 = 64;
 /// Rounds with work after which epoll is asked for sources that are not active.
@@ -54,6 +52,8 @@ pub(super) struct Watch<T> {
     next_token: u64,
     rounds: u32,
     idle: u32,
+    /// Tries after the last success before the thread sleeps.
+    spin: u32,
 }
 
 struct Source<T> {
@@ -64,7 +64,7 @@ struct Source<T> {
 }
 
 impl<T: AsFd> Watch<T> {
-    pub fn new() -> Result<Self, Error> {
+    pub fn new(spin: u32) -> Result<Self, Error> {
         let failed =
             |attempted: &'static str| move |error: Errno| Error::Kernel { attempted, error: error.into() };
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed("make an event poll"))?;
@@ -81,6 +81,7 @@ impl<T: AsFd> Watch<T> {
             next_token: 0,
             rounds: 0,
             idle: 0,
+            spin,
         })
     }
 
@@ -154,7 +155,7 @@ impl<T: AsFd> Watch<T> {
             if self.rounds.is_multiple_of(ASK_EVERY) {
                 self.ask(EpollTimeout::ZERO);
             }
-        } else if self.idle < SPIN {
+        } else if self.idle < self.spin {
             self.idle += 1;
             std::thread::yield_now();
         } else {

@@ -71,9 +71,9 @@ impl Devices {
             let Some(device) = self.all.get_mut(network).filter(|device| device.opened.is_none()) else {
                 continue;
             };
-            match queue(&opened.netns) {
-                Ok(queue) => {
-                    dataplane.add_device(index, queue);
+            match queues(&opened.netns, dataplane.workers()) {
+                Ok(queues) => {
+                    dataplane.add_device(index, queues);
                     device.opened = Some(opened);
                     device.told = false;
                 }
@@ -108,6 +108,7 @@ impl Devices {
     }
 }
 
-fn queue(netns: &str) -> Result<Queue, linux::Error> {
-    Queue::open(&Netns::open(&Path::new(NETNS_DIR).join(netns))?, plan::TUN)
+fn queues(netns: &str, count: usize) -> Result<Vec<Queue>, linux::Error> {
+    let netns = Netns::open(&Path::new(NETNS_DIR).join(netns))?;
+    (0..count).map(|_| Queue::open(&netns, plan::TUN)).collect()
 }

@@ -107,7 +107,9 @@ impl Engine {
         let now = Instant::now();
         let clock = Clock::new(now);
         let timing = settings.timing();
-        let config = ike::Config { port: settings.port, timing: timing.clone(), ..ike::Config::default() };
+        let workers = u32::try_from(dataplane.workers()).unwrap_or(1);
+        let config =
+            ike::Config { port: settings.port, timing: timing.clone(), workers, ..ike::Config::default() };
         let endpoint = Endpoint::new(config, &crate::random(), now, clock.unix.as_secs());
         // Whatever is in the view is still to be taken in.
         let view = Arc::new(View { tunnels: Arc::default(), ..View::clone(&views.borrow()) });

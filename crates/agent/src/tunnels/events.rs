@@ -54,7 +54,9 @@ impl Engine {
         let Some(peer) = self.by_number.get(&sa.peer.0).and_then(|far| self.peers.get(far)) else {
             return false;
         };
-        let first = peer.slots.values().any(|slot| slot.child == sa.slot.child && slot.sending.is_none());
+        let worker = worker_of(sa);
+        let first =
+            peer.slots.values().any(|slot| slot.has(sa.slot.child) && !slot.sending.contains_key(&worker));
         let made_there =
             |it: &ike::SaView| !it.initiator && it.children.iter().any(|it| it.inbound == sa.inbound);
         first && self.endpoint.sas(sa.peer).iter().any(made_there)
@@ -178,12 +180,13 @@ impl Engine {
         tracing::debug!(peer = %peer.tunnel.name, %network, spi = %outbound.spi(), "send");
         let index = peer.index();
         let Some(slot) = peer.slots.get_mut(&network) else { return };
-        slot.sending = Some(sa.inbound);
+        let worker = worker_of(sa);
+        slot.sending.insert(worker, sa.inbound);
         slot.arrange_probes(now);
         if let Some(probes) = &mut slot.probes {
             probes.hurry(now);
         }
-        self.dataplane.set_outbound(index, slot.device, outbound, udp_path(sa.path));
+        self.dataplane.set_outbound(index, (slot.device, worker as usize), outbound, udp_path(sa.path));
         self.look_soon(now);
     }
 
@@ -194,10 +197,15 @@ impl Engine {
         tracing::debug!(peer = %peer.tunnel.name, spi = %child.inbound.spi(), "a pair of associations is gone");
         self.dataplane.remove_inbound(child.inbound.spi());
         let index = peer.index();
-        if let Some(slot) = peer.slots.get_mut(&child.network).filter(|slot| slot.sending == Some(inbound)) {
-            slot.sending = None;
-            slot.probes = None;
-            self.dataplane.remove_outbound(index, slot.device);
+        if let Some(slot) = peer.slots.get_mut(&child.network)
+            && let Some(worker) =
+                slot.sending.iter().find(|(_, spi)| **spi == inbound).map(|(worker, _)| *worker)
+        {
+            slot.sending.remove(&worker);
+            if slot.sending.is_empty() {
+                slot.probes = None;
+            }
+            self.dataplane.remove_outbound(index, slot.device, worker as usize);
         }
         end(&child.inbound, child.outbound.as_deref());
         peer.past = add(peer.past, child.used());
@@ -216,8 +224,13 @@ fn end(inbound: &Inbound, outbound: Option<&Outbound>) {
     }
 }
 
+/// The worker that seals on an association. One that says nothing is the first's.
+fn worker_of(sa: &ChildSa) -> u32 {
+    sa.slot.worker.unwrap_or(0)
+}
+
 fn network_of(peer: &Peer, child: ChildId) -> Option<NetworkId> {
-    peer.slots.iter().find(|(_, slot)| slot.child == child).map(|(network, _)| network.clone())
+    peer.slots.iter().find(|(_, slot)| slot.has(child)).map(|(network, _)| network.clone())
 }
 
 pub(super) fn udp_path(path: ike::Path) -> linux::udp::Path {

@@ -183,6 +183,7 @@ mod tests {
             handshakes: 3,
             rekeys: 7,
             drops: BTreeMap::from([("replayed".to_owned(), 2)]),
+            slower: Vec::new(),
         };
         let used = ChildUse { bytes_in: 1 << 40, packets_in: 9, bytes_out: 8, packets_out: 1 };
         let text = text(&[(tunnel, used)], &BTreeMap::from([("unknown_spi", 4)]));

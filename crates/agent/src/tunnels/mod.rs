@@ -35,7 +35,7 @@ use model::agent_api::TunnelStatus;
 use model::api::{ApiError, ErrorCode};
 use tokio::sync::{oneshot, watch};
 
-use crate::dataplane::{Captured, Dataplane, DeviceIndex, Signal, Sockets};
+use crate::dataplane::{Captured, Dataplane, DeviceIndex, Signal, Sockets, Tuning, workers_here};
 use crate::ledger::Identity;
 use crate::tunnels::engine::Engine;
 use crate::tunnels::wanted::Own;
@@ -59,6 +59,8 @@ pub struct Settings {
     pub rekey_bytes: Option<u64>,
     /// How old an IKE SA may become, instead of four hours.
     pub rekey_ike_every: Option<Duration>,
+    /// How the packet path works.
+    pub tuning: Tuning,
 }
 
 impl Settings {
@@ -143,24 +145,27 @@ pub(crate) fn start(
     let own = Own::of(identity).map_err(|why| {
         crate::internal(format!("this host's own key or certificate cannot be used for tunnels: {why}"))
     })?;
-    let sockets = sockets(settings.port).map_err(|error| {
+    let workers = settings.tuning.workers.unwrap_or_else(workers_here);
+    let sockets = sockets(settings.port, workers).map_err(|error| {
         let message = format!("no tunnels to other hosts: {error} (--tunnel-port)");
         ApiError::new(ErrorCode::Unavailable, message)
     })?;
     let (inputs, inbox) = sync_channel(INPUTS);
-    let dataplane = Dataplane::start(sockets, inputs.clone()).map_err(crate::internal)?;
+    let dataplane =
+        Dataplane::start(sockets, inputs.clone(), settings.tuning.clone()).map_err(crate::internal)?;
     let engine = Engine::new(own, settings, dataplane, inbox, views);
     let thread = crate::vital::spawn("tunnels", move || engine.run()).map_err(crate::internal)?;
     Ok((Tunnels { inputs: inputs.clone() }, Running { inputs, thread }))
 }
 
-/// A port of both families. A machine without IPv6 has tunnels over IPv4.
-fn sockets(port: u16) -> Result<Sockets, linux::Error> {
-    let v4 = Socket::bind(Family::V4, port)?;
-    let v6 = Socket::bind(Family::V6, port)
+/// A port of both families, for each worker. A machine without IPv6 has tunnels over IPv4.
+fn sockets(port: u16, workers: usize) -> Result<Vec<Sockets>, linux::Error> {
+    let v4 = Socket::bind_group(Family::V4, port, workers)?;
+    let v6 = Socket::bind_group(Family::V6, port, workers)
         .inspect_err(|error| tracing::info!("no tunnels over IPv6: {error}"))
-        .ok();
-    Ok(Sockets { v4: Some(v4), v6 })
+        .unwrap_or_default();
+    let v6 = v6.into_iter().map(Some).chain(std::iter::repeat_with(|| None));
+    Ok(v4.into_iter().zip(v6).map(|(v4, v6)| Sockets { v4: Some(v4), v6 }).collect())
 }
 
 impl Running {

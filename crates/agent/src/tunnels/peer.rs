@@ -56,11 +56,13 @@ pub(super) struct Peer {
 pub(super) struct Slot {
     /// What IKE calls it.
     pub(super) child: ChildId,
+    /// And those for the workers but the first, in their order.
+    pub(super) more: Vec<ChildId>,
     pub(super) inside: Inside,
     pub(super) device: DeviceIndex,
     pub(super) policy: Arc<InnerPolicy>,
-    /// The child whose outbound association is in use.
-    pub(super) sending: Option<EspSpi>,
+    /// By worker the child whose outbound association is in use.
+    pub(super) sending: BTreeMap<u32, EspSpi>,
     /// From which router to which, where both have one.
     pub(super) ends: Option<(Ipv4Addr, Ipv4Addr)>,
     /// Runs while there are ends, and an association to send on.
@@ -132,9 +134,14 @@ impl Slot {
         Arc::new(InnerPolicy::new(inside.theirs.iter().copied(), inside.ours.iter().copied()))
     }
 
+    /// Whether a child is one of this network.
+    pub(super) fn has(&self, child: ChildId) -> bool {
+        self.child == child || self.more.contains(&child)
+    }
+
     /// Probes run exactly while they can be answered.
     pub(super) fn arrange_probes(&mut self, now: Instant) {
-        if self.sending.is_none() || self.ends.is_none() {
+        if self.sending.is_empty() || self.ends.is_none() {
             self.probes = None;
         } else if self.probes.is_none() {
             self.probes = Some(Probes::new(now));

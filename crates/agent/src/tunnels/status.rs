@@ -24,6 +24,7 @@ impl Engine {
             clock: &self.clock,
             timing: &self.timing,
             port_500: &self.port_500,
+            slower: self.dataplane.refused(),
         };
         let one = |(far, peer)| {
             let drops = self.dataplane.drops(Peer::index(peer));
@@ -42,6 +43,7 @@ struct Looking<'a> {
     clock: &'a Clock,
     timing: &'a Timing,
     port_500: &'a Port500,
+    slower: Vec<&'static str>,
 }
 
 impl Looking<'_> {
@@ -75,6 +77,7 @@ impl Looking<'_> {
             handshakes: peer.handshakes,
             rekeys: peer.rekeys,
             drops: drops.into_iter().map(|(reason, count)| (reason.to_owned(), count)).collect(),
+            slower: self.slower.iter().map(|what| (*what).to_owned()).collect(),
         }
     }
 
@@ -126,8 +129,9 @@ impl Looking<'_> {
             .iter()
             .filter_map(|(spi, child)| {
                 let network = self.view.catalog.networks.get(&child.network)?.name.clone();
-                let sending = peer.slots.get(&child.network).and_then(|slot| slot.sending);
-                let live = sending == Some(*spi) && views.get(spi).is_some_and(|view| view.up);
+                let slot = peer.slots.get(&child.network);
+                let sending = slot.is_some_and(|slot| slot.sending.values().any(|it| it == spi));
+                let live = sending && views.get(spi).is_some_and(|view| view.up);
                 let outbound = views.get(spi).map(|view| view.outbound.0);
                 let outbound = outbound.or(child.outbound.as_ref().map(|sa| sa.spi().get()));
                 let order = (network.clone(), !live, Reverse(child.installed));

@@ -56,10 +56,10 @@ impl Engine {
                 self.port_500 = Port500::Closed;
             }
             (Port500::Closed | Port500::Refused(_), true) => {
-                let opened = super::sockets(wanted::IKE_PORT);
+                let opened = super::sockets(wanted::IKE_PORT, 1);
                 let now = match opened {
                     Ok(sockets) => {
-                        self.dataplane.set_ike_sockets(sockets);
+                        self.dataplane.set_ike_sockets(sockets.into_iter().next().unwrap_or_default());
                         Port500::Open
                     }
                     Err(error) => Port500::Refused(error.to_string()),
@@ -100,7 +100,7 @@ impl Engine {
         let Some(peer) = self.peers.get_mut(far) else { return };
         peer.tunnel.clone_from(tunnel);
         let children: Result<Vec<_>, String> =
-            peer.slots.values().map(|slot| wanted::child(slot.child, far, &slot.inside)).collect();
+            peer.slots.values().flat_map(|slot| wanted::children(far, slot)).collect();
         let id = peer.id();
         match wanted::who(&self.own, far, tunnel, ours).and_then(|who| Ok((who, children?))) {
             Ok((who, children)) => {
@@ -136,7 +136,7 @@ impl Engine {
             peer.slots.keys().filter(|network| !tunnel.inside.contains_key(*network)).cloned().collect();
         for network in gone {
             if let Some(slot) = peer.slots.remove(&network) {
-                self.dataplane.remove_outbound(index, slot.device);
+                self.dataplane.remove_all_outbound(index, slot.device);
             }
             let nothing = Slot::policy_of(&Inside { label: None, theirs: Vec::new(), ours: Vec::new() });
             self.dataplane.set_policy(index, self.devices.index(&network), nothing);
@@ -144,21 +144,29 @@ impl Engine {
         for (network, inside) in &tunnel.inside {
             let known = peer.slots.get(network).filter(|slot| wanted::same_child(far, &slot.inside, inside));
             let child = known.map(|slot| slot.child);
+            let more = known.map(|slot| slot.more.clone());
             let device = self.devices.index(network);
             if child.is_none() {
                 self.last_child += 1;
-                self.dataplane.remove_outbound(index, device);
+                self.dataplane.remove_all_outbound(index, device);
             }
             let child = child.unwrap_or(ike::ChildId(self.last_child));
+            let more = more.unwrap_or_else(|| {
+                // A foreign peer makes one child: RFC 9611 is ours and few others'.
+                let workers = if matches!(far, Far::Host(_)) { self.dataplane.workers() as u64 } else { 1 };
+                let first = self.last_child;
+                self.last_child += workers - 1;
+                (1..workers).map(|worker| ike::ChildId(first + worker)).collect()
+            });
             let before = peer.slots.remove(network).filter(|slot| slot.child == child);
             let slot = match before {
                 Some(before) if before.inside == *inside => before,
                 before => {
                     let policy = Slot::policy_of(inside);
                     self.dataplane.set_policy(index, device, policy.clone());
-                    let (sending, ends, probes) =
-                        before.map_or((None, None, None), |slot| (slot.sending, slot.ends, slot.probes));
-                    Slot { child, inside: inside.clone(), device, policy, sending, ends, probes }
+                    let (sending, ends, probes) = before
+                        .map_or((BTreeMap::new(), None, None), |slot| (slot.sending, slot.ends, slot.probes));
+                    Slot { child, more, inside: inside.clone(), device, policy, sending, ends, probes }
                 }
             };
             peer.slots.insert(network.clone(), slot);

@@ -17,6 +17,7 @@ use plan::{Begins, Far, Inside, Proof, Tunnel};
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
+use super::peer::Slot;
 use crate::ledger;
 
 /// IKE's own port (RFC 7296 §2), where foreign peers begin.
@@ -154,9 +155,20 @@ pub(super) fn paths(
     addresses.iter().filter_map(path).collect()
 }
 
+/// The children of a network: the first for whoever asks, each next one for a worker of its own (RFC 9611).
+pub(super) fn children<'a>(
+    far: &'a Far,
+    slot: &'a Slot,
+) -> impl Iterator<Item = Result<ChildConfig, String>> + 'a {
+    let more = slot.more.iter().zip(1..).map(|(id, worker)| (*id, Some(worker)));
+    std::iter::once((slot.child, None))
+        .chain(more)
+        .map(move |(id, worker)| child(id, worker, far, &slot.inside))
+}
+
 /// One wanted child. Between hosts everything may be inside as far as IKE is concerned: what the peer may send is
 /// checked packet by packet, and what is at which host changes with every claim.
-pub(super) fn child(id: ChildId, far: &Far, inside: &Inside) -> Result<ChildConfig, String> {
+fn child(id: ChildId, worker: Option<u32>, far: &Far, inside: &Inside) -> Result<ChildConfig, String> {
     let label = inside.label.as_ref().map(|label| SecurityLabel::new(label.clone().into_bytes()));
     let label = label.transpose().map_err(|error| error.to_string())?;
     let (local, remote) = match far {
@@ -166,7 +178,7 @@ pub(super) fn child(id: ChildId, far: &Far, inside: &Inside) -> Result<ChildConf
         }
         Far::Peer(_) => (selectors(&inside.ours), selectors(&inside.theirs)),
     };
-    Ok(ChildConfig { id, label, worker: None, local, remote, esp: EspOffer::default() })
+    Ok(ChildConfig { id, label, worker, local, remote, esp: EspOffer::default() })
 }
 
 /// Whether a child for the one is a child for the other too.
@@ -334,7 +346,7 @@ mod tests {
     fn between_hosts_a_child_is_for_everything_of_its_network_and_with_a_foreign_peer_for_what_was_agreed() {
         let host = Far::Host(HostId::from_random([2; 8]));
         let red = inside(Some("net-red"), "10.42.64.0/26");
-        let made = child(ChildId(1), &host, &red).unwrap();
+        let made = child(ChildId(1), None, &host, &red).unwrap();
         assert_eq!(made.local, [IpSelector::prefix(Ipv4Addr::UNSPECIFIED.into(), 0)]);
         assert_eq!(made.local, made.remote);
         assert_eq!(made.label.unwrap().as_bytes(), b"net-red");
@@ -343,7 +355,7 @@ mod tests {
 
         let peer = Far::Peer(model::PeerId::from_random([7; 8]));
         let office = inside(None, "192.168.7.0/24");
-        let made = child(ChildId(2), &peer, &office).unwrap();
+        let made = child(ChildId(2), None, &peer, &office).unwrap();
         assert_eq!(made.remote, [IpSelector::prefix("192.168.7.0".parse().unwrap(), 24)]);
         assert_eq!(made.local, [IpSelector::prefix("10.42.0.0".parse().unwrap(), 16)]);
         assert!(!same_child(&peer, &office, &inside(None, "192.168.8.0/24")));

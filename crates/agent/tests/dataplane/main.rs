@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod offloads;
+mod relay;
 mod rig;
 #[allow(dead_code, reason = "shared with the tests of the kernel's room")]
 #[path = "../../../linux/tests/sandbox/mod.rs"]

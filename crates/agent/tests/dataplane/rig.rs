@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use agent::dataplane::{Dataplane, DeviceIndex, PeerIndex, Signal, Sockets};
+use agent::dataplane::{Dataplane, DeviceIndex, PeerIndex, Signal, Sockets, Tuning};
 use esp::{Inbound, InnerPolicy, KeyMaterial, Limits, Outbound, Sequence, Spi, Suite};
 use ipnet::IpNet;
 use linux::netns::Netns;
@@ -39,6 +39,11 @@ pub struct Pair {
 
 /// Two hosts, 192.0.2.1 and .2 on the underlay, that know their routes but no key.
 pub fn strangers(dir: &Path) -> Pair {
+    strangers_tuned(dir, [&Tuning::default(), &Tuning::default()])
+}
+
+/// As [`strangers`], with settings of the path on each.
+pub fn strangers_tuned(dir: &Path, tunings: [&Tuning; 2]) -> Pair {
     let name = |side: u8, kind: &str| format!("{kind}{side}");
     let make = |side| {
         let host = Netns::create_bound(dir, &name(side, "host")).unwrap();
@@ -67,25 +72,31 @@ pub fn strangers(dir: &Path) -> Pair {
         );
         host.run(|| sh(&commands)).unwrap();
     }
-    Pair { a: start(1, a), b: start(2, b) }
+    Pair { a: start(1, a, tunings[0]), b: start(2, b, tunings[1]) }
 }
 
 /// Two hosts with a security association each way, over IPv4.
 pub fn pair(dir: &Path) -> Pair {
-    let pair = strangers(dir);
+    tuned(dir, &Tuning::default())
+}
+
+/// As [`pair`], with settings of the path.
+pub fn tuned(dir: &Path, tuning: &Tuning) -> Pair {
+    let pair = strangers_tuned(dir, [tuning, tuning]);
     pair.connect();
     pair
 }
 
-fn start(side: u8, (host, router): (Netns, Netns)) -> Host {
+fn start(side: u8, (host, router): (Netns, Netns), tuning: &Tuning) -> Host {
     let (signal, signals) = sync_channel(4096);
     let path = host
         .run(|| {
-            let sockets = Sockets {
-                v4: Some(udp::Socket::bind(udp::Family::V4, PORT).unwrap()),
-                v6: Some(udp::Socket::bind(udp::Family::V6, PORT).unwrap()),
+            let group = |family| {
+                udp::Socket::bind_group(family, PORT, tuning.workers.unwrap_or(1)).unwrap().into_iter()
             };
-            let path = Dataplane::start(sockets, signal).unwrap();
+            let sockets = group(udp::Family::V4).zip(group(udp::Family::V6));
+            let sockets = sockets.map(|(v4, v6)| Sockets { v4: Some(v4), v6: Some(v6) }).collect();
+            let path = Dataplane::start(sockets, signal, tuning.clone()).unwrap();
             path.set_ike_sockets(Sockets {
                 v4: Some(udp::Socket::bind(udp::Family::V4, 500).unwrap()),
                 v6: None,
@@ -120,21 +131,33 @@ impl Pair {
         let back = udp::Path { local: path.remote, remote: path.local };
         self.b.receives(&self.a, salt);
         self.a.receives(&self.b, salt);
-        self.a.path.set_outbound(PEER, DEVICE, outbound(self.a.side, salt), path);
-        self.b.path.set_outbound(PEER, DEVICE, outbound(self.b.side, salt), back);
+        self.a.sends(&self.b, salt, path);
+        self.b.sends(&self.a, salt, back);
     }
 }
 
 impl Host {
     pub fn receives(&self, from: &Host, salt: u8) {
         let policy = Arc::new(InnerPolicy::new(nets(from.side), nets(self.side)));
-        let sa = Inbound::new(spi(from.side, salt), &key(from.side, salt), Sequence::Extended).unwrap();
-        let sa = Arc::new(sa);
-        self.path.add_inbound(Arc::clone(&sa), policy, PEER, DEVICE);
-        self.inbound.lock().unwrap().insert(salt, sa);
+        for worker in (0..from.path.workers()).rev() {
+            let spi = spi_for(from.side, salt, worker, self.path.workers());
+            let key = key_for(from.side, salt, worker);
+            let sa = Arc::new(Inbound::new(spi, &key, Sequence::Extended).unwrap());
+            self.path.add_inbound(Arc::clone(&sa), Arc::clone(&policy), PEER, DEVICE);
+            self.inbound.lock().unwrap().insert(salt, sa);
+        }
     }
 
-    /// The association that [`Host::receives`] made.
+    /// Seals what goes to the other on associations that [`Host::receives`] made there, one for each worker.
+    pub fn sends(&self, to: &Host, salt: u8, path: udp::Path) {
+        for worker in 0..self.path.workers() {
+            let spi = spi_for(self.side, salt, worker, to.path.workers());
+            let sa = sealing(spi, &key_for(self.side, salt, worker));
+            self.path.set_outbound(PEER, (DEVICE, worker), sa, path);
+        }
+    }
+
+    /// The association that [`Host::receives`] made for the first worker.
     pub fn inbound(&self, salt: u8) -> Arc<Inbound> {
         Arc::clone(&self.inbound.lock().unwrap()[&salt])
     }
@@ -151,9 +174,27 @@ impl Host {
 
     /// Gives the device to the path.
     pub fn add_device(&self) {
-        self.path.add_device(DEVICE, tun::Queue::open(&self.router, "tun0").unwrap());
+        let queues = (0..self.path.workers()).map(|_| tun::Queue::open(&self.router, "tun0").unwrap());
+        self.path.add_device(DEVICE, queues.collect());
         let routes = nets(3 - self.side).into_iter().map(|net| (net, PEER));
         self.path.set_routes(DEVICE, routes.collect());
+    }
+
+    /// As if there were so many other peers, each with an address, a policy and an association each way.
+    pub fn crowd(&self, count: u32) {
+        let net = |n: u32| IpNet::from(IpAddr::from((0x0a64_0000 + n).to_be_bytes()));
+        let ours = nets(self.side);
+        let mut routes: Vec<_> = nets(3 - self.side).into_iter().map(|net| (net, PEER)).collect();
+        for n in 0..count {
+            let (peer, spi) = (PeerIndex(1000 + u64::from(n)), Spi::new(0x0100_0000 + n).unwrap());
+            let key = key_for(self.side, (n >> 8) as u8, n as usize);
+            let policy = Arc::new(InnerPolicy::new([net(n)], ours));
+            let sa = Arc::new(Inbound::new(spi, &key, Sequence::Extended).unwrap());
+            self.path.add_inbound(sa, policy, peer, DEVICE);
+            self.path.set_outbound(peer, (DEVICE, 0), sealing(spi, &key), way("192.0.2.11", "192.0.2.12"));
+            routes.push((net(n), peer));
+        }
+        self.path.set_routes(DEVICE, routes);
     }
 
     /// Runs a shell command in the router.
@@ -201,14 +242,30 @@ pub fn spi(from: u8, salt: u8) -> Spi {
     Spi::new(u32::from_be_bytes([0xc0, 0xde, salt, from])).unwrap()
 }
 
-fn key(from: u8, salt: u8) -> KeyMaterial {
+/// Of one of the sender's workers, for one of the receiver's: that which is the remainder.
+fn spi_for(from: u8, salt: u8, worker: usize, receivers: usize) -> Spi {
+    if receivers == 1 && worker == 0 {
+        return spi(from, salt);
+    }
+    let (worker, receivers) = (worker as u32, receivers as u32);
+    let any = spi(from, salt).get() - (worker << 24);
+    Spi::new(any - any % receivers + worker % receivers).unwrap()
+}
+
+fn key_for(from: u8, salt: u8, worker: usize) -> KeyMaterial {
     let suite = Suite::Aes256Gcm16;
-    KeyMaterial::new(suite, &vec![from ^ (salt << 2); suite.key_material_len()]).unwrap()
+    let mut bytes = vec![from ^ (salt << 2); suite.key_material_len()];
+    bytes[1] = bytes[1].wrapping_add(worker as u8);
+    KeyMaterial::new(suite, &bytes).unwrap()
 }
 
 pub fn outbound(from: u8, salt: u8) -> Arc<Outbound> {
+    sealing(spi(from, salt), &key_for(from, salt, 0))
+}
+
+fn sealing(spi: Spi, key: &KeyMaterial) -> Arc<Outbound> {
     let limits = Limits::of(Sequence::Extended);
-    Arc::new(Outbound::new(spi(from, salt), &key(from, salt), Sequence::Extended, limits).unwrap())
+    Arc::new(Outbound::new(spi, key, Sequence::Extended, limits).unwrap())
 }
 
 /// Waits until something is so.

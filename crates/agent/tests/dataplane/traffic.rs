@@ -87,6 +87,22 @@ fn a_tcp_stream_arrives_bit_for_bit_in_both_directions_and_families() {
 }
 
 #[test]
+fn a_stream_arrives_whole_beside_a_thousand_other_peers_that_come_meanwhile() {
+    sandbox::run(
+        "traffic::a_stream_arrives_whole_beside_a_thousand_other_peers_that_come_meanwhile",
+        |dir| {
+            let Pair { a, b } = pair(dir);
+            std::thread::scope(|scope| {
+                scope.spawn(|| is_whole(&a, &b, "10.42.2.1", 20_000_000));
+                scope.spawn(|| a.crowd(1000));
+                b.crowd(1000);
+            });
+            is_whole(&b, &a, "10.42.1.1", 5_000_000);
+        },
+    );
+}
+
+#[test]
 fn udp_is_not_reordered_and_keeps_its_boundaries() {
     sandbox::run("traffic::udp_is_not_reordered_and_keeps_its_boundaries", |dir| {
         let Pair { a, b } = pair(dir);

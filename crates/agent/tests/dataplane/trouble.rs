@@ -58,7 +58,7 @@ fn without_an_association_nothing_is_on_the_wire() {
             std::thread::sleep(Duration::from_millis(50));
             now == on_the_wire(&pair.a)
         });
-        pair.a.path.remove_outbound(PEER, DEVICE);
+        pair.a.path.remove_outbound(PEER, DEVICE, 0);
         let before = on_the_wire(&pair.a);
         pair.a.sh("! ping -c 3 -i 0.2 -W 1 10.42.2.1");
         assert_eq!(on_the_wire(&pair.a), before);
@@ -193,12 +193,12 @@ fn an_association_removed_under_load_ends_at_once_and_harms_nothing() {
                 }
             });
             for salt in 2..40 {
-                a.path.remove_outbound(PEER, DEVICE);
+                a.path.remove_outbound(PEER, DEVICE, 0);
                 b.path.remove_inbound(spi(1, salt - 1));
                 b.path.remove_device(DEVICE);
                 b.add_device();
                 b.receives(&a, salt);
-                a.path.set_outbound(PEER, DEVICE, outbound(1, salt), way("192.0.2.1", "192.0.2.2"));
+                a.path.set_outbound(PEER, (DEVICE, 0), outbound(1, salt), way("192.0.2.1", "192.0.2.2"));
                 let used = b.inbound(salt);
                 eventually("packets go on", || used.counters().packets > 100);
             }

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use agent::dataplane::Tuning;
 use clap::Args;
 use model::{JoinToken, Name, agent_api};
 use reqwest::Url;
@@ -76,6 +77,12 @@ pub(super) struct AgentArgs {
     /// The UDP port of this host's tunnels, for IKE and ESP together; open it in firewalls
     #[arg(long, value_name = "PORT", default_value_t = model::TUNNEL_PORT, value_parser = parse::tunnel_port)]
     tunnel_port: u16,
+    /// Pairs of threads that encrypt and decrypt [default: one for every two processors, at most 8]
+    #[arg(long, value_name = "COUNT", value_parser = parse::workers)]
+    workers: Option<usize>,
+    /// For tests and measurements: how the packet path works, as in `spin=0,no-gso`; see docs/tuning.md
+    #[arg(long, hide = true, env = "DROVEWAY_TUNING", value_name = "WORDS", default_value = "")]
+    tuning: Tuning,
     /// Let every packet between containers and other hosts take the kernel's whole stack, and load no eBPF programs
     #[arg(long, env = "DROVEWAY_NO_SHORTCUT", hide_env_values = true, value_parser = clap::builder::BoolishValueParser::new())]
     no_shortcut: bool,
@@ -143,6 +150,7 @@ impl AgentArgs {
                 rekey_every: self.rekey_every.map(Duration::from_secs),
                 rekey_bytes: self.rekey_bytes,
                 rekey_ike_every: self.rekey_ike_every.map(Duration::from_secs),
+                tuning: Tuning { workers: self.workers.or(self.tuning.workers), ..self.tuning },
             },
             shortcut: !self.no_shortcut,
         })

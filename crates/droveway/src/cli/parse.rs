@@ -75,6 +75,13 @@ pub(super) fn tunnel_port(text: &str) -> Result<u16, String> {
     }
 }
 
+/// How many pairs of threads the packet path has.
+pub(super) fn workers(text: &str) -> Result<usize, String> {
+    let most = agent::dataplane::WORKERS_MAX;
+    let count = text.parse().ok().filter(|count| (1..=most).contains(count));
+    count.ok_or_else(|| format!("write a number from 1 to {most}"))
+}
+
 /// An address with a prefix length.
 pub(super) fn subnet(text: &str) -> Result<IpNet, String> {
     text.parse().map_err(|_| match text.parse::<IpAddr>() {

@@ -67,6 +67,11 @@ impl Daemon {
                 let state = path(spec.node_dir(node).join("agent"));
                 let mut command = words(&[&program, "agent", "--server", &url, "--token-file", &token]);
                 command.extend(words(&["--name", node, "--state-dir", &state]));
+                // All hosts of a lab share one machine's processors.
+                let said = spec.agent_args.iter().any(|word| word.starts_with("--workers"));
+                if !said && std::env::var_os("DROVEWAY_TUNING").is_none() {
+                    command.extend(words(&["--workers", "1"]));
+                }
                 command.extend_from_slice(&spec.agent_args);
                 command
             }

@@ -27,8 +27,10 @@ const BURST: u32 = 8;
 const BUFFER: usize = 8 << 20;
 /// How long nothing comes before the receiver believes that nothing will.
 const QUIET: Duration = Duration::from_secs(1);
-/// A break between two packets that is told.
-const BREAK: Duration = Duration::from_millis(50);
+/// How often the receiver says that packets come, while they do.
+const BEAT: Duration = Duration::from_millis(50);
+/// For how long after a fault a packet may come that was on its way before.
+const ON_ITS_WAY: Duration = Duration::from_millis(100);
 
 /// Bits per second of both streams.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,10 +91,10 @@ impl Load {
         load
     }
 
-    /// When the first UDP packet came after a break that lasted beyond that moment, if one has.
+    /// When UDP packets came again after that moment, if they have: somewhat late where there was hardly a break.
     pub fn back_after(&self, moment: Instant) -> Option<Instant> {
         let lines = self.sink.lines.lock().unwrap();
-        lines.iter().find(|(at, line)| *at > moment && line.starts_with("BREAK ")).map(|(at, _)| *at)
+        lines.iter().find(|(at, line)| *at > moment + ON_ITS_WAY && line == "BEAT").map(|(at, _)| *at)
     }
 
     /// Waits for its end.
@@ -158,16 +160,19 @@ pub fn sink(at: &str) {
         }
     });
     let mut packet = [0; 2048];
-    let (mut seen, mut doubled, mut last) = (Numbers::default(), 0, None::<Instant>);
+    let (mut seen, mut doubled) = (Numbers::default(), 0);
+    let (mut last, mut told) = (None::<Instant>, None::<Instant>);
     loop {
         if udp.recv(&mut packet).is_ok() {
             let now = Instant::now();
-            match last {
-                None => say("FLOWS"),
-                Some(last) if now - last >= BREAK => say(&format!("BREAK {}", (now - last).as_millis())),
-                Some(_) => {}
+            if last.is_none() {
+                say("FLOWS");
             }
             last = Some(now);
+            if told.is_none_or(|told| now - told >= BEAT) {
+                told = Some(now);
+                say("BEAT");
+            }
             let number = u64::from_be_bytes(packet[..8].try_into().unwrap());
             doubled += u64::from(!seen.add(number));
         } else if stream.is_finished() && last.is_none_or(|last| last.elapsed() > QUIET) {

@@ -28,7 +28,7 @@ fn back(what: &str, took: Duration, limit: Duration) {
     assert!(took <= limit, "{what}: back after {took:?}, and not within {limit:?}");
 }
 
-/// Waits for the load to go on after a break, and tells how long after `since` that was.
+/// Waits for the load to go on, and tells how long after `since` that was.
 #[track_caller]
 fn resumes(load: &Load, since: Instant) -> Duration {
     until(LIMIT, "traffic is back", || load.back_after(since).is_some());

@@ -5,6 +5,7 @@ use droveway::lab::Lab;
 use model::agent_api::{AttachRequest, Attached, Routes};
 
 use crate::support::{LIMIT, Look, idle, idle_in, lab, run_soon, says, succeeds, until};
+use crate::watch::{carried, pattern};
 
 const BOX: &str = "/run/netns/box";
 
@@ -50,11 +51,13 @@ fn of_a_namespaces_networks_the_first_has_the_default_route_and_the_names_and_al
     for route in ["default via 10.42.0.1 dev eth0", "169.254.169.250 dev eth0", "10.50.0.0/16 dev eth1"] {
         assert!(routes.contains(route), "{route} in {routes}");
     }
-    let pings =
-        |to: &str| succeeds(&lab, "h1", &["ip", "netns", "exec", "box", "ping", "-c", "1", "-W", "1", to]);
+    let pattern = pattern();
+    let words = ["ip", "netns", "exec", "box", "ping", "-p", &pattern, "-c", "1", "-W", "1"];
+    let pings = |to: &str| succeeds(&lab, "h1", &[&words[..], &[to]].concat());
     for container in [&first, &second] {
         until(LIMIT, "it is reached", || pings(&container.ip().to_string()));
     }
+    carried(&lab);
     let dig = |words: &[&str]| inside(&lab, &[&["dig", "+short", "+time=1", "+tries=1"], words].concat());
     until(LIMIT, "a name of the first", || {
         dig(&["@169.254.169.250", "first.droveway.internal"]).trim() == first.ip().to_string()

@@ -97,6 +97,7 @@ impl Endpoint {
     pub fn new(config: Config, seed: &[u8; 32], now: Instant, unix: UnixSeconds) -> Self {
         let mut random = Seeded::new(seed);
         let strangers = Strangers::new(&mut random, now);
+        let workers = config.workers;
         Self {
             config,
             configs: BTreeMap::new(),
@@ -104,7 +105,7 @@ impl Endpoint {
             sas: BTreeMap::new(),
             opened: BTreeMap::new(),
             strangers,
-            shared: Shared::new(random),
+            shared: Shared::new(random, workers),
             clock: (now, unix),
             timers: BTreeSet::new(),
             armed: BTreeMap::new(),

@@ -58,7 +58,7 @@ impl Sa {
         payloads.push(Payload::IdResponder(config.id.to_wire()));
         payloads.push(Payload::Auth(auth));
         if let Some(child) = config.children.first() {
-            let (offer, wanted) = create::offer(child, ChildExchange::Auth, cx);
+            let (offer, wanted) = create::offer(child, child.worker, ChildExchange::Auth, cx);
             task.offer = Some(offer);
             payloads.extend(wanted);
         }

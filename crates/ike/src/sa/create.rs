@@ -94,20 +94,25 @@ impl CreateChild {
 }
 
 /// The payloads that ask for a child: SA, TSi, TSr, and the worker.
-pub(crate) fn offer(child: &ChildConfig, exchange: ChildExchange, cx: &mut Cx<'_>) -> (Offer, Vec<Payload>) {
-    let inbound = cx.shared.esp_spi();
+pub(crate) fn offer(
+    child: &ChildConfig,
+    worker: Option<u32>,
+    exchange: ChildExchange,
+    cx: &mut Cx<'_>,
+) -> (Offer, Vec<Payload>) {
+    let inbound = cx.shared.esp_spi(worker);
     let request = child.esp.request(exchange, inbound);
     let mut payloads = vec![
         Payload::Sa(request.clone()),
         Payload::TsInitiator(Narrowed::payload(child.label.as_ref(), &child.local)),
         Payload::TsResponder(Narrowed::payload(child.label.as_ref(), &child.remote)),
     ];
-    if let Some(worker) = child.worker {
+    if let Some(worker) = worker {
         // RFC 9611 §5.1: opaque to the peer.
         let data = worker.to_be_bytes().to_vec();
         payloads.push(Payload::Notify(Notify::with_data(NotifyType::SaResourceInfo, data)));
     }
-    let slot = Slot { child: child.id, worker: child.worker };
+    let slot = Slot { child: child.id, worker };
     (Offer { slot, child: child.clone(), inbound, request, exchange }, payloads)
 }
 
@@ -146,7 +151,7 @@ impl Sa {
         let pair = pair.map(|group| KeyPair::generate(group, &mut cx.shared.random)).transpose()?;
         let nonce = Nonce::random(&mut cx.shared.random);
         let exchange = ChildExchange::Create(pair.as_ref().map(|pair| pair.group().id()));
-        let (offer, rest) = offer(&child, exchange, cx);
+        let (offer, rest) = offer(&child, task.slot.worker, exchange, cx);
         let mut payloads = Vec::new();
         if let Some(old) = task.rekeys {
             // Named by the SPI that its sender receives on (RFC 7296 §1.3.3).
@@ -417,7 +422,7 @@ impl Sa {
             (Some(wanted), _) => return Err(Incompatible::WrongGroup { wanted }.into()),
         };
         let slot = old.unwrap_or(Slot { child: child.id, worker });
-        let inbound = cx.shared.esp_spi();
+        let inbound = cx.shared.esp_spi(slot.worker);
         let mut payloads = vec![
             Payload::Sa(selected.answer(inbound)),
             Payload::TsInitiator(Narrowed::payload(agreed.label.as_ref(), &agreed.remote)),

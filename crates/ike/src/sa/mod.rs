@@ -60,6 +60,8 @@ const BYE_TRIES: u32 = 4;
 /// What is there for all IKE SAs of an endpoint.
 pub(crate) struct Shared {
     pub(crate) random: Seeded,
+    /// How many workers receive.
+    workers: u32,
     /// Counts what happens, where time is too coarse to tell the order.
     pub(crate) ordinal: u64,
     /// The SPIs that we receive on.
@@ -71,9 +73,10 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(random: Seeded) -> Self {
+    pub(crate) fn new(random: Seeded, workers: u32) -> Self {
         Self {
             random,
+            workers: workers.max(1),
             ordinal: 0,
             esp_spis: BTreeSet::new(),
             transmits: VecDeque::new(),
@@ -93,10 +96,12 @@ impl Shared {
         IkeSpi(u64::from_be_bytes(self.random.bytes()).max(1))
     }
 
-    /// A new SPI to receive ESP on. The first 256 are not for use (RFC 4303 §2.1).
-    pub(crate) fn esp_spi(&mut self) -> EspSpi {
+    /// A new SPI to receive ESP on, with the worker as its remainder. The first 256 are not for use (RFC 4303 §2.1).
+    pub(crate) fn esp_spi(&mut self, worker: Option<u32>) -> EspSpi {
+        let worker = worker.unwrap_or(0) % self.workers;
         loop {
-            let spi = EspSpi(u32::from_be_bytes(self.random.bytes()));
+            let any = u32::from_be_bytes(self.random.bytes());
+            let Some(spi) = (any - any % self.workers).checked_add(worker).map(EspSpi) else { continue };
             if spi.0 > 255 && self.esp_spis.insert(spi) {
                 return spi;
             }
@@ -548,5 +553,24 @@ impl Sa {
         self.later.extend(from.later.extract_if(.., |(_, task)| wanted(task)));
         self.undecided = None;
         from.heir = Some(self.local_spi());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_spi_leaves_its_worker_as_remainder_and_is_never_reserved_or_given_twice() {
+        for workers in [1, 2, 3, 7, 64] {
+            let mut shared = Shared::new(Seeded::new(&[7; 32]), workers);
+            let mut all = BTreeSet::new();
+            for worker in (0..200).map(|number| number % 70) {
+                let spi = shared.esp_spi(Some(worker));
+                assert_eq!(spi.0 % workers, worker % workers);
+                assert!(spi.0 > 255 && all.insert(spi));
+            }
+            assert_eq!(shared.esp_spi(None).0 % workers, 0, "what is for no worker is for the first");
+        }
     }
 }

@@ -154,7 +154,7 @@ fn name(filter: &TcMessage) -> Option<&str> {
         match option {
             TcOption::Bpf(TcFilterBpfOption::ProgName(text)) => name = Some(text.as_str()),
             TcOption::Bpf(TcFilterBpfOption::Flags(flags)) => {
-                decides = flags.contains(TcBpfFlags::DirectAction)
+                decides = flags.contains(TcBpfFlags::DirectAction);
             }
             _ => {}
         }

@@ -150,7 +150,8 @@ pub(super) fn details(tunnel: &TunnelStatus, now: UnixMillis) -> Details {
         )
         .add("Handshakes", tunnel.handshakes.to_string())
         .add("Rekeys", tunnel.rekeys.to_string())
-        .add("Dropped", drops(&tunnel.drops));
+        .add("Dropped", drops(&tunnel.drops))
+        .add("Slower way", tunnel.slower.join("\n"));
     details
 }
 
@@ -373,6 +374,15 @@ mod tests {
         let tunnel = TunnelStatus { black_hole: true, ..all().swap_remove(0) };
         assert!(details(&tunnel, NOW).render().contains("BLACK HOLE: packets above 1438 bytes vanish"));
         assert!(table(&[tunnel], NOW).render(None).contains("packets above 1438 bytes vanish"));
+    }
+
+    #[test]
+    fn what_is_refused_is_told_and_nothing_where_all_is_fast() {
+        let tunnel = all().swap_remove(0);
+        assert!(!details(&tunnel, NOW).render().contains("Slower way"));
+        let slower = vec!["UDP segmentation: every datagram is sent alone".to_owned()];
+        let text = details(&TunnelStatus { slower, ..tunnel }, NOW).render();
+        assert!(text.contains("Slower way:    UDP segmentation: every datagram"), "{text}");
     }
 
     #[test]
