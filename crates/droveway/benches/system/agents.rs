@@ -1,6 +1,8 @@
 //! Many agents on one server: the agent's own client, without a kernel. How long a change takes until all have seen it,
 //! and what it costs the server. Both are on this machine, and share its cores.
 
+#![expect(clippy::cast_precision_loss, reason = "figures for people: counts and bytes far below 2^52")]
+
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -181,7 +183,9 @@ async fn agents(program: &Path, count: usize, seconds: u64, report: &mut Report)
     );
 
     for (name, resume) in [("agents: all resume at once", true), ("agents: all begin anew at once", false)] {
-        agents.iter_mut().for_each(|agent| agent.stream = None);
+        for agent in &mut agents {
+            agent.stream = None;
+        }
         let (cpu, begun) = (process.cpu()?, Instant::now());
         (agents, _) = connect(agents, resume).await?;
         let (took, used) = (begun.elapsed().as_secs_f64(), process.cpu()? - cpu);
