@@ -8,7 +8,7 @@ declare -A packages=(
   [run]="nftables iproute2"
   [build]="build-essential cmake pkg-config"
   [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq
-    arping strongswan-swanctl charon-systemd libstrongswan-standard-plugins libstrongswan-extra-plugins libcharon-extra-plugins"
+    arping libfaketime strongswan-swanctl charon-systemd libstrongswan-standard-plugins libstrongswan-extra-plugins libcharon-extra-plugins etcd-server"
   [demo]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq"
   [soak]="debootstrap systemd-container"
   [bench]="nftables iproute2 iptables iputils-ping iperf3 busybox-static util-linux procps jq"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The long form: the README's install on two machines under real systemd (scripts/machines.sh; as root); tunnels whose keys change
 # each second under load, and that are cut off for minutes; then the whole test set again and again with many random cases,
-# and a lab under a storm of attaches, detaches, killed agents, a killed server and lost packets, half of the time each.
+# and a lab under a storm of attaches, detaches, killed agents, a killed server and lost packets, half of the time each; between
+# them the fault table once, a few minutes.
 #   SOAK_MINUTES=30      how long storm and tests, building and what comes before not counted; what has begun is finished
 #   SOAK_REKEY_SECONDS=60, SOAK_MBITS=500    how long keys change under load, and TCP's rate; a tenth of it is UDP
 #   SOAK_CUT_SECONDS=300                     how long hosts are cut off from each other
@@ -37,6 +38,9 @@ SOAK_PROGRAM=$PWD/target/release/droveway SOAK_CUT_SECONDS=${SOAK_CUT_SECONDS:-3
 
 echo "storm: $half s, SOAK_SEED=$seed"
 SOAK_SECONDS=$half SOAK_SEED=$seed cargo test -p droveway --locked --test storm -- --nocapture
+
+echo "fault table, SOAK_SEED=$seed"
+SOAK_FAULTS=1 SOAK_SEED=$seed cargo test -p droveway --locked --test main table:: -- --nocapture
 
 echo "streams of ${DROVEWAY_SOAK_BYTES:=10000000000} bytes, with every offload refused in turn"
 DROVEWAY_SOAK_BYTES=$DROVEWAY_SOAK_BYTES cargo test -p agent --locked --test dataplane -- offloads --nocapture

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use model::{Block, Claim, Endpoint, EndpointId, NetworkId};
+use model::{Block, Claim, Endpoint, EndpointId, Epoch, NetworkId, Object, Revision};
 
 use crate::book::Book;
 use crate::view::Router;
@@ -23,6 +23,21 @@ pub(crate) struct Chores {
     /// Networks of which another block should be fetched before it is needed, or the first for a router that speaks to
     /// foreign peers, with how many there are.
     pub(crate) lease: Vec<(NetworkId, usize)>,
+    /// Addresses in this host's blocks that others ask for.
+    pub(crate) consent: Vec<Claim>,
+    /// What was withdrawn is gone from this host's kernel.
+    pub(crate) heard: Option<Heard>,
+}
+
+/// Up to where this host has taken in the server's state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Heard {
+    /// The life of the store.
+    pub(crate) epoch: Epoch,
+    /// The last word of a block that was withdrawn: somebody may wait for it.
+    pub(crate) withdrawal: Revision,
+    /// All up to this is applied.
+    pub(crate) applied: Revision,
 }
 
 impl Chores {
@@ -30,10 +45,9 @@ impl Chores {
         book: &Book,
         routers: &BTreeMap<NetworkId, Router>,
         lingers: impl Fn(&NetworkId) -> bool,
+        applied: Revision,
     ) -> Self {
-        if book.epoch.is_none() {
-            return Self::default();
-        }
+        let Some(epoch) = &book.epoch else { return Self::default() };
         let catalog = &book.catalog;
         let (mut put, mut delete) = (Vec::new(), Vec::new());
         for id in book.differing() {
@@ -46,10 +60,14 @@ impl Chores {
                 None => delete.push(id.clone()),
             }
         }
+        let leaving = |claim: &Claim| {
+            book.leaving().any(|object| matches!(object, Object::Claim(other) if other == claim))
+        };
         let release = catalog
             .claims
             .values()
             .filter(|claim| claim.host == book.host && !book.is_used(&claim.network, claim.address))
+            .filter(|claim| leaving(claim) || !book.needs_claim_for_router(&claim.network, claim.address))
             .cloned();
         let gateway: BTreeSet<&NetworkId> = catalog.gateway_of(&book.host).collect();
         let idle = |network: &NetworkId| {
@@ -63,6 +81,16 @@ impl Chores {
             })
             .cloned()
             .collect();
+        let known = |block: &Block, of: &[Block]| of.iter().any(|other| other.cidr == block.cidr);
+        let spare = routers.keys().filter(|network| !idle(network)).flat_map(|id| book.spare_blocks(id));
+        give_back.extend(spare.cloned());
+        for object in book.leaving() {
+            if let Object::Block(block) = object
+                && !known(block, &give_back)
+            {
+                give_back.push(block.clone());
+            }
+        }
         // The oldest block holds the router's address: it goes last.
         give_back.sort_by_key(|block| std::cmp::Reverse(block.leased));
         let low = routers
@@ -72,10 +100,24 @@ impl Chores {
         // A router that speaks to foreign peers needs an address, also where no endpoint is.
         let bare = gateway.iter().filter(|network| catalog.router_address(network, &book.host).is_none());
         let lease = low.chain(bare.map(|network| ((*network).clone(), 0))).collect();
-        Self { put, delete, release: release.collect(), give_back, lease }
+        let own = |claim: &&Claim| {
+            let mut blocks = catalog.blocks_of(&claim.network).filter(|block| block.host == book.host);
+            claim.asked && claim.host != book.host && blocks.any(|block| block.cidr.contains(&claim.address))
+        };
+        let consent = catalog.claims.values().filter(own).cloned().collect();
+        let withdrawal = book.withdrawal();
+        let heard = (applied >= withdrawal).then(|| Heard { epoch: epoch.clone(), withdrawal, applied });
+        Self { put, delete, release: release.collect(), give_back, lease, consent, heard }
     }
 
+    /// Whether there is nothing that has to be tried again.
     pub(crate) fn is_empty(&self) -> bool {
-        *self == Self::default()
+        let Self { put, delete, release, give_back, lease, consent, heard: _ } = self;
+        put.is_empty()
+            && delete.is_empty()
+            && release.is_empty()
+            && give_back.is_empty()
+            && lease.is_empty()
+            && consent.is_empty()
     }
 }

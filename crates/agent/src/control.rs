@@ -16,6 +16,8 @@ use model::{Endpoint, EndpointId, Mac, Name, NetworkId, PublishedPort};
 use tokio::sync::{oneshot, watch};
 
 use crate::View;
+use crate::doctor::Books;
+use crate::ledger::Identity;
 
 /// Asks the reconciler. Cheap to clone.
 #[derive(Clone)]
@@ -32,12 +34,16 @@ pub struct Control {
 pub trait Lessor: Send + Sync {
     /// Gets one more block of the network for this host, which has `held` of them.
     fn lease(&self, network: NetworkId, held: usize) -> BoxFuture<Result<model::Block, ApiError>>;
-    /// Gets one given address for an endpoint.
+    /// Gives a block or claim back.
+    fn give_back(&self, held: model::Object) -> BoxFuture<Result<(), ApiError>>;
+    /// Gets one address for an endpoint: the given one, or any where no block is free; or one for the `router` of a host
+    /// that got no block.
     fn claim(
         &self,
         network: NetworkId,
-        address: IpAddr,
+        address: Option<IpAddr>,
         endpoint: EndpointId,
+        router: bool,
     ) -> BoxFuture<Result<model::Claim, ApiError>>;
 }
 
@@ -115,8 +121,16 @@ pub(crate) enum Command {
     Leased { block: model::Block },
     /// The server granted a claim.
     Claimed { claim: model::Claim },
+    /// Let go of an address that another host asks for; whether nobody has it.
+    Consent { claim: model::Claim, reply: Reply<bool> },
+    /// What is on its way back to the server.
+    Leaving { reply: Reply<Vec<model::Object>> },
+    /// What is written down, for whoever checks it.
+    Books { reply: Reply<Box<Books>> },
     /// Let go of a block or claim that is to be given back; whether it is idle still.
     LetGo { key: model::Key, reply: Reply<bool> },
+    /// This host has a new certificate.
+    Certified { identity: Box<Identity>, reply: Reply<()> },
     /// A message of the watch stream.
     Watch(Box<model::Watch>),
     /// The host's own addresses or settings changed.
@@ -172,6 +186,11 @@ impl Control {
         // A claim is made for an endpoint; one that has no id yet gets a random one.
         let id = crate::random_endpoint_id();
         self.with_addresses(&id, |reply| Command::Reserve { network: network.clone(), wish, reply }).await
+    }
+
+    /// Keeps this host's new certificate.
+    pub(crate) async fn certified(&self, identity: &Identity) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Certified { identity: Box::new(identity.clone()), reply }).await
     }
 
     /// Gives a reserved address back. One that an endpoint has, or nobody, stays as it is.
@@ -259,6 +278,16 @@ impl Control {
         self.ask(|reply| Command::List { reply }).await
     }
 
+    /// What is written down, for whoever checks it.
+    pub async fn books(&self) -> Result<Books, ApiError> {
+        self.ask(|reply| Command::Books { reply }).await.map(|books| *books)
+    }
+
+    /// Lets go of an address that another host asks for, if nobody has it here.
+    pub(crate) async fn consent(&self, claim: &model::Claim) -> Result<bool, ApiError> {
+        self.ask(|reply| Command::Consent { claim: claim.clone(), reply }).await
+    }
+
     /// Addresses that are kept and belong to no endpoint.
     pub async fn reservations(&self) -> Result<Vec<(NetworkId, IpAddr)>, ApiError> {
         self.ask(|reply| Command::Reservations { reply }).await
@@ -296,11 +325,20 @@ impl Control {
                     turn = Some(self.turn.lock().await);
                 }
                 Err(Refusal::NeedBlock { network, held }) => {
-                    let block = self.lessor.lease(network, held).await?;
-                    self.send(Command::Leased { block });
+                    // What is on its way back counts as held at the server.
+                    for object in self.ask(|reply| Command::Leaving { reply }).await? {
+                        self.lessor.give_back(object).await?;
+                    }
+                    match self.lessor.lease(network.clone(), held).await {
+                        Ok(block) => self.send(Command::Leased { block }),
+                        Err(error) if error.code == ErrorCode::Exhausted => {
+                            self.singles(&network, held, id).await?;
+                        }
+                        Err(error) => return Err(error),
+                    }
                 }
                 Err(Refusal::NeedClaim { network, address }) => {
-                    let claim = self.lessor.claim(network, address, id.clone()).await?;
+                    let claim = self.lessor.claim(network, Some(address), id.clone(), false).await?;
                     self.send(Command::Claimed { claim });
                 }
                 Err(Refusal::Error(error)) => return Err(error),
@@ -310,6 +348,19 @@ impl Control {
             ErrorCode::Unavailable,
             "addresses were taken by others faster than they could be leased; try again",
         ))
+    }
+
+    /// Where no block is free: one address for the endpoint, and one for the router if this host has no block at all.
+    async fn singles(&self, network: &NetworkId, held: usize, id: &EndpointId) -> Result<(), ApiError> {
+        let view = self.view();
+        if held == 0 && view.catalog.router_address(network, &view.host).is_none() {
+            let own = crate::random_endpoint_id();
+            let claim = self.lessor.claim(network.clone(), None, own, true).await?;
+            self.send(Command::Claimed { claim });
+        }
+        let claim = self.lessor.claim(network.clone(), None, id.clone(), false).await?;
+        self.send(Command::Claimed { claim });
+        Ok(())
     }
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, ApiError> {

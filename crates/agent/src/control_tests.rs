@@ -36,6 +36,7 @@ impl World {
             Command::LetGo { reply, .. } => {
                 drop(reply.send(Ok(self.has_block.swap(false, Ordering::SeqCst))));
             }
+            Command::Leaving { reply } => drop(reply.send(Ok(Vec::new()))),
             Command::Leased { .. } => self.has_block.store(true, Ordering::SeqCst),
             _ => panic!("nobody asks that here"),
         }
@@ -52,7 +53,17 @@ impl Lessor for Server {
         Box::pin(async { Ok(block()) })
     }
 
-    fn claim(&self, _: NetworkId, _: IpAddr, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
+    fn give_back(&self, _: model::Object) -> BoxFuture<Result<(), ApiError>> {
+        Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody gives back here")) })
+    }
+
+    fn claim(
+        &self,
+        _: NetworkId,
+        _: Option<IpAddr>,
+        _: EndpointId,
+        _: bool,
+    ) -> BoxFuture<Result<model::Claim, ApiError>> {
         Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody claims here")) })
     }
 }

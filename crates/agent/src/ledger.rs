@@ -17,12 +17,14 @@ use model::{
     Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Name, NetworkId, Object, Revision,
     UnixMillis,
 };
-use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
 use serde::{Deserialize, Serialize};
 
 /// "DWAL": this file is a Droveway agent's ledger.
 const APPLICATION_ID: i64 = 0x4457_414c;
 const FORMAT: i64 = 1;
+/// Before the keys of what is on its way back to the server.
+const LEAVING: &str = "leaving ";
 /// The ledger's file in the state directory.
 pub const FILE: &str = "ledger.sqlite";
 
@@ -41,14 +43,20 @@ pub struct Identity {
     pub name: Name,
     /// Its environment.
     pub environment: EnvironmentId,
-    /// The server's URL.
+    /// The URL of the server it joined at.
     pub server: String,
+    /// Other servers' URLs that it was given.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub servers: Vec<String>,
     /// The environment's CA certificate, PEM.
     pub ca: String,
     /// Its own certificate, PEM.
     pub certificate: String,
     /// Its private key, PEM. It leaves this file for nothing but TLS.
     pub key: String,
+    /// When it got the certificate.
+    #[serde(default)]
+    pub certified: UnixMillis,
 }
 
 /// One endpoint, with what matters on this host alone.
@@ -91,6 +99,8 @@ pub struct Contents {
     pub domain: Option<String>,
     /// The last snapshot.
     pub catalog: Catalog,
+    /// What is on its way back to the server.
+    pub leaving: Vec<Key>,
     /// This host's endpoints.
     pub records: Vec<Record>,
     /// Addresses kept for no endpoint yet.
@@ -147,6 +157,29 @@ impl Ledger {
         Ok(Self { db, path })
     }
 
+    /// Opens the ledger in `directory` to be read, and changes nothing; `None` if there is none.
+    pub fn look(directory: &Path) -> Result<Option<Self>, LedgerError> {
+        let path = directory.join(FILE);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let opened = Connection::open_with_flags(&path, flags).and_then(|db| {
+            let application: i64 = db.query_row("PRAGMA application_id", [], |row| row.get(0))?;
+            Ok((db, application))
+        });
+        match opened {
+            Ok((db, APPLICATION_ID)) => Ok(Some(Self { db, path })),
+            Ok((_, other)) => Err(LedgerError::Foreign(path, format!("application {other:#x}"))),
+            Err(error) => Err(match error.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
+                    LedgerError::InUse(path)
+                }
+                Some(_) | None => LedgerError::Foreign(path, error.to_string()),
+            }),
+        }
+    }
+
     fn prepare(db: &Connection) -> rusqlite::Result<()> {
         db.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         let (application, format): (i64, i64) = (
@@ -164,7 +197,11 @@ impl Ledger {
         db.pragma_update(None, "cache_size", -1024)?;
         // A ledger that is there is opened without writing: also where the disk is full.
         if application == APPLICATION_ID {
-            return Ok(());
+            let whole: String = db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
+            return match whole.as_str() {
+                "ok" => Ok(()),
+                _ => Err(rusqlite::Error::InvalidParameterName(format!("it is damaged: {whole}"))),
+            };
         }
         db.execute_batch(&format!(
             "BEGIN IMMEDIATE;
@@ -204,6 +241,30 @@ impl Ledger {
         })
     }
 
+    /// Writes down this host's new certificate.
+    pub fn certified(&mut self, identity: &Identity) -> Result<(), LedgerError> {
+        let text = json(identity);
+        self.write(true, |tx| {
+            tx.execute("UPDATE meta SET value = ?1 WHERE key = 'identity'", [text]).map(drop)
+        })
+    }
+
+    /// How the servers are reached, as they said last.
+    pub fn servers(&self) -> Result<Vec<String>, LedgerError> {
+        let query = "SELECT value FROM meta WHERE key = 'servers'";
+        let text: Option<String> =
+            self.db.query_row(query, [], |row| row.get(0)).optional().map_err(|e| self.failed(e))?;
+        text.map_or_else(|| Ok(Vec::new()), |text| self.parse(&text))
+    }
+
+    /// Writes down how the servers are reached.
+    pub fn set_servers(&mut self, urls: &[String]) -> Result<(), LedgerError> {
+        let text = json(&urls);
+        self.write(true, |tx| {
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('servers', ?1)", [text]).map(drop)
+        })
+    }
+
     /// Everything but the identity.
     pub fn load(&self) -> Result<Contents, LedgerError> {
         let mut contents = Contents::default();
@@ -229,6 +290,11 @@ impl Ledger {
         for text in self.texts("SELECT json_array(network, address, at) FROM released")? {
             let (network, address, at) = self.parse(&text)?;
             contents.released.insert((network, address), at);
+        }
+        for text in self.texts("SELECT key FROM meta")? {
+            if let Some(key) = text.strip_prefix(LEAVING) {
+                contents.leaving.push(self.parse(key)?);
+            }
         }
         for text in self.texts("SELECT json_array(network, slot) FROM slot")? {
             let (network, slot) = self.parse(&text)?;
@@ -310,9 +376,16 @@ impl Ledger {
         })
     }
 
-    /// Forgets an object before the server is told that this host does without (a block, a claim).
-    pub fn delete_object(&mut self, key: &Key) -> Result<(), LedgerError> {
-        self.write(true, |tx| tx.execute("DELETE FROM object WHERE key = ?1", [json(key)]).map(drop))
+    /// Notes that the server is being given an object back (a block, a claim), or that this is settled.
+    pub fn set_leaving(&mut self, key: &Key, leaving: bool) -> Result<(), LedgerError> {
+        let name = format!("{LEAVING}{}", json(key));
+        self.write(leaving, |tx| {
+            if leaving {
+                tx.execute("INSERT OR REPLACE INTO meta VALUES (?1, '')", [name]).map(drop)
+            } else {
+                tx.execute("DELETE FROM meta WHERE key = ?1", [name]).map(drop)
+            }
+        })
     }
 
     /// Replaces the snapshot.
@@ -491,6 +564,25 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         Connection::open(&path).unwrap().execute_batch("CREATE TABLE theirs (x)").unwrap();
         assert!(matches!(Ledger::open(dir.path()), Err(LedgerError::Foreign(..))));
+    }
+
+    #[test]
+    fn a_truncated_ledger_is_refused_with_the_remedy_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        {
+            let mut ledger = Ledger::open(dir.path()).unwrap();
+            for seed in 0..200 {
+                ledger.put_record(&record(seed, &format!("10.42.16.{seed}"))).unwrap();
+            }
+        }
+        let whole = std::fs::read(&path).unwrap();
+        for part in [whole.len() / 2, whole.len() - 4096, 4096, 1000] {
+            std::fs::write(&path, &whole[..part]).unwrap();
+            let error = Ledger::open(dir.path()).err().unwrap_or_else(|| panic!("{part} bytes are taken"));
+            assert!(error.to_string().contains("move it away"), "{part} bytes: {error}");
+            assert_eq!(std::fs::read(&path).unwrap(), whole[..part]);
+        }
     }
 
     #[test]

@@ -9,14 +9,18 @@
 mod book;
 mod chores;
 pub mod control;
+mod counts;
 pub mod dataplane;
 pub mod docker;
-mod ipam;
+pub mod doctor;
+pub mod ipam;
 mod ledger;
 mod link;
 pub mod metadata;
+mod metrics;
 pub mod names;
 mod reconcile;
+mod renew;
 mod routers;
 pub mod server;
 pub mod socket;
@@ -26,10 +30,11 @@ pub mod underlay;
 pub mod view;
 mod vital;
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::collections::{BTreeMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use model::agent_api::{Connection, DockerStatus};
@@ -43,6 +48,7 @@ pub use view::View;
 
 use crate::book::Book;
 use crate::control::Command;
+use crate::counts::Counts;
 use crate::ledger::{Identity, Ledger};
 use crate::reconcile::Reconciler;
 use crate::server::Server;
@@ -57,8 +63,8 @@ const UNDERLAY_EVERY: Duration = Duration::from_secs(2);
 /// How an agent is to be.
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// The server's URL; needed for the first start only.
-    pub server: Option<String>,
+    /// The servers' URLs; needed for the first start only. Any of them will do.
+    pub servers: Vec<String>,
     /// The join token; needed for the first start only.
     pub token: Option<JoinToken>,
     /// The environment to join.
@@ -81,6 +87,8 @@ pub struct Config {
     pub forwarders: Vec<IpAddr>,
     /// How tunnels to other hosts are to be.
     pub tunnels: tunnels::Settings,
+    /// Where metrics and health can be asked for, besides the socket.
+    pub metrics: Option<SocketAddr>,
     /// Whether packets between containers and other hosts may take a shortcut past the kernel's stack.
     pub shortcut: bool,
 }
@@ -95,7 +103,10 @@ pub async fn run(
     let mut shutdown = std::pin::pin!(shutdown);
     let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
     let known = match ledger.identity().map_err(internal)? {
-        Some(identity) if config.token.is_some() && was_removed(&identity).await? => {
+        Some(identity)
+            if config.token.is_some()
+                && was_removed(&identity, &ledger.servers().map_err(internal)?).await? =>
+        {
             tracing::warn!(host = %identity.host, "this host was removed from its environment; it joins as a new one");
             None
         }
@@ -115,7 +126,7 @@ pub async fn run(
     tracing::info!(host = %identity.host, name = %identity.name, server = identity.server, "this host");
 
     let candidates = underlay::candidates(&config.underlay, config.tunnels.port, Some(&identity.server))?;
-    let server = Server::of(&identity).map_err(internal)?;
+    let server = Server::of(&identity, &ledger.servers().map_err(internal)?).map_err(internal)?;
     let kernel = linux::Kernel::open(std::path::Path::new(NETNS_DIR)).map_err(internal)?;
     let waker = kernel.waker();
     let mut book = Book::open(ledger, identity.host.clone(), identity.name.clone()).map_err(internal)?;
@@ -127,7 +138,8 @@ pub async fn run(
     let (view_tx, view) = watch::channel(Arc::new(View::from_book(&book)));
     let control = Control::new(requests, Arc::new(move || waker.wake()), view, Arc::new(server.clone()));
     let (ended_tx, ended) = tokio::sync::oneshot::channel();
-    let reconciler = Reconciler::new(kernel, book, inbox, view_tx, chores_tx);
+    let counts = Arc::new(Counts::default());
+    let reconciler = Reconciler::new(kernel, book, inbox, view_tx, chores_tx, counts.clone());
     let thread = std::thread::Builder::new()
         .name("reconcile".to_owned())
         .spawn(move || drop(ended_tx.send(reconciler.run())))
@@ -151,26 +163,41 @@ pub async fn run(
         None => DockerStatus::Off,
     });
     let listener = socket::listen(&config.socket).map_err(internal)?;
-    let context = socket::Context {
-        control: control.clone(),
-        server: identity.server.clone(),
-        connection: connection.clone(),
-        candidates,
-        docker,
-        tunnels: tunnels.clone(),
-    };
-
     let upstreams = if config.forwarders.is_empty() {
         names::Upstreams::File("/etc/resolv.conf".into())
     } else {
         names::Upstreams::Given(config.forwarders.iter().map(|address| (*address, 53).into()).collect())
     };
-    let own = context.candidates.borrow().iter().map(|candidate| candidate.address).collect();
+    let own = candidates.borrow().iter().map(|candidate| candidate.address).collect();
     let forwarder = Arc::new(names::Forwarder::new(upstreams, own));
+    let (identity_tx, identity_rx) = watch::channel(identity.clone());
+    let context = socket::Context {
+        control: control.clone(),
+        server: server.clone(),
+        connection: connection.clone(),
+        candidates,
+        docker,
+        tunnels: tunnels.clone(),
+        identity: identity_rx.clone(),
+        counts: counts.clone(),
+        forwarder: forwarder.clone(),
+        ledger: config.state_dir.join(LEDGER),
+    };
+    let port = match config.metrics {
+        Some(address) => Some(metrics::listen(address).await.map_err(|error| {
+            let message = format!("cannot listen on {address}: {error}; choose another --metrics");
+            ApiError::new(ErrorCode::Unavailable, message)
+        })?),
+        None => None,
+    };
+    let ports = context.clone();
 
     let addresses = context.candidates.clone();
     let addresses_changed = report.clone();
-    let link = link::Link { server, control: control.clone(), connection: connection_tx, chores, report };
+    let renewal = renew::keep(server.clone(), control.clone(), tunnels.clone(), identity_tx);
+    let events = counts.docker_events.clone();
+    let link =
+        link::Link { server, control: control.clone(), connection: connection_tx, chores, report, counts };
 
     let ready = async {
         // All the others have been begun when this goes on: Docker's socket is there.
@@ -181,11 +208,13 @@ pub async fn run(
     let outcome = tokio::select! {
         () = ready => Ok(()),
         served = socket::serve(listener, context) => served.map_err(internal),
-        () = link.keep(identity.clone(), addresses) => Ok(()),
+        () = link.keep(identity_rx, addresses) => Ok(()),
+        () = renewal => Ok(()),
+        () = serve_port(port, ports) => Ok(()),
         () = routers::serve(control.clone(), forwarder) => Ok(()),
         () = tunnels.follow(control.views(), addresses_changed) => Err(internal("the tunnels ended unexpectedly; the log says why")),
         () = follow_underlay(&config, &identity, &control, &candidates_tx, &report_tx) => Ok(()),
-        () = follow_docker(&config, control.clone(), docker_tx) => Ok(()),
+        () = follow_docker(&config, control.clone(), docker_tx, events) => Ok(()),
         ended = ended => match ended {
             Ok(Err(error)) => Err(internal(error)),
             Ok(Ok(())) | Err(_) => Err(internal("the reconciler ended unexpectedly; its log says why")),
@@ -199,12 +228,18 @@ pub async fn run(
 }
 
 /// Where namespaces are bound, as `ip netns` has it.
-const NETNS_DIR: &str = "/run/netns";
+pub const NETNS_DIR: &str = "/run/netns";
 
-/// Whether the server answers, and does not know this host any more. A server that does not answer says nothing.
-async fn was_removed(identity: &Identity) -> Result<bool, ApiError> {
-    let answer = Server::of(identity).map_err(internal)?.watch(None).await;
-    Ok(matches!(answer, Err(error) if error.code == ErrorCode::Unauthenticated))
+/// Whether a server answers, and does not know this host any more. One that does not answer says nothing.
+async fn was_removed(identity: &Identity, learned: &[String]) -> Result<bool, ApiError> {
+    let server = Server::of(identity, learned).map_err(internal)?;
+    for _ in 0..server.count() {
+        match server.watch(None).await {
+            Err(error) if error.code == ErrorCode::Unavailable => server.turn(),
+            answer => return Ok(matches!(answer, Err(error) if error.code == ErrorCode::Unauthenticated)),
+        }
+    }
+    Ok(false)
 }
 
 /// Joins, for as long as it takes to reach the server; a refusal ends it.
@@ -216,7 +251,8 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
         );
         ApiError::new(ErrorCode::Invalid, message)
     };
-    let url = config.server.as_deref().ok_or_else(|| missing("--server"))?.trim_end_matches('/');
+    let mut urls: VecDeque<String> =
+        config.servers.iter().map(|url| url.trim_end_matches('/').to_owned()).collect();
     let token = config.token.as_ref().ok_or_else(|| missing("the join token"))?;
     let name = match &config.name {
         Some(name) => name.clone(),
@@ -225,6 +261,7 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
     let key = rcgen::KeyPair::generate().map_err(internal)?;
     let mut backoff = link::Backoff::new();
     loop {
+        let url = &urls.front().ok_or_else(|| missing("--server"))?.clone();
         let attempt = server::join(server::Join {
             key: &key,
             url,
@@ -237,11 +274,17 @@ async fn join(config: &Config) -> Result<Identity, ApiError> {
         });
         match attempt.await {
             // All else stays as it is by waiting: a refused token, and a server with another CA.
-            Err(error) if error.code == ErrorCode::Unavailable => {
+            Err(error)
+                if matches!(error.code, ErrorCode::Unavailable | ErrorCode::TooMany | ErrorCode::TooSlow) =>
+            {
                 tracing::warn!("{}; trying again", error.message);
+                urls.rotate_left(1);
                 tokio::time::sleep(backoff.next()).await;
             }
-            outcome => return outcome,
+            outcome => {
+                urls.pop_front();
+                return outcome.map(|identity| Identity { servers: urls.into(), ..identity });
+            }
         }
     }
 }
@@ -296,8 +339,21 @@ async fn follow_underlay(
     }
 }
 
+/// Serves the port of metrics, if there is to be one.
+async fn serve_port(port: Option<tokio::net::TcpListener>, context: socket::Context) {
+    match port {
+        Some(port) => metrics::serve(port, context).await,
+        None => std::future::pending().await,
+    }
+}
+
 /// Serves Docker. Should that not be possible, all else goes on, and the status says why.
-async fn follow_docker(config: &Config, control: Control, status: watch::Sender<DockerStatus>) {
+async fn follow_docker(
+    config: &Config,
+    control: Control,
+    status: watch::Sender<DockerStatus>,
+    events: Arc<AtomicU64>,
+) {
     let Some(engine) = &config.docker else { return std::future::pending().await };
     let docker = docker::Config {
         engine: engine.clone(),
@@ -315,7 +371,7 @@ async fn follow_docker(config: &Config, control: Control, status: watch::Sender<
         }
     };
     let serve = async {
-        let Err(error) = docker::run(docker, control, status.clone()).await;
+        let Err(error) = docker::run(docker, control, status.clone(), events).await;
         tracing::error!("{error}");
         status.send_replace(DockerStatus::Waiting { why: error.to_string() });
     };

@@ -6,22 +6,26 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use model::agent_api::Connection;
-use model::api::{ApiError, ErrorCode, HostReport};
-use model::{Candidate, Endpoint, EndpointId, Key};
+use model::api::{ApiError, ErrorCode, Held, HeldAnswer, HostReport};
+use model::{Candidate, Endpoint, EndpointId, Key, Watch};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::chores::Chores;
+use crate::chores::{Chores, Heard};
 use crate::control::{Command, Control, Lessor};
+use crate::counts::Counts;
 use crate::ledger::Identity;
 use crate::server::Server;
-use crate::{now_millis, random};
+use crate::{View, now_millis, random};
 
 /// How long a claim or block must have been idle before it is given back: an attach may be on its way to use it.
 const IDLE: Duration = Duration::from_secs(5);
+/// How often to say how far this host is where nobody is known to wait for it.
+const HEARD: Duration = Duration::from_secs(30);
 /// How long to wait for the snapshot to show what was told before telling it again.
 const ECHO: Duration = Duration::from_secs(10);
 
@@ -48,18 +52,24 @@ pub(crate) struct Link {
     pub(crate) connection: watch::Sender<Connection>,
     pub(crate) chores: watch::Receiver<Arc<Chores>>,
     pub(crate) report: watch::Receiver<HostReport>,
+    pub(crate) counts: Arc<Counts>,
 }
 
 impl Link {
     /// Runs both tasks, and begins again with a new connection when the host's addresses change.
-    pub(crate) async fn keep(self, identity: Identity, mut candidates: watch::Receiver<Vec<Candidate>>) {
-        let Self { server, control, connection, chores, report } = self;
+    pub(crate) async fn keep(
+        self,
+        identity: watch::Receiver<Identity>,
+        mut candidates: watch::Receiver<Vec<Candidate>>,
+    ) {
+        let Self { server, control, connection, chores, report, counts } = self;
         loop {
             tokio::select! {
-                () = follow(&server, &control, &connection) => return,
+                () = follow(&server, &control, &connection, &counts) => return,
                 () = tell(&server, &control, chores.clone(), report.clone(), connection.subscribe()) => return,
                 changed = candidates.changed() => if changed.is_err() { return },
             }
+            let identity = identity.borrow().clone();
             if let Err(error) = server.reconnect(&identity) {
                 tracing::warn!("{error}; the old connection to the server is kept");
             }
@@ -68,8 +78,10 @@ impl Link {
 }
 
 /// Follows the watch stream and hands its messages to the reconciler.
-async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connection>) {
+async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connection>, counts: &Counts) {
     let mut backoff = Backoff::new();
+    // How many servers were tried in vain.
+    let mut turned = 0;
     loop {
         let view = control.view();
         let resume = view.epoch.as_ref().map(|epoch| (epoch, view.revision));
@@ -77,19 +89,37 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
         if matches!(&outcome, Err(error) if error.code == ErrorCode::Compacted) {
             outcome = server.watch(None).await;
         }
+        // The store was restored: what it knows of us is old, and what we know is not to be lost by taking that in.
+        if matches!(&outcome, Err(error) if error.code == ErrorCode::Unreported) {
+            outcome = match server.held(&held(&control.view())).await {
+                Ok(HeldAnswer { conflicts }) => {
+                    for conflict in conflicts {
+                        tracing::warn!("after a restore of the server: {conflict}");
+                    }
+                    server.watch(None).await
+                }
+                Err(error) => Err(error),
+            };
+        }
         let error = match outcome {
             Ok(mut stream) => loop {
                 match stream.next().await {
                     Ok(message) => {
+                        counts.watch_messages.fetch_add(1, Ordering::Relaxed);
+                        counts.heard.store(now_millis(), Ordering::Relaxed);
                         state.send_if_modified(|connection| {
                             let was_down = matches!(connection, Connection::Down { .. });
                             if was_down {
-                                tracing::info!(server = server.url(), "connected");
+                                tracing::info!(server = %server.url(), "connected");
                                 *connection = Connection::Up { since: now_millis() };
                             }
                             was_down
                         });
                         backoff = Backoff::new();
+                        turned = 0;
+                        if let Watch::Servers { urls } = &message {
+                            server.learn(urls);
+                        }
                         control.send(Command::Watch(Box::new(message)));
                     }
                     Err(error) => break error,
@@ -98,8 +128,27 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
             Err(error) => error,
         };
         down(state, &error);
-        tokio::time::sleep(backoff.next()).await;
+        // Whatever one server says, the next may say otherwise; only all of them together are worth a longer pause.
+        server.turn();
+        turned += 1;
+        let pause = if turned < server.count() { Backoff::new().next() } else { backoff.next() };
+        tokio::time::sleep(pause.max(wished(&error))).await;
     }
+}
+
+/// How long the server wishes to be left alone; a minute at most, whatever it says.
+fn wished(error: &ApiError) -> Duration {
+    Duration::from_secs(error.retry_after.unwrap_or_default().min(60))
+}
+
+/// What this host holds.
+fn held(view: &View) -> Held {
+    let catalog = &view.catalog;
+    let mut blocks: Vec<_> =
+        catalog.blocks.values().filter(|block| block.host == view.host).cloned().collect();
+    blocks.sort_by_key(|block| block.leased);
+    let claims = catalog.claims.values().filter(|claim| claim.host == view.host).cloned();
+    Held { blocks, claims: claims.collect() }
 }
 
 fn down(state: &watch::Sender<Connection>, error: &ApiError) {
@@ -128,6 +177,7 @@ async fn tell(
         control: control.clone(),
         told: BTreeMap::new(),
         idle: BTreeMap::new(),
+        heard: None,
     };
     let mut backoff = Backoff::new();
     report.mark_changed();
@@ -149,8 +199,9 @@ async fn tell(
             outcome = teller.work(&now).await;
         }
         if let Err(error) = outcome {
-            tracing::warn!("telling the server: {}", error.message);
-            tokio::time::sleep(backoff.next()).await;
+            let request = error.request.as_deref();
+            tracing::warn!(request, "telling the server: {}", error.message);
+            tokio::time::sleep(backoff.next().max(wished(&error))).await;
             continue;
         }
         backoff = Backoff::new();
@@ -170,6 +221,8 @@ struct Teller {
     told: BTreeMap<EndpointId, (Instant, Option<Arc<Endpoint>>)>,
     /// Since when something has been idle, by its name.
     idle: BTreeMap<String, Instant>,
+    /// Up to where the server knows that withdrawn blocks are gone here, and since when.
+    heard: Option<(Instant, Heard)>,
 }
 
 impl Teller {
@@ -191,6 +244,16 @@ impl Teller {
                 if refusal_is_kept(outcome, &mut first)? {
                     self.told.insert(id.clone(), (Instant::now(), None));
                 }
+            }
+        }
+        for claim in &chores.consent {
+            let consents = self.control.consent(claim).await?;
+            refusal_is_kept(missing_is_fine(self.server.consent(claim, consents).await), &mut first)?;
+        }
+        if let Some(heard) = chores.heard.as_ref().filter(|heard| self.is_news(heard)) {
+            let outcome = self.server.heard(&heard.epoch, heard.applied).await;
+            if refusal_is_kept(outcome, &mut first)? {
+                self.heard = Some((Instant::now(), heard.clone()));
             }
         }
         for (network, held) in &chores.lease {
@@ -222,6 +285,15 @@ impl Teller {
         first
     }
 
+    /// Whether the server should hear how far this host is: at once where it may wait for it, else now and then.
+    fn is_news(&self, heard: &Heard) -> bool {
+        self.heard.as_ref().is_none_or(|(at, known)| {
+            known.epoch != heard.epoch
+                || heard.withdrawal > known.applied
+                || (heard.applied > known.applied && at.elapsed() >= HEARD)
+        })
+    }
+
     fn has_been_idle(&self, name: String, still_idle: &mut BTreeMap<String, Instant>) -> bool {
         let since = self.idle.get(&name).copied().unwrap_or_else(Instant::now);
         still_idle.insert(name, since);
@@ -235,7 +307,14 @@ fn refusal_is_kept(
     first: &mut Result<(), ApiError>,
 ) -> Result<bool, ApiError> {
     match outcome {
-        Err(error) if matches!(error.code, ErrorCode::Unavailable | ErrorCode::Unauthenticated) => Err(error),
+        Err(error)
+            if matches!(
+                error.code,
+                ErrorCode::Unavailable | ErrorCode::Unauthenticated | ErrorCode::TooMany
+            ) =>
+        {
+            Err(error)
+        }
         Err(error) => {
             if first.is_ok() {
                 *first = Err(error);

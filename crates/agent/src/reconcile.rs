@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use linux::{Kernel, Woken};
 use model::api::{ApiError, ErrorCode};
-use model::{Change, EndpointId, NetworkId, Object, Watch};
+use model::{Change, EndpointId, NetworkId, Object, Revision, Watch};
 use plan::object::Ifname;
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
@@ -21,6 +21,8 @@ use tokio::sync::watch;
 use crate::book::{Book, unwritten};
 use crate::chores::Chores;
 use crate::control::{Command, Refusal};
+use crate::counts::Counts;
+use crate::doctor::Books;
 use crate::view::{Router, View};
 
 mod requests;
@@ -43,6 +45,7 @@ pub(crate) struct Reconciler {
     requests: Receiver<Command>,
     published: watch::Sender<Arc<View>>,
     chores: watch::Sender<Arc<Chores>>,
+    counts: Arc<Counts>,
     /// Networks without endpoints whose routers stay until then.
     lingering: BTreeMap<NetworkId, Instant>,
     generations: BTreeMap<NetworkId, u64>,
@@ -50,6 +53,8 @@ pub(crate) struct Reconciler {
     tuns: BTreeMap<NetworkId, u64>,
     tunnels: Arc<BTreeMap<plan::Far, plan::Tunnel>>,
     unconverged: BTreeSet<Place>,
+    /// What was to go, when all was last compared, is gone.
+    clean: bool,
     /// How often an address of this host came or went.
     moves: u64,
     /// What the kernel refuses now.
@@ -64,6 +69,8 @@ pub(crate) struct Reconciler {
     unpublished: bool,
     last_published: Instant,
     publish_pause: Duration,
+    /// When an address has rested: a block may be spare by then.
+    rested: Option<Instant>,
     retry: Option<(Instant, Duration)>,
 }
 
@@ -74,8 +81,10 @@ impl Reconciler {
         requests: Receiver<Command>,
         published: watch::Sender<Arc<View>>,
         chores: watch::Sender<Arc<Chores>>,
+        counts: Arc<Counts>,
     ) -> Self {
         Self {
+            counts,
             kernel,
             book,
             requests,
@@ -86,6 +95,7 @@ impl Reconciler {
             tuns: BTreeMap::new(),
             tunnels: Arc::default(),
             unconverged: BTreeSet::new(),
+            clean: false,
             moves: 0,
             refused: Vec::new(),
             troubles: VecDeque::new(),
@@ -94,6 +104,7 @@ impl Reconciler {
             unpublished: true,
             last_published: Instant::now(),
             publish_pause: PUBLISH_EVERY,
+            rested: None,
             retry: None,
         }
     }
@@ -119,6 +130,7 @@ impl Reconciler {
                 Woken::Waker => {}
                 Woken::Timeout => {}
             }
+            self.unpublished |= self.rested.is_some_and(|at| Instant::now() >= at);
             if self.retry.is_some_and(|(at, _)| Instant::now() >= at) {
                 self.stale = true;
             }
@@ -188,10 +200,23 @@ impl Reconciler {
             }
             Command::List { reply } => drop(reply.send(Ok(self.book.list()))),
             Command::Reservations { reply } => drop(reply.send(Ok(self.book.reservations()))),
+            Command::Consent { claim, reply } => {
+                drop(reply.send(self.book.consent(&claim).map_err(|e| unwritten(e).into())));
+            }
+            Command::Leaving { reply } => {
+                drop(reply.send(Ok(self.book.leaving().cloned().collect())));
+            }
+            Command::Books { reply } => {
+                let routers = self.routers_wanted();
+                drop(reply.send(Ok(Box::new(Books::of(&self.book, routers)))));
+            }
             Command::Leased { block } => self.keep(Object::Block(block)),
             Command::Claimed { claim } => self.keep(Object::Claim(claim)),
             Command::LetGo { key, reply } => {
                 drop(reply.send(self.book.let_go(&key).map_err(|e| unwritten(e).into())));
+            }
+            Command::Certified { identity, reply } => {
+                drop(reply.send(self.book.certified(&identity).map_err(|e| unwritten(e).into())));
             }
             Command::Watch(message) => {
                 self.stale |= matters_to_the_kernel(&message);
@@ -276,26 +301,34 @@ impl Reconciler {
         }
     }
 
-    /// Diffs and applies until nothing is left or nothing helps.
     fn converge(&mut self, scope: &Scope) {
+        let begun = Instant::now();
+        let done = self.converge_within(scope);
+        self.counts.reconciled(begun.elapsed(), done);
+    }
+
+    /// Diffs and applies until nothing is left or nothing helps; whether nothing is left.
+    fn converge_within(&mut self, scope: &Scope) -> bool {
         let mut refused: Vec<String> = Vec::new();
         for _ in 0..ROUNDS {
             let steps = match self.difference(scope) {
                 Ok(steps) => steps,
                 Err(error) => {
                     self.try_later();
-                    return self.trouble(error);
+                    self.trouble(error);
+                    return false;
                 }
             };
             if *scope == Scope::Everything {
                 self.unconverged = steps.iter().map(|step| place_of(step).clone()).collect();
+                self.clean = !steps.iter().any(|step| matches!(step, Step::Remove(..) | Step::Change(..)));
             }
             if steps.is_empty() {
                 if *scope == Scope::Everything {
                     self.retry = None;
                     self.refused(Vec::new());
                 }
-                return;
+                return true;
             }
             refused.clear();
             for step in &steps {
@@ -322,6 +355,7 @@ impl Reconciler {
         }
         self.try_later();
         self.refused(refused);
+        false
     }
 
     /// Whether the kernel takes no programs for packets, as it has just shown: then routers go without, until the next start.
@@ -373,13 +407,7 @@ impl Reconciler {
         if let Err(error) = self.book.forget_gone_networks() {
             self.trouble(error.to_string());
         }
-        let routers: BTreeSet<NetworkId> = self
-            .book
-            .records()
-            .map(|record| record.endpoint.network.clone())
-            .chain(self.lingering.keys().cloned())
-            .chain(self.book.catalog.gateway_of(&self.book.host).cloned())
-            .collect();
+        let routers = self.routers_wanted();
         for network in &routers {
             if self.book.catalog.networks.contains_key(network)
                 && let Err(error) = self.book.slot(network)
@@ -393,6 +421,16 @@ impl Reconciler {
             local.attachments.remove(id);
         }
         plan::desired(&self.book.catalog, &local)
+    }
+
+    /// The networks that are to have a router here.
+    fn routers_wanted(&self) -> BTreeSet<NetworkId> {
+        self.book
+            .records()
+            .map(|record| record.endpoint.network.clone())
+            .chain(self.lingering.keys().cloned())
+            .chain(self.book.catalog.gateway_of(&self.book.host).cloned())
+            .collect()
     }
 
     /// The names of everything an attachment has, or would have.
@@ -432,7 +470,7 @@ impl Reconciler {
         let publish = self.unpublished.then(|| self.last_published + self.publish_pause);
         let retry = self.retry.map(|(at, _)| at);
         let linger = self.lingering.values().min().copied();
-        let next = [publish, retry, linger].into_iter().flatten().min()?;
+        let next = [publish, retry, linger, self.rested].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -444,8 +482,14 @@ impl Reconciler {
         }
         self.unpublished = false;
         self.last_published = Instant::now();
+        self.rested = self.book.rested_in().map(|ms| Instant::now() + Duration::from_millis(ms + 1));
         let view = self.view();
-        let chores = Chores::of(&self.book, &view.routers, |network| self.lingering.contains_key(network));
+        let chores = Chores::of(
+            &self.book,
+            &view.routers,
+            |network| self.lingering.contains_key(network),
+            if self.stale || !self.clean { Revision::default() } else { self.book.revision },
+        );
         self.published.send_replace(Arc::new(view));
         self.chores.send_replace(Arc::new(chores));
         self.publish_pause = PUBLISH_EVERY.max(self.last_published.elapsed() * PUBLISH_SHARE);
@@ -489,7 +533,7 @@ fn matters_to_the_kernel(message: &Watch) -> bool {
     match message {
         Watch::Snapshot { .. } => true,
         Watch::Delta { changes, .. } => !changes.iter().all(of_an_endpoint),
-        Watch::Heartbeat { .. } => false,
+        Watch::Servers { .. } | Watch::Heartbeat { .. } => false,
     }
 }
 

@@ -3,20 +3,25 @@
 //! Every call has a deadline. A refusal is the server's [`ApiError`]; an unreachable server is `Unavailable`, and what
 //! it would have changed is tried again by whoever keeps it. So is one whose certificate is refused: only a server that is
 //! believed says of this host that it is `Unauthenticated`. Who joins takes that for final: see [`join`].
+//!
+//! An environment may have several servers. All calls go to one of them, until whoever watches it turns to the next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::io::Write;
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
+use flate2::write::MultiGzDecoder;
 use model::api::{
-    ApiError, ClaimRequest, ErrorCode, GiveBack, HostReport, HostRoute, JoinAnswer, JoinRequest,
-    LeaseRequest, ReleaseClaim, path,
+    ApiError, ClaimRequest, Consent, ErrorCode, GiveBack, Heard, Held, HeldAnswer, HostReport, HostRoute,
+    JoinAnswer, JoinRequest, LeaseRequest, ReleaseClaim, RenewAnswer, RenewRequest, path,
 };
 use model::{
-    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId,
+    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId, Object,
     Revision, Watch,
 };
+use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 use reqwest::{Client, Method, RequestBuilder, Response};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -36,18 +41,55 @@ const LINE_MAX: usize = 256 << 20;
 #[derive(Clone)]
 pub struct Server {
     client: Arc<RwLock<Client>>,
-    url: String,
+    urls: Arc<RwLock<Urls>>,
     environment: EnvironmentId,
 }
 
+/// How the servers are reached; the first is the one that is spoken to.
+struct Urls {
+    /// What this host was started with, or joined at.
+    given: Vec<String>,
+    all: VecDeque<String>,
+}
+
+impl Urls {
+    fn learn(&mut self, urls: &[String]) {
+        let mut all: VecDeque<String> = self.all.front().cloned().into_iter().collect();
+        for url in urls.iter().chain(&self.given) {
+            if !all.contains(url) {
+                all.push_back(url.clone());
+            }
+        }
+        self.all = all;
+    }
+}
+
 impl Server {
-    /// The server that this host has joined.
-    pub fn of(identity: &Identity) -> Result<Self, TlsError> {
+    /// The servers of the environment that this host has joined: those it joined with, and what it learned since.
+    pub fn of(identity: &Identity, learned: &[String]) -> Result<Self, TlsError> {
+        let given: Vec<String> = [&identity.server].into_iter().chain(&identity.servers).cloned().collect();
+        let mut urls = Urls { all: VecDeque::from([identity.server.clone()]), given };
+        urls.learn(learned);
         Ok(Self {
             client: Arc::new(RwLock::new(client_of(identity)?)),
-            url: identity.server.clone(),
+            urls: Arc::new(RwLock::new(urls)),
             environment: identity.environment.clone(),
         })
+    }
+
+    /// Takes in how the servers are reached. The one that is spoken to stays so.
+    pub fn learn(&self, urls: &[String]) {
+        self.urls.write().unwrap_or_else(PoisonError::into_inner).learn(urls);
+    }
+
+    /// Turns to the next server, if there is another.
+    pub fn turn(&self) {
+        self.urls.write().unwrap_or_else(PoisonError::into_inner).all.rotate_left(1);
+    }
+
+    /// How many servers are known.
+    pub fn count(&self) -> usize {
+        self.urls.read().unwrap_or_else(PoisonError::into_inner).all.len()
     }
 
     /// Leaves the present connection: it was made from an address that this host may not have any more, and would be
@@ -57,71 +99,130 @@ impl Server {
         Ok(())
     }
 
-    /// Its URL.
-    pub fn url(&self) -> &str {
-        &self.url
+    /// The URL of the one that is spoken to.
+    pub fn url(&self) -> String {
+        let urls = self.urls.read().unwrap_or_else(PoisonError::into_inner);
+        urls.all.front().cloned().unwrap_or_default()
     }
 
     /// Opens the watch stream.
     pub async fn watch(&self, resume: Option<(&Epoch, Revision)>) -> Result<WatchStream, ApiError> {
-        let mut request = self.request(Method::GET, path::WATCH);
+        let url = &self.url();
+        let mut request = self.request(url, Method::GET, path::WATCH).header(ACCEPT_ENCODING, "gzip");
         if let Some((epoch, revision)) = resume {
             request = request.query(&[("epoch", epoch.to_string()), ("revision", revision.to_string())]);
         }
         let answer = tokio::time::timeout(REQUEST, request.send())
             .await
-            .map_err(|_| unavailable(&self.url, "no answer in 20 s"))?
-            .map_err(|e| unreachable_because(&self.url, &e))?;
-        let answer = refused(&self.url, answer).await?;
-        Ok(WatchStream { answer, buffer: Vec::new(), url: self.url.clone() })
+            .map_err(|_| unavailable(url, "no answer in 20 s"))?
+            .map_err(|e| unreachable_because(url, &e))?;
+        let answer = refused(url, answer).await?;
+        let packed = answer.headers().get(CONTENT_ENCODING).is_some_and(|coding| coding == "gzip");
+        Ok(WatchStream {
+            answer,
+            text: if packed {
+                Text::Gzip(Box::new(MultiGzDecoder::new(Vec::new())))
+            } else {
+                Text::Plain(Vec::new())
+            },
+            searched: 0,
+            received: 0,
+            url: url.clone(),
+        })
     }
 
     /// Says what this host is.
     pub async fn report(&self, report: &HostReport) -> Result<(), ApiError> {
-        self.send(self.request(Method::PUT, path::SELF), report).await.map(drop)
+        self.send(Method::PUT, path::SELF, report).await.map(drop)
+    }
+
+    /// Says what this host holds, to a server whose store was restored; what it cannot keep.
+    pub async fn held(&self, held: &Held) -> Result<HeldAnswer, ApiError> {
+        self.ask(Method::PUT, path::HELD, held).await
+    }
+
+    /// A new certificate, PEM, for the host's key, PEM.
+    pub async fn renew(&self, key: &str) -> Result<String, ApiError> {
+        let unusable = |error: rcgen::Error| {
+            ApiError::new(ErrorCode::Internal, format!("this host's key cannot be used: {error}"))
+        };
+        let key = rcgen::KeyPair::from_pem(key).map_err(unusable)?;
+        let csr = rcgen::CertificateParams::default().serialize_request(&key).map_err(unusable)?;
+        let body = RenewRequest { csr: csr.pem().map_err(unusable)? };
+        let answer: RenewAnswer = self.ask(Method::POST, path::CERTIFICATE, &body).await?;
+        Ok(answer.certificate)
     }
 
     /// Tells an endpoint.
     pub async fn put_endpoint(&self, endpoint: &Endpoint) -> Result<(), ApiError> {
         let path = format!("{}/{}", path::ENDPOINTS, endpoint.id);
-        self.send(self.request(Method::PUT, &path), endpoint).await.map(drop)
+        self.send(Method::PUT, &path, endpoint).await.map(drop)
     }
 
     /// Tells that an endpoint is gone.
     pub async fn delete_endpoint(&self, id: &EndpointId) -> Result<(), ApiError> {
         let path = format!("{}/{id}", path::ENDPOINTS);
-        self.send(self.request(Method::DELETE, &path), &()).await.map(drop)
+        self.send(Method::DELETE, &path, &()).await.map(drop)
     }
 
     /// Gives a block back.
     pub async fn give_back(&self, block: &Block) -> Result<(), ApiError> {
-        let body = GiveBack { network: block.network.to_string(), cidr: block.cidr };
-        self.send(self.request(Method::DELETE, path::BLOCKS), &body).await.map(drop)
+        let body =
+            GiveBack { network: block.network.to_string(), cidr: block.cidr, leased: Some(block.leased) };
+        self.send(Method::DELETE, path::BLOCKS, &body).await.map(drop)
     }
 
     /// Gives a claimed address back.
     pub async fn release(&self, claim: &Claim) -> Result<(), ApiError> {
-        let body = ReleaseClaim { network: claim.network.to_string(), address: claim.address };
-        self.send(self.request(Method::DELETE, path::CLAIMS), &body).await.map(drop)
+        let body = ReleaseClaim {
+            network: claim.network.to_string(),
+            address: claim.address,
+            endpoint: Some(claim.endpoint.clone()),
+        };
+        self.send(Method::DELETE, path::CLAIMS, &body).await.map(drop)
     }
 
-    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+    /// Lets go of an address that another host asked for, or does not.
+    pub async fn consent(&self, claim: &Claim, consents: bool) -> Result<(), ApiError> {
+        let body = Consent {
+            network: claim.network.to_string(),
+            address: claim.address,
+            endpoint: claim.endpoint.clone(),
+            consents,
+        };
+        self.send(Method::PUT, path::CLAIMS, &body).await.map(drop)
+    }
+
+    /// Says up to which revision withdrawn blocks are gone from this host.
+    pub async fn heard(&self, epoch: &Epoch, revision: Revision) -> Result<(), ApiError> {
+        let body = Heard { epoch: epoch.clone(), revision };
+        self.send(Method::PUT, path::HEARD, &body).await.map(drop)
+    }
+
+    fn request(&self, url: &str, method: Method, path: &str) -> RequestBuilder {
         let client = self.client.read().unwrap_or_else(PoisonError::into_inner).clone();
-        client.request(method, format!("{}{}/{}{path}", self.url, path::PREFIX, self.environment))
+        client.request(method, format!("{url}{}/{}{path}", path::PREFIX, self.environment))
     }
 
     async fn send<B: Serialize + ?Sized>(
         &self,
-        request: RequestBuilder,
+        method: Method,
+        path: &str,
         body: &B,
     ) -> Result<Response, ApiError> {
-        let answer = request
-            .timeout(REQUEST)
-            .json(body)
-            .send()
-            .await
-            .map_err(|e| unreachable_because(&self.url, &e))?;
-        refused(&self.url, answer).await
+        let url = &self.url();
+        let request = self.request(url, method, path).timeout(REQUEST).json(body);
+        let answer = request.send().await.map_err(|e| unreachable_because(url, &e))?;
+        refused(url, answer).await
+    }
+
+    async fn ask<B: Serialize + ?Sized, T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &B,
+    ) -> Result<T, ApiError> {
+        decode(&self.url(), self.send(method, path, body).await?).await
     }
 }
 
@@ -130,20 +231,32 @@ impl Lessor for Server {
         let this = self.clone();
         Box::pin(async move {
             let body = LeaseRequest { network: network.to_string(), held };
-            decode(&this.url, this.send(this.request(Method::POST, path::BLOCKS), &body).await?).await
+            this.ask(Method::POST, path::BLOCKS, &body).await
+        })
+    }
+
+    fn give_back(&self, held: Object) -> BoxFuture<Result<(), ApiError>> {
+        let this = self.clone();
+        Box::pin(async move {
+            match &held {
+                Object::Block(block) => Server::give_back(&this, block).await,
+                Object::Claim(claim) => this.release(claim).await,
+                Object::Host(_) | Object::Network(_) | Object::Endpoint(_) | Object::Peer(_) => Ok(()),
+            }
         })
     }
 
     fn claim(
         &self,
         network: NetworkId,
-        address: IpAddr,
+        address: Option<IpAddr>,
         endpoint: EndpointId,
+        router: bool,
     ) -> BoxFuture<Result<Claim, ApiError>> {
         let this = self.clone();
         Box::pin(async move {
-            let body = ClaimRequest { network: network.to_string(), address, endpoint };
-            decode(&this.url, this.send(this.request(Method::POST, path::CLAIMS), &body).await?).await
+            let body = ClaimRequest { network: network.to_string(), address, endpoint, router };
+            this.ask(Method::POST, path::CLAIMS, &body).await
         })
     }
 }
@@ -204,34 +317,76 @@ pub async fn join(join: Join<'_>) -> Result<Identity, ApiError> {
         name: join.name.clone(),
         environment: answer.environment,
         server: join.url.to_owned(),
+        servers: Vec::new(),
         ca: answer.ca,
         certificate: answer.certificate,
         key: join.key.serialize_pem(),
+        certified: crate::now_millis(),
     })
 }
 
 /// The watch stream, line by line.
 pub struct WatchStream {
     answer: Response,
-    buffer: Vec<u8>,
+    text: Text,
+    /// How much of the text has no end of a line.
+    searched: usize,
+    received: u64,
     url: String,
 }
 
+/// What came and was not read yet.
+enum Text {
+    Plain(Vec<u8>),
+    /// Members of gzip, one after another (RFC 1952 §2.2).
+    Gzip(Box<MultiGzDecoder<Vec<u8>>>),
+}
+
+impl Text {
+    fn buffer(&mut self) -> &mut Vec<u8> {
+        match self {
+            Self::Plain(text) => text,
+            Self::Gzip(decoder) => decoder.get_mut(),
+        }
+    }
+
+    fn push(&mut self, chunk: &[u8]) -> std::io::Result<()> {
+        match self {
+            Self::Plain(text) => text.extend_from_slice(chunk),
+            Self::Gzip(decoder) => {
+                // In pieces, so that little does not become more than a line may be before it is looked at.
+                for piece in chunk.chunks(16 << 10) {
+                    decoder.write_all(piece)?;
+                    decoder.flush()?;
+                    if decoder.get_ref().len() > LINE_MAX + (32 << 20) {
+                        return Err(std::io::Error::other("a line of more than 256 MiB"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
 impl WatchStream {
+    /// How many bytes came, as they were sent.
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
     /// The next message; an error is the stream's end.
     pub async fn next(&mut self) -> Result<Watch, ApiError> {
-        let mut searched = 0;
         loop {
-            if let Some(end) =
-                self.buffer[searched..].iter().position(|byte| *byte == b'\n').map(|at| searched + at)
-            {
-                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+            let buffer = self.text.buffer();
+            if let Some(end) = buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = buffer.drain(..=self.searched + end).collect();
+                self.searched = 0;
                 return serde_json::from_slice(&line).map_err(|e| {
                     unavailable(&self.url, &format!("its watch stream is not understood: {e}"))
                 });
             }
-            searched = self.buffer.len();
-            if searched > LINE_MAX {
+            self.searched = buffer.len();
+            if self.searched > LINE_MAX {
                 return Err(unavailable(&self.url, "its watch stream sent a line of more than 256 MiB"));
             }
             let chunk = tokio::time::timeout(SILENCE, self.answer.chunk())
@@ -239,7 +394,10 @@ impl WatchStream {
                 .map_err(|_| unavailable(&self.url, "its watch stream was silent for 35 s"))?
                 .map_err(|e| unreachable_because(&self.url, &e))?
                 .ok_or_else(|| unavailable(&self.url, "it closed the watch stream"))?;
-            self.buffer.extend_from_slice(&chunk);
+            self.received += chunk.len() as u64;
+            self.text
+                .push(&chunk)
+                .map_err(|e| unavailable(&self.url, &format!("its watch stream is not understood: {e}")))?;
         }
     }
 }
@@ -305,9 +463,11 @@ mod tests {
             name: "h1".parse().unwrap(),
             environment: EnvironmentId::default(),
             server: url.to_owned(),
+            servers: Vec::new(),
             ca: ca.pem.clone(),
             certificate: ca.leaf_pem.clone(),
             key: ca.key_pem.clone(),
+            certified: 0,
         }
     }
 
@@ -331,8 +491,28 @@ mod tests {
         assert_eq!(error.code, ErrorCode::Unauthenticated, "{error}");
         assert!(error.message.contains(&other.fingerprint().to_string()), "{error}");
 
-        let error = Server::of(&identity(&url, &ours)).unwrap().watch(None).await.err().unwrap();
+        let error = Server::of(&identity(&url, &ours), &[]).unwrap().watch(None).await.err().unwrap();
         assert_eq!(error.code, ErrorCode::Unavailable, "{error}");
         assert!(error.message.contains(&other.fingerprint().to_string()), "{error}");
+    }
+
+    #[test]
+    fn one_server_after_the_other_is_spoken_to_and_what_is_learned_adds_to_what_was_given() {
+        let ours = ca(model::SERVER_NAME);
+        let mut identity = identity("https://a:1", &ours);
+        identity.servers = vec!["https://b:1".into()];
+        let server = Server::of(&identity, &["https://c:1".into(), "https://a:1".into()]).unwrap();
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            order.push(server.url());
+            server.turn();
+        }
+        assert_eq!(order, ["https://a:1", "https://c:1", "https://b:1", "https://a:1"]);
+        server.learn(&["https://d:1".into()]);
+        assert_eq!(
+            (server.url().as_str(), server.count()),
+            ("https://c:1", 4),
+            "the one spoken to, d, a and b"
+        );
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,23 +16,40 @@ use axum::serve::IncomingStream;
 use axum::{Json, Router};
 use model::agent_api::{AgentStatus, AttachRequest, Connection, DockerStatus, path};
 use model::api::{ApiError, ErrorCode};
-use model::{EndpointId, agent_api};
+use model::{EndpointId, UnixMillis, agent_api};
 use tokio::net::UnixListener;
 use tokio::net::unix::UCred;
 use tokio::sync::watch;
 
+use crate::counts::Counts;
+use crate::doctor::Books;
+use crate::ledger::Identity;
+use crate::names::Forwarder;
+use crate::server::Server;
 use crate::tunnels::Tunnels;
-use crate::{Control, VERSION, names, tunnels};
+use crate::{Control, VERSION, metrics, names, renew, tunnels};
 
 /// What the socket tells besides what control knows.
 #[derive(Clone)]
 pub(crate) struct Context {
     pub(crate) control: Control,
-    pub(crate) server: String,
+    pub(crate) server: Server,
     pub(crate) connection: watch::Receiver<Connection>,
     pub(crate) candidates: watch::Receiver<Vec<model::Candidate>>,
     pub(crate) docker: watch::Receiver<DockerStatus>,
     pub(crate) tunnels: Tunnels,
+    pub(crate) identity: watch::Receiver<Identity>,
+    pub(crate) counts: Arc<Counts>,
+    pub(crate) forwarder: Arc<Forwarder>,
+    /// The ledger's file.
+    pub(crate) ledger: PathBuf,
+}
+
+impl Context {
+    /// When this host's certificate runs out.
+    pub(crate) fn certificate_expires(&self) -> UnixMillis {
+        renew::expires(&self.identity.borrow())
+    }
 }
 
 /// The process at the other end of a connection, as the kernel has it.
@@ -81,7 +98,9 @@ pub(crate) async fn serve(listener: UnixListener, context: Context) -> std::io::
         .route(path::STATUS, get(status))
         .route(path::ENDPOINTS, get(list).post(attach))
         .route(path::ENDPOINT, delete(detach))
+        .route(path::BOOKS, get(books))
         .merge(tunnels::http::routes())
+        .merge(metrics::routes())
         .fallback(|| async {
             Refused(ApiError::new(
                 ErrorCode::NotFound,
@@ -124,15 +143,21 @@ async fn status(State(context): State<Arc<Context>>) -> Json<AgentStatus> {
         version: VERSION.to_owned(),
         host: view.host.clone(),
         name: view.host_name.clone(),
-        server: context.server.clone(),
+        server: context.server.url(),
         connection: context.connection.borrow().clone(),
         epoch: view.epoch.clone(),
         revision: view.revision,
         candidates: context.candidates.borrow().clone(),
+        certificate_expires: context.certificate_expires(),
         routers: view.router_status(),
         docker: context.docker.borrow().clone(),
         troubles: view.troubles.clone(),
     })
+}
+
+async fn books(State(context): State<Arc<Context>>) -> Result<Json<Books>, Refused> {
+    let engine = !matches!(*context.docker.borrow(), DockerStatus::Off);
+    Ok(Json(Books { engine, ..context.control.books().await? }))
 }
 
 async fn list(State(context): State<Arc<Context>>) -> Result<Json<Vec<model::Endpoint>>, Refused> {

@@ -9,7 +9,7 @@ use std::io;
 use std::sync::Arc;
 
 use aws_lc_rs::digest::{SHA256, digest};
-use model::{Fingerprint, SERVER_NAME};
+use model::{Fingerprint, SERVER_NAME, UnixMillis};
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls13_signature};
@@ -84,6 +84,13 @@ pub fn client_config(trust: Trust, identity: Option<ClientIdentity>) -> Result<C
     };
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
+}
+
+/// When the first certificate in `pem` runs out; `None` if there is none.
+pub fn expires(pem: &str) -> Option<UnixMillis> {
+    let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).ok()?;
+    u64::try_from(parsed.validity().not_after.timestamp()).ok()?.checked_mul(1000)
 }
 
 /// A configuration that trusts nobody: for clients of Unix sockets, which never speak TLS and must not look for

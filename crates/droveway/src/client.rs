@@ -14,10 +14,11 @@ use std::time::Duration;
 
 use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
-    ApiError, ErrorCode, HostPatch, HostView, ServerInfo, TokenCreated, TokenRequest, TokenView, path,
+    ApiError, AuditEntry, ErrorCode, HostPatch, HostView, IpamView, KeyCreated, KeyRequest, KeyView,
+    ServerInfo, TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
 };
-use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec};
-use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue};
+use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec, UnixMillis};
+use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LINK};
 use reqwest::{Method, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -26,6 +27,8 @@ pub use socket::{AgentSocket, Capture, ask_agent};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How many of a list are asked for at a time.
+const PAGE: &str = "500";
 
 /// Where the server is and what proves both sides.
 #[derive(Debug, Clone)]
@@ -191,7 +194,7 @@ impl Client {
 
     /// All networks.
     pub async fn networks(&self) -> Result<Vec<Network>, Error> {
-        self.get(path::NETWORKS, &[]).await
+        self.list(path::NETWORKS).await
     }
 
     /// One network, by name or id.
@@ -211,12 +214,17 @@ impl Client {
 
     /// All leased blocks.
     pub async fn blocks(&self) -> Result<Vec<Block>, Error> {
-        self.get(path::BLOCKS, &[]).await
+        self.list(path::BLOCKS).await
+    }
+
+    /// Who may give which addresses.
+    pub async fn ipam(&self) -> Result<IpamView, Error> {
+        self.get(path::IPAM, &[]).await
     }
 
     /// All hosts.
     pub async fn hosts(&self) -> Result<Vec<HostView>, Error> {
-        self.get(path::HOSTS, &[]).await
+        self.list(path::HOSTS).await
     }
 
     /// One host, by name or id.
@@ -236,12 +244,12 @@ impl Client {
 
     /// All endpoints.
     pub async fn endpoints(&self) -> Result<Vec<Endpoint>, Error> {
-        self.get(path::ENDPOINTS, &[]).await
+        self.list(path::ENDPOINTS).await
     }
 
     /// All foreign peers, without their secrets.
     pub async fn peers(&self) -> Result<Vec<Peer>, Error> {
-        self.get(path::PEERS, &[]).await
+        self.list(path::PEERS).await
     }
 
     /// One foreign peer, by name or id.
@@ -261,7 +269,17 @@ impl Client {
 
     /// All join tokens, without their secrets.
     pub async fn tokens(&self) -> Result<Vec<TokenView>, Error> {
-        self.get(path::TOKENS, &[]).await
+        self.list(path::TOKENS).await
+    }
+
+    /// Hosts that have not said what they hold since the store was restored.
+    pub async fn unreported(&self) -> Result<Vec<UnreportedHost>, Error> {
+        self.get(path::UNREPORTED, &[]).await
+    }
+
+    /// Waits no longer for a host to say what it holds.
+    pub async fn remove_unreported(&self, name_or_id: &str) -> Result<(), Error> {
+        self.delete(path::UNREPORTED, name_or_id).await
     }
 
     /// Makes a join token.
@@ -272,6 +290,60 @@ impl Client {
     /// Ends a join token.
     pub async fn remove_token(&self, id: &str) -> Result<(), Error> {
         self.delete(path::TOKENS, id).await
+    }
+
+    /// All API keys, without their texts.
+    pub async fn keys(&self) -> Result<Vec<KeyView>, Error> {
+        self.list(path::KEYS).await
+    }
+
+    /// Makes an API key.
+    pub async fn create_key(&self, request: &KeyRequest) -> Result<KeyCreated, Error> {
+        self.send(Method::POST, self.url(path::KEYS, &[])?, Some(request)).await
+    }
+
+    /// Ends an API key.
+    pub async fn remove_key(&self, name: &str) -> Result<(), Error> {
+        self.delete(path::KEYS, name).await
+    }
+
+    /// The audit log from a time on; `follow`ed, it goes on with what comes.
+    pub async fn audit(&self, since: UnixMillis, follow: bool) -> Result<Audit, Error> {
+        let url = self.url(path::AUDIT, &[])?;
+        let at = self.at();
+        let query = [("since", since.to_string()), ("follow", follow.to_string())];
+        // It may be long, and one that follows has no end: there is a deadline for each piece in place of one for all.
+        let request = self.http.get(url).query(&query).timeout(Duration::from_hours(24 * 365));
+        let answer = request.send().await.map_err(|error| failed(&error, &at))?;
+        Ok(Audit { answer: accepted(answer, &at).await?, follow, buffer: Vec::new(), at })
+    }
+
+    /// A whole list, page by page.
+    async fn list<T: DeserializeOwned>(&self, collection: &str) -> Result<Vec<T>, Error> {
+        let at = self.at();
+        let mut url = self.url(collection, &[])?;
+        url.query_pairs_mut().append_pair("limit", PAGE);
+        let mut all = Vec::new();
+        loop {
+            let answer = self.http.get(url.clone()).send().await.map_err(|error| failed(&error, &at))?;
+            let answer = accepted(answer, &at).await?;
+            let next = next_page(answer.headers()).map(|next| url.join(next));
+            let body = answer.bytes().await.map_err(|error| failed(&error, &at))?;
+            all.extend(decode::<Vec<T>>(&body, || url.to_string())?);
+            url = match next {
+                None => return Ok(all),
+                // The key goes to nobody else.
+                Some(Ok(next)) if next.origin() == url.origin() && next != url => next,
+                Some(_) => {
+                    let why = "its next page is not one of its own".to_owned();
+                    return Err(Error::Foreign { at: url.to_string(), why });
+                }
+            };
+        }
+    }
+
+    fn at(&self) -> String {
+        self.settings.server.as_str().trim_end_matches('/').to_owned()
     }
 
     async fn get<T: DeserializeOwned>(&self, collection: &str, rest: &[&str]) -> Result<T, Error> {
@@ -299,13 +371,53 @@ impl Client {
         url: Url,
         body: Option<&impl Serialize>,
     ) -> Result<Vec<u8>, Error> {
-        let request = self.http.request(method, url);
-        receive(request, body, self.settings.server.as_str().trim_end_matches('/')).await
+        receive(self.http.request(method, url), body, &self.at()).await
     }
 
     fn url(&self, collection: &str, rest: &[&str]) -> Result<Url, Error> {
         let base = format!("{}/{}{collection}", path::PREFIX, self.settings.environment);
         join(&self.settings.server, &base, rest)
+    }
+}
+
+/// Where a list goes on (RFC 8288).
+fn next_page(headers: &HeaderMap) -> Option<&str> {
+    let link = headers.get(LINK)?.to_str().ok()?;
+    let (url, parameters) = link.strip_prefix('<')?.split_once('>')?;
+    parameters.contains("rel=\"next\"").then_some(url)
+}
+
+/// The audit log as it comes.
+#[derive(Debug)]
+pub struct Audit {
+    answer: reqwest::Response,
+    follow: bool,
+    buffer: Vec<u8>,
+    at: String,
+}
+
+impl Audit {
+    /// The next line; `None` at the end.
+    pub async fn next(&mut self) -> Result<Option<AuditEntry>, Error> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return decode(&line, || self.at.clone()).map(Some);
+            }
+            let piece = self.answer.chunk();
+            let piece = if self.follow {
+                piece.await
+            } else {
+                tokio::time::timeout(REQUEST_TIMEOUT, piece).await.map_err(|_| Error::Unreachable {
+                    at: self.at.clone(),
+                    why: format!("it said nothing for {} s", REQUEST_TIMEOUT.as_secs()),
+                })?
+            };
+            match piece.map_err(|error| failed(&error, &self.at))? {
+                Some(piece) => self.buffer.extend_from_slice(&piece),
+                None => return Ok(None),
+            }
+        }
     }
 }
 
@@ -348,7 +460,9 @@ fn bare_refusal(status: u16) -> Option<ErrorCode> {
     match status {
         401 => Some(ErrorCode::Unauthenticated),
         403 => Some(ErrorCode::Forbidden),
+        408 => Some(ErrorCode::TooSlow),
         413 => Some(ErrorCode::TooLarge),
+        429 => Some(ErrorCode::TooMany),
         500 => Some(ErrorCode::Internal),
         502..=504 => Some(ErrorCode::Unavailable),
         _ => None,
@@ -420,6 +534,15 @@ mod tests {
         let url = join(&base, "/v1/environments/default/networks", &["a/b?c"]).unwrap();
         assert_eq!(url.as_str(), "https://h:7443/v1/environments/default/networks/a%2Fb%3Fc");
         assert!(join(&base, "/v1", &[".."]).is_err());
+    }
+
+    #[test]
+    fn the_next_page_is_where_the_link_says() {
+        let of = |text: &'static str| HeaderMap::from_iter([(LINK, HeaderValue::from_static(text))]);
+        assert_eq!(next_page(&of("</v1/x?continue=a>; rel=\"next\"")), Some("/v1/x?continue=a"));
+        assert_eq!(next_page(&of("</v1/x>; rel=\"prev\"")), None);
+        assert_eq!(next_page(&of("nonsense")), None);
+        assert_eq!(next_page(&HeaderMap::new()), None);
     }
 
     #[test]

@@ -111,6 +111,11 @@ pub(crate) fn describe(step: &Step) -> String {
     }
 }
 
+/// An object's name in words.
+pub fn name_of(key: &Key) -> String {
+    Named(key).to_string()
+}
+
 /// A place in words.
 pub(crate) struct At<'a>(pub(crate) &'a Place);
 

@@ -76,6 +76,28 @@ impl Kernel {
     pub fn open(netns_dir: &Path) -> Result<Self, Error> {
         fs::create_dir_all(netns_dir)
             .map_err(|error| Error::io(format!("make directory {}", netns_dir.display()), &error))?;
+        let mut kernel = Self::of_host(netns_dir)?;
+        for name in kernel.router_files()? {
+            kernel.adopt(&name)?;
+        }
+        Ok(kernel)
+    }
+
+    /// The same for somebody who only looks: nothing is made or removed. The files that are called like a router's
+    /// namespace and are none come beside.
+    pub fn look(netns_dir: &Path) -> Result<(Self, Vec<String>), Error> {
+        let mut kernel = Self::of_host(netns_dir)?;
+        let mut strays = Vec::new();
+        for name in kernel.router_files()? {
+            match kernel.recognise(&name)? {
+                Some((network, opened)) => kernel.enter(network, &name, opened)?,
+                None => strays.push(name),
+            }
+        }
+        Ok((kernel, strays))
+    }
+
+    fn of_host(netns_dir: &Path) -> Result<Self, Error> {
         let waker = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
             .map_err(|errno| Error::errno("make an event counter", errno))?;
         let mut kernel = Self {
@@ -87,9 +109,6 @@ impl Kernel {
             waker: Arc::new(waker),
         };
         kernel.host.drain(&mut kernel.shown)?;
-        for name in kernel.router_files()? {
-            kernel.adopt(&name)?;
-        }
         Ok(kernel)
     }
 
@@ -364,6 +383,15 @@ impl Kernel {
 
     /// Takes over the router that is bound under that name, or removes what is no router.
     fn adopt(&mut self, name: &str) -> Result<(), Error> {
+        if let Some((network, opened)) = self.recognise(name)? {
+            return self.enter(network, name, opened);
+        }
+        tracing::warn!(name, "removing a router that was left half made");
+        netns::remove(&self.netns_dir, name)
+    }
+
+    /// The router that is bound under that name, unless it is known under another one.
+    fn recognise(&self, name: &str) -> Result<Option<(NetworkId, Netns)>, Error> {
         let found = match Netns::open(&self.netns_dir.join(name)) {
             Ok(opened) => {
                 opened.run(alias_of_lo)??.parse::<NetworkId>().ok().map(|network| (network, opened))
@@ -372,15 +400,7 @@ impl Kernel {
             Err(error) if error.is(Errno::EINVAL) => None,
             Err(error) => return Err(error),
         };
-        match found {
-            Some((network, opened)) if !self.routers.contains_key(&network) => {
-                self.enter(network, name, opened)
-            }
-            Some(_) | None => {
-                tracing::warn!(name, "removing a router that was left half made");
-                netns::remove(&self.netns_dir, name)
-            }
-        }
+        Ok(found.filter(|(network, _)| !self.routers.contains_key(network)))
     }
 
     fn enter(&mut self, network: NetworkId, name: &str, ns: Netns) -> Result<(), Error> {

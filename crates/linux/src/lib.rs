@@ -15,6 +15,7 @@ pub mod forward;
 pub mod host;
 mod kernel;
 mod link;
+pub mod look;
 mod mirror;
 mod namespace;
 mod netlink;
@@ -27,5 +28,5 @@ pub mod tun;
 pub mod udp;
 mod watch;
 
-pub use error::{Error, StepError};
+pub use error::{Error, StepError, name_of};
 pub use kernel::{Kernel, NETNS_PREFIX, Waker, Woken};

@@ -226,7 +226,7 @@ fn skip_statistics() -> LinkAttribute {
     LinkAttribute::ExtMask(vec![LinkExtentMask::SkipStats])
 }
 
-fn neighbours(family: AddressFamily) -> RouteNetlinkMessage {
+pub(crate) fn neighbours(family: AddressFamily) -> RouteNetlinkMessage {
     let mut message = NeighbourMessage::default();
     message.header.family = family;
     GetNeighbour(message)

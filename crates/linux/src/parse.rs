@@ -220,6 +220,31 @@ pub(crate) fn neighbour(message: &NeighbourMessage) -> Option<Entry> {
     }
 }
 
+/// A neighbour whose Ethernet address is taken for known, whoever said so.
+pub(crate) fn known_neighbour(message: &NeighbourMessage) -> Option<(u32, IpAddr, Mac)> {
+    const KNOWN: u16 =
+        libc::NUD_PERMANENT | libc::NUD_REACHABLE | libc::NUD_STALE | libc::NUD_DELAY | libc::NUD_PROBE;
+    if u16::from(message.header.state) & KNOWN == 0
+        || !matches!(message.header.family, AddressFamily::Inet | AddressFamily::Inet6)
+    {
+        return None;
+    }
+    let (mut destination, mut ethernet) = (None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => {
+                destination = Some(IpAddr::V4(*address));
+            }
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => {
+                destination = Some(IpAddr::V6(*address));
+            }
+            NeighbourAttribute::LinkLayerAddress(bytes) => ethernet = mac(bytes),
+            _ => {}
+        }
+    }
+    Some((message.header.ifindex, destination?, ethernet?))
+}
+
 pub(crate) struct ParsedRoute {
     pub(crate) table: u32,
     pub(crate) destination: IpNet,

@@ -25,6 +25,8 @@ pub mod path {
     pub const ENDPOINTS: &str = "/v1/endpoints";
     /// `DELETE /v1/endpoints/{id}`: detach.
     pub const ENDPOINT: &str = "/v1/endpoints/{id}";
+    /// `GET` → what the agent has written down, for `droveway doctor`. Its shape changes with the program.
+    pub const BOOKS: &str = "/v1/books";
     /// `GET` → list of [`super::TunnelStatus`].
     pub const TUNNELS: &str = "/v1/tunnels";
     /// `GET /v1/tunnels/{peer}` → [`super::TunnelStatus`]; `peer` is the name or id of a host or foreign peer.
@@ -37,6 +39,10 @@ pub mod path {
     pub const TUNNEL_CAPTURE: &str = "/v1/tunnels/{peer}/capture";
     /// `GET` → metrics in Prometheus' text format.
     pub const METRICS: &str = "/metrics";
+    /// `GET` → 200 while the process answers at all.
+    pub const HEALTH: &str = "/healthz";
+    /// `GET` → [`crate::api::Readiness`], 200 or 503: whether containers can attach.
+    pub const READY: &str = "/readyz";
 }
 
 /// Asks for an attachment of a network namespace to a network.
@@ -128,6 +134,10 @@ pub struct AgentStatus {
     pub revision: Revision,
     /// Where the host may be reached.
     pub candidates: Vec<Candidate>,
+    /// When this host's certificate runs out. It is renewed long before; one that ran out while the server was away is
+    /// shown, not enforced.
+    #[serde(default)]
+    pub certificate_expires: UnixMillis,
     /// One line per network that has a router here.
     pub routers: Vec<RouterStatus>,
     /// Whether Docker is there.

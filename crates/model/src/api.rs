@@ -9,7 +9,8 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Block, Candidate, EndpointId, EnvironmentId, Epoch, Fingerprint, Host, HostId, Name, Revision, UnixMillis,
+    Block, Candidate, Claim, EndpointId, EnvironmentId, Epoch, Fingerprint, Host, HostId, Name, Network,
+    Revision, UnixMillis, Withdrawn,
 };
 
 /// Where things are.
@@ -28,17 +29,38 @@ pub mod path {
     pub const HOSTS: &str = "/hosts";
     /// `PUT` [`super::HostReport`]; agents only: what the host says of itself.
     pub const SELF: &str = "/hosts/self";
+    /// `POST` [`super::RenewRequest`] → [`super::RenewAnswer`]; agents only: a new certificate for the host's own key.
+    pub const CERTIFICATE: &str = "/hosts/self/certificate";
+    /// `PUT` [`super::Held`] → [`super::HeldAnswer`]; agents only: what the host holds, after a restore.
+    pub const HELD: &str = "/hosts/self/held";
+    /// `GET` → list of [`super::UnreportedHost`]; `DELETE` on `/{name or id}`.
+    pub const UNREPORTED: &str = "/unreported";
     /// `GET` → list of [`crate::Endpoint`]. `GET` on `/{id}`. `PUT`, `DELETE` on `/{id}`: the agent of its host only.
     pub const ENDPOINTS: &str = "/endpoints";
     /// `GET` → list of [`crate::Block`]. `POST` [`super::LeaseRequest`] → [`crate::Block`]; `DELETE` [`super::GiveBack`]: agents only.
     pub const BLOCKS: &str = "/blocks";
-    /// `POST` [`super::ClaimRequest`] → [`crate::Claim`]; `DELETE` [`super::ReleaseClaim`]: agents only.
+    /// `POST` [`super::ClaimRequest`] → [`crate::Claim`]; `DELETE` [`super::ReleaseClaim`]; `PUT` [`super::Consent`]: agents
+    /// only.
     pub const CLAIMS: &str = "/claims";
+    /// `GET` → [`super::IpamView`].
+    pub const IPAM: &str = "/ipam";
+    /// `PUT` [`super::Heard`]; agents only.
+    pub const HEARD: &str = "/hosts/self/heard";
     /// `GET` → list of [`crate::Peer`], without secrets; `POST` [`crate::PeerSpec`] → [`crate::Peer`]. `GET`, `DELETE` on
     /// `/{name or id}`.
     pub const PEERS: &str = "/peers";
     /// `GET` → list of [`super::TokenView`]; `POST` [`super::TokenRequest`] → [`super::TokenCreated`]. `DELETE` on `/{id}`.
     pub const TOKENS: &str = "/tokens";
+    /// `GET` → list of [`super::KeyView`]; `POST` [`super::KeyRequest`] → [`super::KeyCreated`]. `DELETE` on `/{name}`.
+    pub const KEYS: &str = "/keys";
+    /// `GET` → lines of [`super::AuditEntry`]. `?since=MILLISECONDS`; `&follow=true` goes on with what comes.
+    pub const AUDIT: &str = "/audit";
+    /// `GET` → 200 while the process answers at all; needs no credentials.
+    pub const HEALTH: &str = "/healthz";
+    /// `GET` → [`super::Readiness`], 200 or 503; needs no credentials.
+    pub const READY: &str = "/readyz";
+    /// `GET` → metrics in Prometheus' text format; needs a key.
+    pub const METRICS: &str = "/metrics";
 }
 
 /// The largest body the server reads, in bytes.
@@ -52,12 +74,21 @@ pub struct ApiError {
     pub code: ErrorCode,
     /// What happened, to what, and what to do: for a person.
     pub message: String,
+    /// Which request it was: the server's log has it, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request: Option<String>,
+    /// After how many seconds it may be tried again, where waiting helps. It is `Retry-After`, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retry_after: Option<u64>,
 }
+
+/// The header that carries a request's id, in and out.
+pub const REQUEST_ID: &str = "x-request-id";
 
 impl ApiError {
     /// A refusal of that kind.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self { code, message: message.into(), request: None, retry_after: None }
     }
 }
 
@@ -77,12 +108,18 @@ pub enum ErrorCode {
     Conflict,
     /// 409: it is in use.
     InUse,
+    /// 408: the request took too long to arrive.
+    TooSlow,
     /// 413: the body is too large.
     TooLarge,
+    /// 429: more requests than one may send; try again after [`ApiError::retry_after`].
+    TooMany,
     /// 507: no address or block is free.
     Exhausted,
     /// 410: the revision asked for is gone; take a snapshot.
     Compacted,
+    /// 409: the store was restored, and the host has to say first what it holds.
+    Unreported,
     /// 500: a fault of ours.
     Internal,
     /// 503: not now; try again.
@@ -97,9 +134,11 @@ impl ErrorCode {
             Self::Unauthenticated => 401,
             Self::Forbidden => 403,
             Self::NotFound => 404,
-            Self::Conflict | Self::InUse => 409,
+            Self::Conflict | Self::InUse | Self::Unreported => 409,
             Self::Compacted => 410,
+            Self::TooSlow => 408,
             Self::TooLarge => 413,
+            Self::TooMany => 429,
             Self::Internal => 500,
             Self::Unavailable => 503,
             Self::Exhausted => 507,
@@ -118,6 +157,29 @@ pub struct ServerInfo {
     pub epoch: Epoch,
     /// The state's number.
     pub revision: Revision,
+    /// When the CA's certificate runs out. All hosts have to join anew before that.
+    pub ca_expires: UnixMillis,
+    /// When the server's own certificate runs out; it renews it long before.
+    pub certificate_expires: UnixMillis,
+}
+
+/// Whether a process can do its work, part by part.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Readiness {
+    /// Whether all parts can.
+    pub ready: bool,
+    /// Each part: `ok`, or why not.
+    pub checks: BTreeMap<String, String>,
+}
+
+impl Readiness {
+    /// Of its parts: `Err` says why one cannot work.
+    pub fn of(parts: impl IntoIterator<Item = (&'static str, Result<(), String>)>) -> Self {
+        let parts: Vec<_> = parts.into_iter().collect();
+        let ready = parts.iter().all(|(_, part)| part.is_ok());
+        let told = |part: Result<(), String>| part.err().unwrap_or_else(|| "ok".to_owned());
+        Self { ready, checks: parts.into_iter().map(|(name, part)| (name.to_owned(), told(part))).collect() }
+    }
 }
 
 /// A host asks to be let in. It makes its own key and sends only a signing request.
@@ -141,6 +203,21 @@ pub struct JoinRequest {
     pub routes: Vec<HostRoute>,
 }
 
+/// A host asks for a new certificate for the key that it has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RenewRequest {
+    /// Certificate signing request (RFC 2986), PEM, signed with the key the host joined with.
+    pub csr: String,
+}
+
+/// A new certificate.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RenewAnswer {
+    /// The certificate, PEM.
+    pub certificate: String,
+}
+
 /// A route that a host has outside Droveway.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct HostRoute {
@@ -149,6 +226,33 @@ pub struct HostRoute {
     pub cidr: IpNet,
     /// By which interface.
     pub device: String,
+}
+
+/// What a host holds: all blocks and claims in its ledger.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Held {
+    /// Its blocks, each with the revision of its lease.
+    pub blocks: Vec<Block>,
+    /// Its claims.
+    pub claims: Vec<Claim>,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HeldAnswer {
+    /// What the host cannot keep, for a person.
+    pub conflicts: Vec<String>,
+}
+
+/// A host that has not said what it holds since the store was restored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct UnreportedHost {
+    /// Its id.
+    pub host: HostId,
+    /// Its name.
+    pub name: Name,
+    /// When the store was restored.
+    pub since: UnixMillis,
 }
 
 /// A host is let in.
@@ -191,6 +295,9 @@ pub struct HostView {
     /// The version of its agent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
+    /// When the certificate runs out that its agent showed last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate_expires: Option<UnixMillis>,
     /// Its blocks.
     pub blocks: Vec<Block>,
     /// How many endpoints it has.
@@ -226,6 +333,9 @@ pub struct GiveBack {
     /// The block.
     #[schema(value_type = String)]
     pub cidr: IpNet,
+    /// Which lease of it is meant: one that comes late takes no later one away. Whichever there is, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leased: Option<Revision>,
 }
 
 /// A host asks for one given address outside its blocks.
@@ -234,11 +344,53 @@ pub struct GiveBack {
 pub struct ClaimRequest {
     /// Name or id of the network.
     pub network: String,
+    /// The address; any that is in no block, where no block is free, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub address: Option<IpAddr>,
+    /// The endpoint it is for.
+    pub endpoint: EndpointId,
+    /// It is for the router of a host that holds no block.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub router: bool,
+}
+
+/// A host lets go of an address in one of its blocks that another host asked for, or does not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Consent {
+    /// Name or id of the network.
+    pub network: String,
     /// The address.
     #[schema(value_type = String)]
     pub address: IpAddr,
-    /// The endpoint it is for.
+    /// The endpoint that it is asked for.
     pub endpoint: EndpointId,
+    /// Whether it lets go: from now on it gives the address to nobody.
+    pub consents: bool,
+}
+
+/// A host has taken in all that was up to a revision: nothing on it leads to a block that was withdrawn before.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Heard {
+    /// The life of the store that the revision is of.
+    pub epoch: Epoch,
+    /// The revision.
+    pub revision: Revision,
+}
+
+/// Who may give which addresses.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct IpamView {
+    /// The networks.
+    pub networks: Vec<Network>,
+    /// The leased blocks.
+    pub blocks: Vec<Block>,
+    /// The blocks that were given back and are not free yet.
+    pub withdrawn: Vec<Withdrawn>,
+    /// The claimed addresses.
+    pub claims: Vec<Claim>,
 }
 
 /// A host gives a claimed address back.
@@ -250,6 +402,9 @@ pub struct ReleaseClaim {
     /// The address.
     #[schema(value_type = String)]
     pub address: IpAddr,
+    /// The endpoint it was claimed for: one that comes late takes no later claim away. Whichever there is, if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<EndpointId>,
 }
 
 /// Asks for a join token.
@@ -288,4 +443,106 @@ pub struct TokenView {
     pub uses_left: Option<u32>,
     /// How often it was used.
     pub used: u32,
+    /// When it was revoked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<UnixMillis>,
+}
+
+/// What the holder of a key may do.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Everything.
+    #[default]
+    Admin,
+    /// Look at everything, metrics and the audit log included; change nothing.
+    Read,
+}
+
+impl Role {
+    /// As the API has it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Admin => "admin",
+            Self::Read => "read",
+        }
+    }
+}
+
+/// Asks for an API key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct KeyRequest {
+    /// What it is called, in lists and in the audit log.
+    pub name: Name,
+    /// What its holder may do.
+    #[serde(default)]
+    pub role: Role,
+    /// For how long, in seconds; without end if left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl_seconds: Option<u64>,
+}
+
+/// A key, this once with its text.
+#[derive(Clone, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct KeyCreated {
+    /// The key as text: what `Authorization: Bearer` takes.
+    pub key: String,
+    /// What can be seen of it later.
+    #[serde(flatten)]
+    pub view: KeyView,
+}
+
+/// What can be seen of a key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct KeyView {
+    /// Its name.
+    pub name: String,
+    /// What its holder may do.
+    pub role: Role,
+    /// When it was made.
+    pub created: UnixMillis,
+    /// When it ends, if it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires: Option<UnixMillis>,
+}
+
+/// One line of the audit log: somebody who was known asked for a change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct AuditEntry {
+    /// Its number in this server's log, without gaps.
+    pub number: u64,
+    /// When it was answered.
+    pub at: UnixMillis,
+    /// The request's id: the server's log has it, too.
+    pub request: String,
+    /// Who asked: `key NAME`, `host NAME (ID)` or `token ID`.
+    pub who: String,
+    /// From which address and port.
+    pub from: String,
+    /// What was asked: the method and the path.
+    pub what: String,
+    /// What it was about, where the path does not say it: `network "red"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub about: Option<String>,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why it was not done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<ErrorCode>,
+    /// The revision that it made, if it changed anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revision: Option<Revision>,
+}
+
+/// How a request for a change ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// It is done, or was so already.
+    Done,
+    /// It may not or cannot be.
+    Refused,
+    /// A fault of ours; whether it is done has to be looked at.
+    Failed,
 }

@@ -43,6 +43,11 @@ pub enum Watch {
         /// The changes, in order.
         changes: Vec<Change>,
     },
+    /// How the servers of the environment are reached, where they say so; replaces what was said before.
+    Servers {
+        /// Their URLs.
+        urls: Vec<String>,
+    },
     /// Nothing changed for a while; the connection lives.
     Heartbeat {
         /// The state's number.
@@ -168,6 +173,18 @@ impl Catalog {
         }
     }
 
+    /// The object of that key.
+    pub fn get(&self, key: &Key) -> Option<Object> {
+        match key {
+            Key::Host(id) => self.hosts.get(id).cloned().map(Object::Host),
+            Key::Network(id) => self.networks.get(id).cloned().map(Object::Network),
+            Key::Block(id, cidr) => self.blocks.get(&(id.clone(), *cidr)).cloned().map(Object::Block),
+            Key::Claim(id, address) => self.claims.get(&(id.clone(), *address)).cloned().map(Object::Claim),
+            Key::Endpoint(id) => self.endpoint(id).cloned().map(Object::Endpoint),
+            Key::Peer(id) => self.peers.get(id).cloned().map(Object::Peer),
+        }
+    }
+
     /// Removes an object, if it is there.
     pub fn delete(&mut self, key: &Key) {
         match key {
@@ -217,12 +234,22 @@ impl Catalog {
         self.peers.values().filter(move |peer| peer.host == *host).map(|peer| &peer.network)
     }
 
-    /// The address of `host`'s router in `network`: in its oldest block there.
+    /// The address of `host`'s router in `network`: in its oldest block there, or the one it claimed for it while there was
+    /// no block to be had.
     pub fn router_address(&self, network: &NetworkId, host: &HostId) -> Option<IpAddr> {
-        self.blocks_of(network)
+        let oldest = self
+            .blocks_of(network)
             .filter(|block| block.host == *host)
-            .min_by_key(|block| (block.leased, block.cidr))
-            .map(Block::router_address)
+            .min_by_key(|block| (block.leased, block.cidr));
+        let claimed = || self.claims_of(network).find(|claim| claim.router && claim.host == *host);
+        oldest.map(Block::router_address).or_else(|| claimed().map(|claim| claim.address))
+    }
+
+    /// The claims of a network that were granted, in the order of their addresses.
+    pub fn claims_of<'a>(&'a self, network: &'a NetworkId) -> impl Iterator<Item = &'a Claim> + 'a {
+        let first = (network.clone(), IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED));
+        let claims = self.claims.range(first..).map(|(_, claim)| claim);
+        claims.take_while(move |claim| claim.network == *network).filter(|claim| !claim.asked)
     }
 }
 

@@ -6,6 +6,7 @@
 //!
 //! Invariant: an address belongs to at most one block, and a block to at most one host.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::{IpNet, Ipv4Net};
@@ -39,6 +40,29 @@ pub struct Claim {
     pub host: HostId,
     /// The endpoint that was to come. While the host keeps the address, it may give it to another one of its own.
     pub endpoint: EndpointId,
+    /// It lies in another host's block, which has not let go of it yet: it is nobody's before that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub asked: bool,
+    /// It is for the router of a host that holds no block, because none is free.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub router: bool,
+}
+
+/// A block that was given back, and is not leased to another host before these have heard of it: until then they may send
+/// to the host that held it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Withdrawn {
+    /// The network.
+    pub network: NetworkId,
+    /// The block.
+    #[schema(value_type = String)]
+    pub cidr: IpNet,
+    /// Who held it, and may have it again at once.
+    pub host: HostId,
+    /// The revision that withdrew it.
+    pub at: Revision,
+    /// Who has not said that it has heard of it.
+    pub waits_for: BTreeSet<HostId>,
 }
 
 /// Which address of a host's oldest block is its router's.
@@ -96,6 +120,11 @@ impl Geometry {
     /// Block number `index`, if it is one that may be leased.
     pub fn block(&self, index: u32) -> Option<IpNet> {
         (self.claim_blocks()..self.blocks()).contains(&index).then(|| self.block_at(index))
+    }
+
+    /// Piece number `index` of the pool, leasable or not.
+    pub fn piece(&self, index: u32) -> Option<IpNet> {
+        (index < self.blocks()).then(|| self.block_at(index))
     }
 
     /// The block that `address` lies in, leased or not, and whether that block may be leased at all.

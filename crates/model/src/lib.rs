@@ -8,6 +8,7 @@ pub mod agent_api;
 pub mod api;
 mod catalog;
 mod endpoint;
+pub mod exposition;
 mod host;
 mod id;
 mod lease;
@@ -22,7 +23,7 @@ pub use host::{Candidate, Host, Source};
 pub use id::{
     EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, PeerId, RANDOM_LEN, Revision,
 };
-pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET};
+pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET, Withdrawn};
 pub use mtu::{MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
 pub use network::{
     BLOCK_PREFIX_DEFAULT, DRIVER_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network,

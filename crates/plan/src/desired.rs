@@ -335,7 +335,7 @@ impl<'a> Router<'a> {
     }
 
     fn claims(&self) -> impl Iterator<Item = &model::Claim> {
-        self.catalog.claims.values().filter(|claim| claim.network == self.network.id)
+        self.catalog.claims_of(&self.network.id)
     }
 
     /// What is behind foreign peers.

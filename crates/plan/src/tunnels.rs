@@ -130,7 +130,7 @@ const IKE_PORT: u16 = 500;
 
 fn members<'a>(catalog: &'a Catalog, network: &'a Network) -> BTreeSet<&'a HostId> {
     let blocks = catalog.blocks_of(&network.id).map(|block| &block.host);
-    let claims = catalog.claims.values().filter(|claim| claim.network == network.id).map(|claim| &claim.host);
+    let claims = catalog.claims_of(&network.id).map(|claim| &claim.host);
     blocks.chain(claims).collect()
 }
 
@@ -142,7 +142,7 @@ fn peers_of<'a>(catalog: &'a Catalog, network: &'a Network) -> impl Iterator<Ite
 /// another host inside one of its blocks is more specific, and wins where routes are looked up.
 fn at_host(catalog: &Catalog, network: &Network, host: &HostId) -> Vec<IpNet> {
     let blocks = catalog.blocks_of(&network.id).filter(|block| block.host == *host).map(|block| block.cidr);
-    let claims = catalog.claims.values().filter(|claim| claim.network == network.id && claim.host == *host);
+    let claims = catalog.claims_of(&network.id).filter(|claim| claim.host == *host);
     let behind = peers_of(catalog, network).filter(|peer| peer.host == *host);
     let behind = behind.flat_map(|peer| peer.remote_cidrs.iter().copied());
     blocks.chain(claims.map(|claim| claim.address.into())).chain(behind).collect()

@@ -8,11 +8,15 @@ use model::api::{ApiError, ErrorCode};
 use model::{EnvironmentId, HostId, Revision, UnixMillis};
 use serde::Serialize;
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 
 use crate::ca::Ca;
 use crate::keys;
+use crate::lines::Lines;
+use crate::request;
 use crate::state::{Environment, Shared};
 use crate::store::{Op, Store, StoreError, Txn};
+use crate::upkeep::Upkeep;
 
 /// How often a change is planned anew when something else changed at the same time.
 const ATTEMPTS: usize = 100;
@@ -29,11 +33,15 @@ pub(crate) struct App {
     pub(crate) domain: String,
     pub(crate) presence: Arc<Presence>,
     pub(crate) stopping: watch::Sender<bool>,
+    pub(crate) started: tokio::time::Instant,
     /// Held while planning and doing changes that others of this server would make fail. It saves attempts; what keeps
     /// the state right, with other servers too, are the compares.
     pub(crate) turn: tokio::sync::Mutex<()>,
     /// How many bodies of strangers may be read at the same time.
     pub(crate) strangers: Semaphore,
+    pub(crate) upkeep: Upkeep,
+    /// What watches are told, written once for all.
+    pub(crate) lines: Lines,
     /// The API's description, once somebody asked for it.
     pub(crate) description: OnceLock<String>,
 }
@@ -47,7 +55,13 @@ pub(crate) enum Plan<T> {
 }
 
 impl App {
-    pub(crate) fn new(store: Arc<dyn Store>, shared: Arc<Shared>, ca: Ca, domain: String) -> Self {
+    pub(crate) fn new(
+        store: Arc<dyn Store>,
+        shared: Arc<Shared>,
+        ca: Ca,
+        domain: String,
+        upkeep: Upkeep,
+    ) -> Self {
         Self {
             store,
             shared,
@@ -55,8 +69,11 @@ impl App {
             domain,
             presence: Arc::default(),
             stopping: watch::Sender::new(false),
+            started: tokio::time::Instant::now(),
             turn: tokio::sync::Mutex::new(()),
             strangers: Semaphore::new(STRANGERS),
+            upkeep,
+            lines: Lines::default(),
             description: OnceLock::new(),
         }
     }
@@ -88,7 +105,13 @@ impl App {
             match planned {
                 Plan::Nothing(answer) => return Ok((answer, revision)),
                 Plan::Commit(txn, answer) => {
-                    let outcome = self.store.txn(txn).await.map_err(|error| store_fault(&error))?;
+                    let begun = Instant::now();
+                    let outcome = self.store.txn(txn).await;
+                    self.upkeep.stored(begun, &outcome);
+                    let outcome = outcome.map_err(|error| store_fault(&error))?;
+                    if outcome.succeeded {
+                        request::made(outcome.revision);
+                    }
                     self.reach(outcome.revision).await?;
                     if outcome.succeeded {
                         return Ok((answer, outcome.revision));
@@ -97,6 +120,12 @@ impl App {
             }
         }
         Err(ApiError::new(ErrorCode::Unavailable, "too many changes at the same time; try again"))
+    }
+
+    /// A value that cannot be written as JSON.
+    pub(crate) fn fault(error: &serde_json::Error) -> ApiError {
+        tracing::error!(%error, "a value cannot be written as JSON");
+        ApiError::new(ErrorCode::Internal, "a fault of the server; look at its log")
     }
 
     /// Waits until the state in memory is that of `revision` or a later one.
@@ -115,10 +144,7 @@ impl App {
 
 /// An operation that puts a value.
 pub(crate) fn put(key: String, value: &impl Serialize) -> Result<Op, ApiError> {
-    keys::put(key, value).map_err(|error| {
-        tracing::error!(%error, "a value cannot be written as JSON");
-        ApiError::new(ErrorCode::Internal, "a fault of the server; look at its log")
-    })
+    keys::put(key, value).map_err(|error| App::fault(&error))
 }
 
 /// There is no such environment.
@@ -133,6 +159,9 @@ fn store_fault(error: &StoreError) -> ApiError {
         StoreError::Compacted { .. }
         | StoreError::Lagged
         | StoreError::DuplicateKey(_)
+        | StoreError::Unreachable(_)
+        | StoreError::Unknown(_)
+        | StoreError::Refused(_)
         | StoreError::Closed => error.to_string(),
     };
     ApiError::new(ErrorCode::Unavailable, message)
@@ -154,6 +183,8 @@ pub(crate) struct Seen {
     pub(crate) watches: usize,
     /// When it was last heard of.
     pub(crate) at: UnixMillis,
+    /// When the certificate runs out that it showed last.
+    pub(crate) certificate_expires: Option<UnixMillis>,
 }
 
 /// A watch that is open.
@@ -165,9 +196,13 @@ impl Presence {
         self.lock().get(host).copied()
     }
 
-    /// The agent said something.
-    pub(crate) fn saw(&self, host: &HostId) {
-        self.lock().entry(host.clone()).or_default().at = now();
+    /// The agent said something, on a connection for which it showed a certificate that runs out then.
+    pub(crate) fn saw(&self, host: &HostId, certificate_expires: Option<UnixMillis>) {
+        let mut all = self.lock();
+        let seen = all.entry(host.clone()).or_default();
+        seen.at = now();
+        // An old connection may still be in use beside a new one.
+        seen.certificate_expires = seen.certificate_expires.max(certificate_expires);
     }
 
     /// The agent watches, until the answer is dropped.

@@ -1,13 +1,13 @@
 //! The environment's certificate authority (RFC 5280), and the server's own certificate.
 //!
-//! The CA lives as long as its environment. The server's certificate is made anew at each start from a key that stays,
-//! so its names follow the settings and it does not run out. Hosts' certificates come from signing requests: their keys
-//! never leave them.
+//! The CA lives as long as its environment. The server's certificate is made anew at each start, and when two thirds of its
+//! life are over, from a key that stays. Hosts' certificates come from signing requests: their keys never leave them, and
+//! they ask for the next one in good time. Nothing outlives the CA.
 
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
-use model::{Fingerprint, HostId, SERVER_NAME};
+use model::{Fingerprint, HostId, SERVER_NAME, UnixMillis};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
@@ -15,25 +15,40 @@ use rcgen::{
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, DnsName, PrivateKeyDer};
 
+use crate::app::now;
 use crate::files::{self, DataDir};
 use crate::{Error, secret};
 
 const YEAR: Duration = Duration::from_hours(365 * 24);
-const CA_LIFE: Duration = Duration::from_hours(50 * 365 * 24);
-const SERVER_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
-/// A host's certificate that ran out is shown, not enforced: see `tls`.
-const HOST_LIFE: Duration = Duration::from_hours(10 * 365 * 24);
+
+/// How long certificates are good for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lives {
+    /// The CA's.
+    pub ca: Duration,
+    /// The server's own, and those of hosts. A host's that ran out is shown, not enforced: see `tls`.
+    pub leaf: Duration,
+}
+
+impl Default for Lives {
+    fn default() -> Self {
+        Self { ca: 50 * YEAR, leaf: Duration::from_hours(90 * 24) }
+    }
+}
 
 /// The certificate authority.
 pub(crate) struct Ca {
     issuer: Issuer<'static, KeyPair>,
     certificate: CertificateDer<'static>,
     pem: String,
+    expires: UnixMillis,
+    leaf: Duration,
 }
 
 /// A certificate with its private key.
 pub(crate) struct Identity {
     pub(crate) certificate: CertificateDer<'static>,
+    pub(crate) ca: CertificateDer<'static>,
     pub(crate) key: PrivateKeyDer<'static>,
 }
 
@@ -70,8 +85,29 @@ impl Request {
 impl Ca {
     /// Reads the CA, or makes it where there is none. Its key is written before its certificate, so a first start that
     /// was cut short goes on with the same key. `established`: hosts may already hold certificates of a CA, so none is made.
-    pub(crate) fn load_or_make(data: &DataDir, established: bool) -> Result<Self, Error> {
-        let (key, pem) = (data.read(files::CA_KEY)?, data.read(files::CA_CERTIFICATE)?);
+    /// `known` is the certificate that the store has: a server that joins others brings the CA's key alone.
+    pub(crate) fn load_or_make(
+        data: &DataDir,
+        established: bool,
+        known: Option<&str>,
+        lives: Lives,
+    ) -> Result<Self, Error> {
+        let (key, mut pem) = (data.read(files::CA_KEY)?, data.read(files::CA_CERTIFICATE)?);
+        if let Some(known) = known {
+            if let Some(pem) = pem.as_ref().filter(|pem| *pem != known) {
+                let path = data.path(files::CA_CERTIFICATE);
+                let readable = CertificateDer::from_pem_slice(pem.as_bytes()).is_ok();
+                return Err(if readable { Error::OtherCa(path) } else { Error::Unreadable(path) });
+            }
+            // Of several servers each has its own data directory; one that had the certificate had the key, too.
+            if key.is_none() && pem.is_none() {
+                return Err(Error::NoCaKey(data.path(files::CA_KEY)));
+            }
+            if key.is_some() && pem.is_none() {
+                data.write(files::CA_CERTIFICATE, known)?;
+                pem = Some(known.to_owned());
+            }
+        }
         if established && (key.is_none() || pem.is_none()) || key.is_none() && pem.is_some() {
             let missing = if key.is_none() { files::CA_KEY } else { files::CA_CERTIFICATE };
             return Err(Error::Missing(data.path(missing)));
@@ -80,7 +116,7 @@ impl Ca {
         let pem = if let Some(pem) = pem {
             pem
         } else {
-            let pem = ca_params()?.self_signed(&key).map_err(Error::Certificate)?.pem();
+            let pem = ca_params(lives.ca)?.self_signed(&key).map_err(Error::Certificate)?.pem();
             data.write(files::CA_CERTIFICATE, &pem)?;
             pem
         };
@@ -93,7 +129,18 @@ impl Ca {
             return Err(Error::Mismatch(data.path(files::CA_CERTIFICATE), data.path(files::CA_KEY)));
         }
         let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|_| unreadable())?;
-        Ok(Self { issuer, certificate, pem })
+        let expires = expires(&certificate).ok_or_else(unreadable)?;
+        Ok(Self { issuer, certificate, pem, expires, leaf: lives.leaf })
+    }
+
+    /// When its certificate runs out.
+    pub(crate) fn expires(&self) -> UnixMillis {
+        self.expires
+    }
+
+    /// How long a certificate that is made now is good for.
+    fn life(&self) -> Duration {
+        self.leaf.min(Duration::from_millis(self.expires.saturating_sub(now())))
     }
 
     pub(crate) fn fingerprint(&self) -> Fingerprint {
@@ -116,7 +163,7 @@ impl Ca {
         addresses: &[IpAddr],
     ) -> Result<Identity, Error> {
         let key = key_pair(data, files::SERVER_KEY, data.read(files::SERVER_KEY)?)?;
-        let mut params = params("droveway server", SERVER_LIFE)?;
+        let mut params = params("droveway server", self.life())?;
         let mut push = |name: SanType| {
             if !params.subject_alt_names.contains(&name) {
                 params.subject_alt_names.push(name);
@@ -142,12 +189,12 @@ impl Ca {
             tracing::warn!("{error}; the server starts all the same");
         }
         let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-        Ok(Identity { certificate: certificate.into(), key })
+        Ok(Identity { certificate: certificate.into(), ca: self.certificate.clone(), key })
     }
 
     /// A certificate for a host, PEM. Nothing of the request is taken over but its key.
     pub(crate) fn sign(&self, request: &Request, host: &HostId) -> Result<String, Error> {
-        let mut params = params(host.as_str(), HOST_LIFE)?;
+        let mut params = params(host.as_str(), self.life())?;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         // For client authentication alone: a host is never taken for the server.
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
@@ -164,8 +211,14 @@ fn key_pair(data: &DataDir, name: &'static str, pem: Option<String>) -> Result<K
     Ok(key)
 }
 
-fn ca_params() -> Result<CertificateParams, Error> {
-    let mut params = params("droveway CA", CA_LIFE)?;
+/// When a certificate runs out; `None` if it is none.
+pub(crate) fn expires(certificate: &CertificateDer<'_>) -> Option<UnixMillis> {
+    let (_, parsed) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    u64::try_from(parsed.validity().not_after.timestamp()).ok()?.checked_mul(1000)
+}
+
+fn ca_params(life: Duration) -> Result<CertificateParams, Error> {
+    let mut params = params("droveway CA", life)?;
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     Ok(params)
@@ -194,24 +247,27 @@ mod tests {
     fn a_first_start_cut_short_goes_on_with_the_same_key() {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
-        Ca::load_or_make(&data, false).unwrap();
+        Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         let key = data.read(files::CA_KEY).unwrap();
         std::fs::remove_file(data.path(files::CA_CERTIFICATE)).unwrap();
-        let ca = Ca::load_or_make(&data, false).unwrap();
+        let ca = Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         assert_eq!(data.read(files::CA_KEY).unwrap(), key);
-        assert_eq!(Ca::load_or_make(&data, true).unwrap().fingerprint(), ca.fingerprint());
+        assert_eq!(
+            Ca::load_or_make(&data, true, None, Lives::default()).unwrap().fingerprint(),
+            ca.fingerprint()
+        );
     }
 
     #[test]
     fn a_lost_or_foreign_ca_key_is_said_and_nothing_is_made_in_its_place() {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(dir.path()).unwrap();
-        let fail = |established| match Ca::load_or_make(&data, established) {
+        let fail = |established| match Ca::load_or_make(&data, established, None, Lives::default()) {
             Ok(_) => panic!("accepted"),
             Err(error) => error.to_string(),
         };
         assert!(fail(true).contains("ca.key"));
-        Ca::load_or_make(&data, false).unwrap();
+        Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         data.write(files::CA_KEY, &KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(fail(false).contains("do not belong together"));
         data.write(files::CA_KEY, "rubbish").unwrap();
@@ -235,5 +291,16 @@ mod tests {
             base64::Engine::encode(&base64::prelude::BASE64_STANDARD, der)
         );
         assert_eq!(Request::parse(&forged).err(), Some(BadRequest::Signature));
+    }
+
+    #[test]
+    fn nothing_outlives_the_ca() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = DataDir::open(dir.path()).unwrap();
+        let lives = Lives { ca: Duration::from_secs(1000), leaf: Duration::from_secs(5000) };
+        let ca = Ca::load_or_make(&data, false, None, lives).unwrap();
+        assert!(ca.expires() <= now() + 1_000_000);
+        let server = ca.server(&data, &[], &[]).unwrap();
+        assert!(expires(&server.certificate).unwrap() <= ca.expires() + 1000);
     }
 }

@@ -1,55 +1,108 @@
-//! Which block a host gets, and which address may be claimed. Pure: it looks at the state and says what should be done.
+//! Who gets which addresses: blocks for hosts, single addresses, and how they come back. Pure: it looks at the state and says
+//! which transaction should be done.
 //!
-//! Invariant: a block is leased to one host at most, and a claim lies where no block is ever leased.
+//! A block that is given back is *withdrawn*: others may still send to the host that held it. It is leased to another host
+//! when all that took part in the network have said that they heard of it; its former holder may have it again at once. A
+//! host that is removed by a person is not waited for. A claim inside another host's block is *asked* until that host has
+//! let go of the address.
+//!
+//! Invariant: a block is leased to one host at most; an address has one claim at most; a block that is leased has no claim
+//! in it that its holder did not consent to.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
 use model::api::{ApiError, ErrorCode};
-use model::{Block, Claim, Geometry, HostId, Network};
+use model::{Block, Claim, EndpointId, Geometry, HostId, Network, Revision, Withdrawn};
 
+use crate::app::put;
+use crate::keys::Keys;
 use crate::secret;
 use crate::state::Environment;
+use crate::store::{Compare, Op, Txn};
 
-/// The block a host should have next.
+/// What a host gets, if this transaction succeeds.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Lease {
-    /// It has it already: the answer to an earlier request was lost.
-    Held(Block),
-    /// This one is free.
-    Free(IpNet),
+pub(crate) enum Grant<T> {
+    /// It has it already: the answer to an earlier request was lost. The transaction changes nothing, and makes sure that it
+    /// still has: what this server knows may be behind what another one did.
+    Held(Txn, T),
+    /// It has it by this transaction.
+    New(Txn, T),
 }
 
 /// The block number `held`, from zero and in the order of leases, of `host` in `network`.
 pub(crate) fn lease(
+    keys: Keys<'_>,
     env: &Environment,
+    revision: Revision,
     network: &Network,
     host: &HostId,
     held: usize,
-) -> Result<Lease, ApiError> {
+) -> Result<Grant<Block>, ApiError> {
     let mut own: Vec<&Block> = env.blocks_of(&network.id).filter(|block| block.host == *host).collect();
     own.sort_by_key(|block| (block.leased, block.cidr));
     if let Some(block) = own.get(held) {
-        return Ok(Lease::Held((*block).clone()));
+        let compares = vec![unchanged(env, keys.block(&network.id, &block.cidr))];
+        return Ok(Grant::Held(Txn::new(compares, Vec::new()), (*block).clone()));
     }
-    let taken = |cidr: &IpNet| env.catalog.blocks.contains_key(&(network.id.clone(), *cidr));
-    first_free(&network.geometry(), host, taken).map(Lease::Free).ok_or_else(|| {
-        let mut holders: BTreeMap<&str, usize> = BTreeMap::new();
-        for block in env.blocks_of(&network.id) {
-            *holders.entry(env.host_name(&block.host)).or_default() += 1;
-        }
-        let count: usize = holders.values().sum();
-        let holders = list(holders.into_iter().map(|(host, count)| format!("{host}: {count}")), 8);
-        ApiError::new(
-            ErrorCode::Exhausted,
-            format!(
-                "network \"{}\": all {count} blocks of {} are leased ({holders}); remove hosts that are gone with \
-                 `droveway host rm`, or create a network with a larger --subnet",
-                network.name,
-                network.pool()
-            ),
-        )
-    })
+    let rests = |cidr: &IpNet| env.withdrawn.get(&(network.id.clone(), *cidr));
+    let taken = |cidr: &IpNet| {
+        env.catalog.blocks.contains_key(&(network.id.clone(), *cidr))
+            || rests(cidr).is_some_and(|withdrawn| withdrawn.host != *host)
+            || env.claims_of(&network.id).any(|claim| cidr.contains(&claim.address))
+    };
+    let cidr = first_free(&network.geometry(), host, taken).ok_or_else(|| exhausted(env, network))?;
+    let block = Block { network: network.id.clone(), cidr, host: host.clone(), leased: Revision::default() };
+    let key = keys.block(&network.id, &cidr);
+    let mut compares = vec![
+        Compare::Absent(key.clone()),
+        Compare::Present(keys.network(&network.id)),
+        Compare::Present(keys.host(host)),
+        // The same request twice at the same time must not get two blocks, and none with a claim in it.
+        Compare::NonePutSince(keys.blocks(&network.id), revision),
+        Compare::NonePutSince(keys.claims(&network.id), revision),
+        Compare::NonePutSince(keys.all_withdrawn(&network.id), revision),
+    ];
+    let mut ops = vec![put(key, &block)?];
+    if rests(&cidr).is_some() {
+        let key = keys.withdrawn(&network.id, &cidr);
+        compares.push(Compare::Present(key.clone()));
+        ops.push(Op::Delete(key));
+    }
+    Ok(Grant::New(Txn::new(compares, ops), block))
+}
+
+fn exhausted(env: &Environment, network: &Network) -> ApiError {
+    let mut holders: BTreeMap<&str, usize> = BTreeMap::new();
+    for block in env.blocks_of(&network.id) {
+        *holders.entry(env.host_name(&block.host)).or_default() += 1;
+    }
+    let count: usize = holders.values().sum();
+    let holders = list(holders.into_iter().map(|(host, count)| format!("{host}: {count}")), 8);
+    let geometry = network.geometry();
+    let rest = (geometry.blocks() - geometry.claim_blocks()) as usize;
+    let mut why = if count == rest {
+        format!("all {count} blocks of {} are leased ({holders})", network.pool())
+    } else {
+        format!("no block of {} is free: {count} are leased ({holders})", network.pool())
+    };
+    let withdrawn: Vec<&Withdrawn> = env.withdrawn_of(&network.id).collect();
+    if !withdrawn.is_empty() {
+        let waits: BTreeSet<&str> =
+            withdrawn.iter().flat_map(|one| &one.waits_for).map(|host| env.host_name(host)).collect();
+        let waits = list(waits.into_iter().map(str::to_owned), 8);
+        why = format!("{why}, {} wait until {waits} have heard that they were given back", withdrawn.len());
+    }
+    ApiError::new(
+        ErrorCode::Exhausted,
+        format!(
+            "network \"{}\": {why}; remove hosts that are gone with `droveway host rm`, or create a network with a \
+             larger --subnet",
+            network.name,
+        ),
+    )
 }
 
 /// The first free block, beginning at a place that depends on the host: hosts that ask at the same time rarely clash.
@@ -61,8 +114,158 @@ fn first_free(geometry: &Geometry, host: &HostId, taken: impl Fn(&IpNet) -> bool
     indices.filter_map(|index| geometry.block(index)).find(|cidr| !taken(cidr))
 }
 
-/// Whether the claim may be made: `false` if it is there already.
-pub(crate) fn claim(env: &Environment, network: &Network, wanted: &Claim) -> Result<bool, ApiError> {
+/// That `host` gives a block back. `None` if nobody holds it: an answer may have been lost.
+pub(crate) fn give_back(
+    keys: Keys<'_>,
+    env: &Environment,
+    revision: Revision,
+    network: &Network,
+    host: &HostId,
+    cidr: IpNet,
+    leased: Option<Revision>,
+) -> Result<Option<Txn>, ApiError> {
+    let block = env.catalog.blocks.get(&(network.id.clone(), cidr));
+    let Some(block) = block.filter(|block| leased.is_none_or(|leased| block.leased == leased)) else {
+        return Ok(None);
+    };
+    if block.host != *host {
+        let message = format!(
+            "block {} is leased to host {}; host {} may give back its own only",
+            block.cidr,
+            env.host_name(&block.host),
+            env.host_name(host),
+        );
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
+    }
+    let inside = |address: &IpAddr| block.cidr.contains(address);
+    let users = env.endpoints_of_host(host);
+    let users =
+        users.filter(|endpoint| endpoint.network == network.id && endpoint.addresses.iter().any(inside));
+    let users: Vec<String> =
+        users.map(|e| e.name.as_ref().map_or_else(|| e.id.to_string(), ToString::to_string)).collect();
+    if !users.is_empty() {
+        let message = format!(
+            "block {} of network \"{}\" is in use by {}; remove them first",
+            block.cidr,
+            network.name,
+            list(users, 10)
+        );
+        return Err(ApiError::new(ErrorCode::InUse, message));
+    }
+    let (mut compares, mut ops) = withdraw(keys, env, block, false)?;
+    compares.extend([
+        unchanged(env, keys.block(&network.id, &block.cidr)),
+        Compare::NonePutSince(keys.endpoints(), revision),
+        // Whoever takes part since then would not be waited for.
+        Compare::NonePutSince(keys.blocks(&network.id), revision),
+        Compare::NonePutSince(keys.claims(&network.id), revision),
+    ]);
+    // Nobody is left who could consent.
+    let asked = env.claims_of(&network.id).filter(|claim| claim.asked && inside(&claim.address));
+    ops.extend(asked.map(|claim| Op::Delete(keys.claim(&network.id, &claim.address))));
+    Ok(Some(Txn::new(compares, ops)))
+}
+
+/// That `host` lets a claimed address go. `None` if nobody holds it: an answer may have been lost.
+pub(crate) fn release(
+    keys: Keys<'_>,
+    env: &Environment,
+    revision: Revision,
+    network: &Network,
+    host: &HostId,
+    address: IpAddr,
+    endpoint: Option<&EndpointId>,
+) -> Result<Option<Txn>, ApiError> {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address));
+    let Some(claim) = claim.filter(|claim| endpoint.is_none_or(|endpoint| claim.endpoint == *endpoint))
+    else {
+        return Ok(None);
+    };
+    if claim.host != *host {
+        let (holder, host) = (env.host_name(&claim.host), env.host_name(host));
+        let message =
+            format!("address {address} is claimed by host {holder}; host {host} may release its own only");
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
+    }
+    if let Some(endpoint) = env.holder(&network.id, address).filter(|endpoint| endpoint.host == *host) {
+        let message = format!("address {address} is that of endpoint {}; remove it first", endpoint.id);
+        return Err(ApiError::new(ErrorCode::InUse, message));
+    }
+    let key = keys.claim(&network.id, &address);
+    let compares = vec![unchanged(env, key.clone()), Compare::NonePutSince(keys.endpoints(), revision)];
+    Ok(Some(Txn::new(compares, vec![Op::Delete(key)])))
+}
+
+/// What takes a block from its host: it is withdrawn until the others have heard of it, and the host itself unless it is
+/// `removed`. Nobody who is gone is waited for: that each of them is there is compared.
+pub(crate) fn withdraw(
+    keys: Keys<'_>,
+    env: &Environment,
+    block: &Block,
+    removed: bool,
+) -> Result<(Vec<Compare>, Vec<Op>), ApiError> {
+    let mut waits_for: BTreeSet<HostId> = env.hosts_of(&block.network).cloned().collect();
+    // Who left the network a moment ago may not have heard of that yet.
+    waits_for.extend(env.withdrawn_of(&block.network).flat_map(|other| other.waits_for.iter().cloned()));
+    // Who has not said what it holds since a restore may take part without our knowing.
+    waits_for.extend(env.unreported.keys().cloned());
+    if removed {
+        waits_for.remove(&block.host);
+    }
+    let compares = waits_for.iter().map(|host| Compare::Present(keys.host(host))).collect();
+    let mut ops = vec![Op::Delete(keys.block(&block.network, &block.cidr))];
+    if !waits_for.is_empty() {
+        let (network, cidr, host) = (block.network.clone(), block.cidr, block.host.clone());
+        let withdrawn = Withdrawn { network, cidr, host, at: Revision::default(), waits_for };
+        ops.push(put(keys.withdrawn(&block.network, &block.cidr), &withdrawn)?);
+    }
+    Ok((compares, ops))
+}
+
+/// That a host has heard of all up to `revision`, or is removed: which withdrawn blocks wait for it no more. `None` if none
+/// waited.
+pub(crate) fn heard(
+    keys: Keys<'_>,
+    env: &Environment,
+    host: &HostId,
+    revision: Revision,
+) -> Result<Option<Txn>, ApiError> {
+    let mut txn = Txn::default();
+    for withdrawn in env.withdrawn.values().filter(|one| one.at <= revision && one.waits_for.contains(host)) {
+        let key = keys.withdrawn(&withdrawn.network, &withdrawn.cidr);
+        let mut rest = withdrawn.clone();
+        rest.waits_for.remove(host);
+        txn.compares.push(unchanged(env, key.clone()));
+        txn.success.push(if rest.waits_for.is_empty() { Op::Delete(key) } else { put(key, &rest)? });
+    }
+    Ok((!txn.success.is_empty()).then_some(txn))
+}
+
+/// Any address that is in no block, where no block is free: of what no block can be made, then of the claims slice.
+pub(crate) fn single(env: &Environment, network: &Network) -> Result<IpAddr, ApiError> {
+    let geometry = network.geometry();
+    let all = (0..geometry.blocks()).rev().filter_map(|index| geometry.piece(index));
+    let free = |cidr: &IpNet| {
+        let name = (network.id.clone(), *cidr);
+        !env.catalog.blocks.contains_key(&name) && !env.withdrawn.contains_key(&name)
+    };
+    let unclaimed = |address: &IpAddr| {
+        !env.catalog.claims.contains_key(&(network.id.clone(), *address))
+            && env.holder(&network.id, *address).is_none()
+    };
+    all.filter(free)
+        .find_map(|cidr| geometry.addresses(cidr).find(unclaimed))
+        .ok_or_else(|| exhausted(env, network))
+}
+
+/// How a claim may be made.
+pub(crate) fn claim(
+    keys: Keys<'_>,
+    env: &Environment,
+    revision: Revision,
+    network: &Network,
+    wanted: &Claim,
+) -> Result<Grant<Claim>, ApiError> {
     let geometry = network.geometry();
     let (name, address) = (&network.name, wanted.address);
     let (first, last) = geometry.claims();
@@ -70,7 +273,7 @@ pub(crate) fn claim(env: &Environment, network: &Network, wanted: &Claim) -> Res
         let remedy = format!("choose one from {first} to {last} or from this host's own blocks");
         Err(ApiError::new(code, format!("address {address} {what}; {remedy}")))
     };
-    let Some((block, leasable)) = geometry.block_of(address) else {
+    let Some((cidr, leasable)) = geometry.block_of(address) else {
         return refuse(
             ErrorCode::Invalid,
             format!("is outside the pool {} of network \"{name}\"", network.pool()),
@@ -83,28 +286,91 @@ pub(crate) fn claim(env: &Environment, network: &Network, wanted: &Claim) -> Res
         );
         return refuse(ErrorCode::Invalid, what);
     }
-    if leasable {
-        let whose = match env.catalog.blocks.get(&(network.id.clone(), block)) {
-            Some(block) if block.host == wanted.host => {
-                "leased to this host, which assigns it itself".to_owned()
-            }
-            Some(block) => format!("leased to host {}", env.host_name(&block.host)),
-            None => "which is kept for leasing to hosts".to_owned(),
-        };
-        return refuse(ErrorCode::Conflict, format!("lies in block {block} {whose}"));
+    if let Some(claim) = env.catalog.claims.get(&(network.id.clone(), address)) {
+        if (&claim.host, &claim.endpoint) == (&wanted.host, &wanted.endpoint) {
+            let key = keys.claim(&network.id, &address);
+            let compares = vec![unchanged(env, key.clone())];
+            return Ok(Grant::Held(Txn::new(compares, Vec::new()), claim.clone()));
+        }
+        let holder = env.catalog.endpoints.get(&claim.endpoint).and_then(|endpoint| endpoint.name.as_ref());
+        let holder = holder.map_or_else(|| claim.endpoint.to_string(), ToString::to_string);
+        let host = env.host_name(&claim.host);
+        let what = format!("of network \"{name}\" is taken by endpoint {holder} on host {host}");
+        return refuse(ErrorCode::Conflict, what);
     }
-    match env.catalog.claims.get(&(network.id.clone(), address)) {
-        None => Ok(true),
-        Some(claim) if claim == wanted => Ok(false),
-        Some(claim) => {
-            let holder =
-                env.catalog.endpoints.get(&claim.endpoint).and_then(|endpoint| endpoint.name.as_ref());
-            let holder = holder.map_or_else(|| claim.endpoint.to_string(), ToString::to_string);
-            let host = env.host_name(&claim.host);
-            let what = format!("of network \"{name}\" is taken by endpoint {holder} on host {host}");
-            refuse(ErrorCode::Conflict, what)
+    if let Some(holder) = env.holder(&network.id, address).filter(|holder| holder.id != wanted.endpoint) {
+        let (who, host) = (holder.name.as_ref(), env.host_name(&holder.host));
+        let who = who.map_or_else(|| holder.id.to_string(), ToString::to_string);
+        let what = format!("of network \"{name}\" is taken by endpoint {who} on host {host}");
+        return refuse(ErrorCode::Conflict, what);
+    }
+    let block_key = keys.block(&network.id, &cidr);
+    let mut claim = wanted.clone();
+    let mut compares = vec![
+        Compare::Absent(keys.claim(&network.id, &address)),
+        Compare::Present(keys.network(&network.id)),
+        Compare::Present(keys.host(&wanted.host)),
+        Compare::NonePutSince(keys.endpoints(), revision),
+    ];
+    if leasable {
+        if env.withdrawn.contains_key(&(network.id.clone(), cidr)) {
+            let what = format!("lies in block {cidr}, which was given back and is not free yet");
+            return refuse(ErrorCode::Conflict, what);
+        }
+        match env.catalog.blocks.get(&(network.id.clone(), cidr)) {
+            Some(block) if block.host == wanted.host => {
+                let what = format!("lies in block {cidr} leased to this host, which assigns it itself");
+                return refuse(ErrorCode::Conflict, what);
+            }
+            Some(block) if block.router_address() == address => {
+                let what = format!("is that of the router of host {}", env.host_name(&block.host));
+                return refuse(ErrorCode::Conflict, what);
+            }
+            Some(_) => {
+                claim.asked = true;
+                compares.push(unchanged(env, block_key));
+            }
+            None => {
+                compares.push(Compare::Absent(block_key));
+                compares.push(Compare::Absent(keys.withdrawn(&network.id, &cidr)));
+            }
         }
     }
+    let txn = Txn::new(compares, vec![put(keys.claim(&network.id, &address), &claim)?]);
+    Ok(Grant::New(txn, claim))
+}
+
+/// That the holder of the block lets go of an address that was asked for, or does not. `None` if nobody asks for it any more.
+pub(crate) fn consent(
+    keys: Keys<'_>,
+    env: &Environment,
+    network: &Network,
+    holder: &HostId,
+    address: IpAddr,
+    endpoint: &EndpointId,
+    consents: bool,
+) -> Result<Option<Txn>, ApiError> {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address));
+    let Some(claim) = claim.filter(|claim| claim.asked && claim.endpoint == *endpoint) else {
+        return Ok(None);
+    };
+    let block = network.geometry().block_of(address);
+    let block = block.and_then(|(cidr, _)| env.catalog.blocks.get(&(network.id.clone(), cidr)));
+    let Some(block) = block.filter(|block| block.host == *holder) else {
+        let message =
+            format!("address {address} of network \"{}\" is in no block of this host", network.name);
+        return Err(ApiError::new(ErrorCode::Forbidden, message));
+    };
+    let key = keys.claim(&network.id, &address);
+    let compares = vec![unchanged(env, key.clone()), unchanged(env, keys.block(&network.id, &block.cidr))];
+    let op = if consents { put(key, &Claim { asked: false, ..claim.clone() })? } else { Op::Delete(key) };
+    Ok(Some(Txn::new(compares, vec![op])))
+}
+
+/// That a key is as this server knows it. What a block says of when it was leased may be of an earlier life of the store.
+fn unchanged(env: &Environment, key: String) -> Compare {
+    let modified = env.modified(&key).unwrap_or_default();
+    Compare::Modified(key, modified)
 }
 
 /// `a, b, c, … (9 in all)`

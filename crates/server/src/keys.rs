@@ -2,11 +2,15 @@
 //!
 //! ```text
 //! /droveway/{environment}/environment              made when the environment is
+//! /droveway/{environment}/ca                       the CA's certificate, PEM
+//! /droveway/{environment}/servers/{id}             Urls, of a server
+//! /droveway/{environment}/unreported/{host}        Unreported: a host that has not said what it holds since a restore
 //! /droveway/{environment}/networks/{id}            Network          names/network/{name}, names/vni/{port}-{vni}
 //! /droveway/{environment}/hosts/{id}               Host             names/host/{name}, names/key/{key}
 //! /droveway/{environment}/reports/{host}           Report
 //! /droveway/{environment}/blocks/{network}/{cidr}  Block            `/` of the CIDR written `-`
 //! /droveway/{environment}/claims/{network}/{address} Claim
+//! /droveway/{environment}/withdrawn/{network}/{cidr} Withdrawn
 //! /droveway/{environment}/endpoints/{id}           Endpoint
 //! /droveway/{environment}/peers/{id}               Peer, with its secret        names/peer/{name}
 //! /droveway/{environment}/tokens/{id}              Token
@@ -17,10 +21,10 @@
 use std::net::IpAddr;
 
 use ipnet::IpNet;
-use model::api::HostRoute;
+use model::api::{HostRoute, Role};
 use model::{
     Block, Claim, Endpoint, EndpointId, EnvironmentId, Fingerprint, Host, HostId, Name, Network, NetworkId,
-    Object, Peer, PeerId, UnixMillis,
+    Object, Peer, PeerId, Revision, UnixMillis, Withdrawn,
 };
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +32,8 @@ use crate::store::{KeyValue, Op};
 
 /// Before every key.
 pub(crate) const ROOT: &str = "/droveway/";
+/// Where nothing is: to ask the store whether it answers.
+pub(crate) const READINESS: &str = "/droveway-readiness/";
 
 /// What a host said of itself that is nobody else's business.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +54,16 @@ pub(crate) struct Token {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) uses_left: Option<u32>,
     pub(crate) used: u32,
+    /// Kept until it would have expired: whoever comes with it is told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) revoked: Option<UnixMillis>,
+}
+
+impl Token {
+    /// Whether it still lets a host in.
+    pub(crate) fn is_good(&self, now: UnixMillis) -> bool {
+        self.revoked.is_none() && self.expires > now && self.uses_left != Some(0)
+    }
 }
 
 /// A key that people authenticate with, without the key.
@@ -56,17 +72,44 @@ pub(crate) struct ApiKey {
     /// SHA-256 of the key's text.
     pub(crate) hash: Fingerprint,
     pub(crate) created: UnixMillis,
+    #[serde(default)]
+    pub(crate) role: Role,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) expires: Option<UnixMillis>,
+}
+
+impl ApiKey {
+    pub(crate) fn has_ended(&self, now: UnixMillis) -> bool {
+        self.expires.is_some_and(|expires| expires <= now)
+    }
+}
+
+/// How agents reach one of the servers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Urls {
+    pub(crate) urls: Vec<String>,
+}
+
+/// A host that has not said what it holds since the store was restored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Unreported {
+    /// When the store was restored.
+    pub(crate) since: UnixMillis,
 }
 
 /// What a key of the store names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Slot {
     Environment,
+    Ca,
+    Server(String),
+    Unreported(HostId),
     Network(NetworkId),
     Host(HostId),
     Report(HostId),
     Block(NetworkId, IpNet),
     Claim(NetworkId, IpAddr),
+    Withdrawn(NetworkId, IpNet),
     Endpoint(EndpointId),
     Peer(PeerId),
     Token(String),
@@ -80,9 +123,14 @@ pub(crate) enum Slot {
 pub(crate) enum Record {
     Object(Object),
     Report(HostId, Report),
+    Withdrawn(Withdrawn),
     Token(String, Token),
     ApiKey(String, ApiKey),
+    Server(String, Urls),
+    Unreported(HostId, Unreported),
     Environment,
+    /// The CA's certificate, which is looked at when a server starts.
+    Ca,
     Index,
 }
 
@@ -96,6 +144,15 @@ impl Keys<'_> {
     }
     pub(crate) fn environment(self) -> String {
         self.at("environment")
+    }
+    pub(crate) fn ca(self) -> String {
+        self.at("ca")
+    }
+    pub(crate) fn server(self, id: &str) -> String {
+        self.at(&format!("servers/{id}"))
+    }
+    pub(crate) fn unreported(self, id: &HostId) -> String {
+        self.at(&format!("unreported/{id}"))
     }
     pub(crate) fn network(self, id: &NetworkId) -> String {
         self.at(&format!("networks/{id}"))
@@ -142,6 +199,12 @@ impl Keys<'_> {
     pub(crate) fn all_claims(self) -> String {
         self.at("claims/")
     }
+    pub(crate) fn withdrawn(self, network: &NetworkId, cidr: &IpNet) -> String {
+        self.at(&format!("withdrawn/{network}/{}-{}", cidr.network(), cidr.prefix_len()))
+    }
+    pub(crate) fn all_withdrawn(self, network: &NetworkId) -> String {
+        self.at(&format!("withdrawn/{network}/"))
+    }
     pub(crate) fn endpoint(self, id: &EndpointId) -> String {
         self.at(&format!("endpoints/{id}"))
     }
@@ -176,14 +239,14 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
     let environment = parts.next()?.parse().ok()?;
     let slot = match (parts.next()?, parts.next(), parts.next()) {
         ("environment", None, None) => Slot::Environment,
+        ("ca", None, None) => Slot::Ca,
+        ("servers", Some(id), None) => Slot::Server(id.to_owned()),
+        ("unreported", Some(id), None) => Slot::Unreported(id.parse().ok()?),
         ("networks", Some(id), None) => Slot::Network(id.parse().ok()?),
         ("hosts", Some(id), None) => Slot::Host(id.parse().ok()?),
         ("reports", Some(id), None) => Slot::Report(id.parse().ok()?),
-        ("blocks", Some(id), Some(cidr)) => {
-            let (base, prefix) = cidr.split_once('-')?;
-            let cidr = IpNet::new(base.parse().ok()?, prefix.parse().ok()?).ok()?;
-            Slot::Block(id.parse().ok()?, cidr)
-        }
+        ("blocks", Some(id), Some(cidr)) => Slot::Block(id.parse().ok()?, block(cidr)?),
+        ("withdrawn", Some(id), Some(cidr)) => Slot::Withdrawn(id.parse().ok()?, block(cidr)?),
         ("claims", Some(id), Some(address)) => Slot::Claim(id.parse().ok()?, address.parse().ok()?),
         ("endpoints", Some(id), None) => Slot::Endpoint(id.parse().ok()?),
         ("peers", Some(id), None) => Slot::Peer(id.parse().ok()?),
@@ -195,17 +258,31 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
     parts.next().is_none().then_some((environment, slot))
 }
 
-/// What a key holds. A block's place in the order of leases is the revision that made its key.
+fn block(text: &str) -> Option<IpNet> {
+    let (base, prefix) = text.split_once('-')?;
+    IpNet::new(base.parse().ok()?, prefix.parse().ok()?).ok()
+}
+
+/// What a key holds. A block's place in the order of leases is the revision that made its key, or the one in its value if
+/// it was leased in a life of the store before this one.
 pub(crate) fn decode(slot: &Slot, kv: &KeyValue) -> Result<Record, serde_json::Error> {
     let value = &kv.value;
     Ok(match slot {
         Slot::Environment => Record::Environment,
         Slot::Index => Record::Index,
+        Slot::Ca => Record::Ca,
+        Slot::Server(id) => Record::Server(id.clone(), serde_json::from_slice(value)?),
+        Slot::Unreported(id) => Record::Unreported(id.clone(), serde_json::from_slice(value)?),
         Slot::Network(_) => Record::Object(Object::Network(serde_json::from_slice::<Network>(value)?)),
         Slot::Host(_) => Record::Object(Object::Host(serde_json::from_slice::<Host>(value)?)),
         Slot::Block(..) => {
             let block: Block = serde_json::from_slice(value)?;
-            Record::Object(Object::Block(Block { leased: kv.created, ..block }))
+            let leased = if block.leased == Revision::default() { kv.created } else { block.leased };
+            Record::Object(Object::Block(Block { leased, ..block }))
+        }
+        Slot::Withdrawn(..) => {
+            let withdrawn: Withdrawn = serde_json::from_slice(value)?;
+            Record::Withdrawn(Withdrawn { at: kv.created, ..withdrawn })
         }
         Slot::Claim(..) => Record::Object(Object::Claim(serde_json::from_slice::<Claim>(value)?)),
         Slot::Peer(_) => Record::Object(Object::Peer(serde_json::from_slice::<Peer>(value)?)),
@@ -230,8 +307,12 @@ mod tests {
         let address: IpAddr = "fd00::5".parse().unwrap();
         for (key, slot) in [
             (keys.environment(), Slot::Environment),
+            (keys.ca(), Slot::Ca),
+            (keys.server("ab"), Slot::Server("ab".into())),
+            (keys.unreported(&host), Slot::Unreported(host.clone())),
             (keys.network(&network), Slot::Network(network.clone())),
             (keys.host(&host), Slot::Host(host.clone())),
+            (keys.withdrawn(&network, &cidr), Slot::Withdrawn(network.clone(), cidr)),
             (keys.report(&host), Slot::Report(host.clone())),
             (keys.block(&network, &cidr), Slot::Block(network.clone(), cidr)),
             (keys.claim(&network, &address), Slot::Claim(network.clone(), address)),

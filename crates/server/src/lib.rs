@@ -5,18 +5,31 @@
 //!
 //! Invariant: losing the server loses changes, never traffic. It knows no traffic key and no host's private key.
 
+// The tests of the store and those of the whole server start etcd in one way.
+#[cfg(test)]
+extern crate self as server;
+
 mod api;
 mod app;
+mod audit;
+mod backup;
 mod ca;
 mod files;
 mod ipam;
+#[cfg(test)]
+mod ipam_model;
 mod keys;
+mod limits;
+mod lines;
+mod metrics;
+mod request;
 mod secret;
 mod serve;
 mod start;
 mod state;
 mod store;
 mod tls;
+mod upkeep;
 mod view;
 
 use std::io;
@@ -25,7 +38,11 @@ use std::path::PathBuf;
 
 use model::Fingerprint;
 
+pub use backup::{Backup, backup, restore};
+pub use ca::Lives;
+pub use limits::Limits;
 pub use start::run;
+pub use store::{BadStore, EtcdConfig, EtcdUrl, OpenEtcdError, StoreChoice};
 
 /// How a server is to run.
 #[derive(Debug, Clone)]
@@ -38,6 +55,14 @@ pub struct Config {
     pub names: Vec<String>,
     /// The domain of names in the environment.
     pub domain: String,
+    /// How much it takes on.
+    pub limits: Limits,
+    /// How long certificates are good for.
+    pub lives: Lives,
+    /// Where the state is.
+    pub store: StoreChoice,
+    /// How agents reach this server. What all servers say here, each agent learns.
+    pub urls: Vec<String>,
 }
 
 /// A server that listens.
@@ -80,6 +105,30 @@ pub enum Error {
     /// A file without which hosts could not go on.
     #[error("{0} is missing, but the environment was made with it; restore it from a backup")]
     Missing(PathBuf),
+    /// Another server made the environment.
+    #[error(
+        "the environment's CA is there, but not its key: copy ca.key of a server that has it to {0}, mode 0600, and start \
+         again"
+    )]
+    NoCaKey(PathBuf),
+    /// Another server made the environment, and this one has a CA of its own.
+    #[error(
+        "{0} is not the certificate of the environment's CA; move it and ca.key away, copy ca.key of a server of this \
+         environment there, and start again"
+    )]
+    OtherCa(PathBuf),
+    /// A restore would replace something.
+    #[error("{0} is there already; restore to another --data-dir, or replace what is there with --force")]
+    InTheWay(String),
+    /// A file that cannot be restored from.
+    #[error("{0} cannot be restored from: {1}; nothing was changed")]
+    NoBackup(PathBuf, String),
+    /// A URL that no agent can use.
+    #[error("{0:?} is not a URL of a server; write https://HOST:PORT for --url")]
+    BadUrl(String),
+    /// An etcd that cannot be the store.
+    #[error("store {0}: {1}")]
+    Etcd(String, OpenEtcdError),
     /// A file with foreign content.
     #[error("{0} cannot be understood; restore it from a backup")]
     Unreadable(PathBuf),

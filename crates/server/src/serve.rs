@@ -16,22 +16,18 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
-use model::Fingerprint;
+use model::{Fingerprint, UnixMillis};
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 
 use crate::app::App;
-use crate::{api, tls};
+use crate::limits::{Place, told};
+use crate::{api, ca, tls};
 
-/// How many connections may be open.
-const CONNECTIONS: usize = 4096;
-/// How long a TLS handshake may take, and then the first request to come.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// How long a request's header may take, and an idle HTTP/1.1 connection may stay.
-const HEADER: Duration = Duration::from_secs(30);
 /// How often HTTP/2 asks whether the other side is there, and how long it waits.
 const PING: Duration = Duration::from_secs(10);
 /// How long open requests may take when the server stops.
@@ -45,9 +41,18 @@ pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
     /// Our own address on the connection.
     pub(crate) local: Option<IpAddr>,
+    /// When the certificate runs out that it showed.
+    pub(crate) expires: Option<UnixMillis>,
+    /// Its place among the connections.
+    pub(crate) place: Option<Arc<Place>>,
 }
 
 impl Peer {
+    /// Whether it showed who it is, on this connection.
+    pub(crate) fn is_known(&self) -> bool {
+        self.place.as_ref().is_some_and(|place| place.is_known())
+    }
+
     /// Where the other side comes from, as far as that says how it is reached: not from this very machine, and not by
     /// an address that means nothing elsewhere.
     pub(crate) fn outside(&self) -> Option<IpAddr> {
@@ -70,21 +75,23 @@ pub(crate) async fn serve(
 ) {
     let acceptor = TlsAcceptor::from(Arc::new(tls));
     let router = api::router(app.clone());
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     let mut shutdown = pin!(shutdown);
     loop {
         let accepted = tokio::select! {
             () = &mut shutdown => break,
             Some(_) = connections.join_next() => continue,
-            accepted = accept(&listener, &room) => accepted,
+            accepted = accept(&listener) => accepted,
         };
-        if let Some((stream, address, permit)) = accepted {
+        if let Some((stream, address)) = accepted {
+            let (place, go) = app.upkeep.doors.enter(address.ip());
             let serving =
-                connection(acceptor.clone(), stream, address, router.clone(), app.stopping.subscribe());
+                connection(app.clone(), acceptor.clone(), stream, address, router.clone(), Arc::new(place));
             connections.spawn(async move {
-                serving.await;
-                drop(permit);
+                tokio::select! {
+                    () = serving => {}
+                    () = told(go) => tracing::debug!(%address, "a connection made room for newer ones"),
+                }
             });
         }
     }
@@ -96,14 +103,9 @@ pub(crate) async fn serve(
     }
 }
 
-/// Waits for room first: what is too much waits in the kernel's queue.
-async fn accept(
-    listener: &TcpListener,
-    room: &Arc<Semaphore>,
-) -> Option<(TcpStream, SocketAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let permit = room.clone().acquire_owned().await.ok()?;
+async fn accept(listener: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
     match listener.accept().await {
-        Ok((stream, address)) => Some((stream, address, permit)),
+        Ok(accepted) => Some(accepted),
         Err(error) => {
             tracing::warn!(%error, "cannot accept a connection");
             // Out of descriptors or memory: what would follow at once is the same error.
@@ -114,25 +116,41 @@ async fn accept(
 }
 
 async fn connection(
+    app: Arc<App>,
     acceptor: TlsAcceptor,
     stream: TcpStream,
     address: SocketAddr,
     router: Router,
-    mut stopping: watch::Receiver<bool>,
+    place: Arc<Place>,
 ) {
+    let (limits, mut stopping) = (&app.upkeep.limits, app.stopping.subscribe());
+    let begun = Instant::now();
     let local = stream.local_addr().ok().map(|local| local.ip());
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%address, %error, "no TCP_NODELAY");
     }
-    let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+    let stream = match tokio::time::timeout(limits.handshake, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return tracing::debug!(%address, %error, "a TLS handshake failed"),
-        Err(_) => return tracing::debug!(%address, "a TLS handshake took too long"),
+        Ok(Err(error)) => {
+            app.upkeep.metrics.handshake_failed();
+            return tracing::debug!(%address, %error, "a TLS handshake failed");
+        }
+        Err(_) => {
+            app.upkeep.metrics.handshake_failed();
+            return tracing::debug!(%address, "a TLS handshake took too long");
+        }
     };
     let session = stream.get_ref().1;
-    let key = session.peer_certificates().and_then(|chain| chain.first()).and_then(tls::key_of);
+    let certificate = session.peer_certificates().and_then(|chain| chain.first());
+    let key = certificate.and_then(tls::key_of);
+    let expires = certificate.and_then(ca::expires);
+    if key.is_some_and(|key| {
+        app.shared.read().environments.values().any(|env| env.by_key.contains_key(&key.to_string()))
+    }) {
+        place.introduce();
+    }
     let http2 = session.alpn_protocol() == Some(b"h2");
-    let peer = Peer { key, address, local };
+    let peer = Peer { key, address, local, expires, place: Some(place.clone()) };
     let asked = Arc::new(AtomicBool::new(false));
     let service = TowerToHyperService::new(router);
     let service = service_fn({
@@ -145,7 +163,7 @@ async fn connection(
         }
     });
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(limits.header);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -160,7 +178,10 @@ async fn connection(
     let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), service));
     let served = tokio::select! {
         served = serving.as_mut() => served,
-        () = silent(&asked) => return tracing::debug!(%address, "a connection asked for nothing"),
+        () = silent(&asked, limits.handshake) => return tracing::debug!(%address, "a connection asked for nothing"),
+        () = outstayed(&place, begun + limits.stranger_stays) => {
+            return tracing::debug!(%address, "a connection did not show in time who it is");
+        }
         () = stopped(&mut stopping) => {
             serving.as_mut().graceful_shutdown();
             serving.await
@@ -185,9 +206,17 @@ async fn answer(
 }
 
 /// Ready when the first request is late.
-async fn silent(asked: &AtomicBool) {
-    tokio::time::sleep(HANDSHAKE).await;
+async fn silent(asked: &AtomicBool, may: Duration) {
+    tokio::time::sleep(may).await;
     if asked.load(Ordering::Relaxed) {
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Ready when a stranger has been here for as long as strangers may.
+async fn outstayed(place: &Place, until: Instant) {
+    tokio::time::sleep_until(until).await;
+    if place.is_known() {
         std::future::pending::<()>().await;
     }
 }

@@ -5,25 +5,30 @@
 //! Every step is taken up again by the next start if this one was cut short, and nothing that was made is made anew.
 
 use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::future::Future;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
+use model::api::Role;
 use model::{EnvironmentId, Epoch, MANAGED_CIDR, MANAGED_NETWORK, NetworkId, NetworkSpec};
 use tokio::net::TcpListener;
 
 use crate::app::{App, now};
 use crate::ca::Ca;
 use crate::files::{self, DataDir};
-use crate::keys::{ApiKey, Keys, put};
+use crate::keys::{ApiKey, Keys, Urls, put};
 use crate::state::{Shared, State, feed};
-use crate::store::{Compare, SqliteStore, Store, StoreError, Txn};
-use crate::{Config, Error, Ready, secret, serve, tls};
+use crate::store::{Compare, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
+use crate::tls::ServerCertificate;
+use crate::upkeep::Upkeep;
+use crate::{Config, Error, Ready, StoreChoice, secret, serve, tls};
 
 /// The admin key's name in the store.
-const ADMIN: &str = "admin";
+pub(crate) const ADMIN: &str = "admin";
 /// What every key of people begins with.
-const KEY_PREFIX: &str = "dwk1.";
+pub(crate) const KEY_PREFIX: &str = "dwk1.";
 /// A key is not shorter than this: the prefix and 256 bits.
 const KEY_LEN: usize = 48;
 
@@ -34,31 +39,40 @@ pub async fn run(
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), Error> {
     check_domain(&config.domain)?;
+    config.urls.iter().try_for_each(|url| check_url(url))?;
     let data = DataDir::open(&config.data_dir)?;
-    if !data.path(files::STORE).exists() && data.path(files::CA_CERTIFICATE).exists() {
-        return Err(Error::Missing(data.path(files::STORE)));
-    }
-    data.touch(files::STORE)?;
-    let epoch = Epoch::from_random(secret::random()?);
-    let store =
-        SqliteStore::open(&data.path(files::STORE), epoch).map_err(|e| Error::Store(e.to_string()))?;
-    let store: Arc<dyn Store> = Arc::new(store);
+    let store = open_store(&data, &config.store).await?;
     let environment = EnvironmentId::default();
-    let first_start = store.range(&Keys(&environment).environment()).await.map_err(fault)?.1.is_empty();
-    let ca = Ca::load_or_make(&data, !first_start)?;
+    let limits = config.limits.clone().fit();
+    let keys = Keys(&environment);
+    let first_start = value(&*store, &keys.environment()).await?.is_none();
+    let known_ca = value(&*store, &keys.ca()).await?.map(|pem| String::from_utf8_lossy(&pem).into_owned());
+    let ca = Ca::load_or_make(&data, !first_start, known_ca.as_deref(), config.lives)?;
     let listener = TcpListener::bind(config.listen).await;
     let listener = listener.map_err(|error| Error::Listen { address: config.listen, error })?;
     let address = listener.local_addr().map_err(|error| Error::Listen { address: config.listen, error })?;
     let identity = ca.server(&data, &config.names, &local_addresses(address.ip()))?;
-    let tls = tls::config(&ca, identity)?;
+    // Its key stays when its certificate and its addresses change.
+    let server = tls::key_of(&identity.certificate).map(|key| key.to_string()).unwrap_or_default();
+    let certificate = Arc::new(ServerCertificate::new(identity)?);
+    let tls = tls::config(&ca, certificate.clone())?;
+    let store_file = matches!(config.store, StoreChoice::Embedded).then(|| data.path(files::STORE));
+    let upkeep = Upkeep::open(limits, &config.data_dir, store_file.as_deref(), certificate);
+    let upkeep = upkeep.map_err(|error| Error::File {
+        what: "write the audit log in",
+        path: config.data_dir.clone(),
+        error,
+    })?;
     if first_start {
-        make_environment(&*store, &environment).await?;
+        make_environment(&*store, &environment, &ca).await?;
     }
-    keep_admin_key(&data, &*store, &environment).await?;
+    keep_ca(&data, &*store, &environment, &ca).await?;
+    keep_admin_key(&data, &*store, &environment, &config.store).await?;
+    keep_urls(&*store, &keys.server(server.get(..16).unwrap_or_default()), &config.urls).await?;
     let shared = Arc::new(Shared::new(State::load(&*store).await.map_err(fault)?));
     let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
-    let app = Arc::new(App::new(store, shared, ca, config.domain));
+    let app = Arc::new(App::new(store, shared, ca, config.domain, upkeep));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
     let mut store_ended = false;
@@ -69,7 +83,11 @@ pub async fn run(
             _ = &mut feeder => store_ended = true,
         }
     };
-    serve::serve(listener, tls, app, end).await;
+    tokio::select! {
+        () = serve::serve(listener, tls, app.clone(), end) => {}
+        never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
+    }
+    drop(app);
     if store_ended {
         return Err(Error::Store(
             "the store ended; look at the log for why, and start the server again".into(),
@@ -83,7 +101,48 @@ pub async fn run(
     Ok(())
 }
 
-async fn make_environment(store: &dyn Store, environment: &EnvironmentId) -> Result<(), Error> {
+/// Has the server's certificate renewed when two thirds of its life are over, for ever.
+async fn keep_certificate(app: &App, data: &DataDir, names: &[String], listen: IpAddr) -> Infallible {
+    loop {
+        let wait = Duration::from_millis(app.upkeep.certificate.due().saturating_sub(now()));
+        // A clock that is set is noticed within the hour.
+        tokio::time::sleep(wait.clamp(Duration::from_secs(1), Duration::from_hours(1))).await;
+        if app.upkeep.certificate.due() > now() {
+            continue;
+        }
+        let renewed = app.ca.server(data, names, &local_addresses(listen));
+        match renewed.and_then(|identity| app.upkeep.certificate.renew(identity)) {
+            Ok(()) => tracing::info!("the server's certificate was renewed"),
+            Err(error) => tracing::error!(%error, "the server's certificate cannot be renewed; trying again"),
+        }
+    }
+}
+
+/// Opens the store that the operator wants, or makes it where there is none.
+async fn open_store(data: &DataDir, choice: &StoreChoice) -> Result<Arc<dyn Store>, Error> {
+    let epoch = Epoch::from_random(secret::random()?);
+    match choice {
+        StoreChoice::Embedded => {
+            if !data.path(files::STORE).exists() && data.path(files::CA_CERTIFICATE).exists() {
+                return Err(Error::Missing(data.path(files::STORE)));
+            }
+            data.touch(files::STORE)?;
+            let store = SqliteStore::open(&data.path(files::STORE), epoch);
+            Ok(Arc::new(store.map_err(|error| Error::Store(error.to_string()))?))
+        }
+        StoreChoice::Etcd(config) => {
+            let store = EtcdStore::open(config, epoch).await;
+            Ok(Arc::new(store.map_err(|error| Error::Etcd(config.url.to_string(), error))?))
+        }
+    }
+}
+
+async fn value(store: &dyn Store, key: &str) -> Result<Option<Vec<u8>>, Error> {
+    let (_, all) = store.range(key).await.map_err(fault)?;
+    Ok(all.into_iter().find(|kv| kv.key == key).map(|kv| kv.value))
+}
+
+async fn make_environment(store: &dyn Store, environment: &EnvironmentId, ca: &Ca) -> Result<(), Error> {
     let (created, keys) = (now(), Keys(environment));
     let internal =
         |what: &dyn std::fmt::Display| Error::Store(format!("cannot make the first network: {what}"));
@@ -99,17 +158,64 @@ async fn make_environment(store: &dyn Store, environment: &EnvironmentId) -> Res
     if let model::Driver::Vxlan { vni, port } = network.driver {
         puts.push(put(keys.vni(port, vni), &network.id));
     }
-    let puts = puts.into_iter().collect::<Result<_, _>>().map_err(|e| internal(&e))?;
+    let mut puts = puts.into_iter().collect::<Result<Vec<_>, _>>().map_err(|e| internal(&e))?;
+    puts.push(Op::Put(keys.ca(), ca.pem().into()));
     store.txn(Txn::new(vec![Compare::Absent(keys.environment())], puts)).await.map_err(fault)?;
     tracing::info!(%environment, network = MANAGED_NETWORK, "made the environment");
     Ok(())
 }
 
+/// The store knows the CA's certificate: servers that come later take it from there, and one that made a CA of its own at
+/// the same moment finds that it was not the first.
+async fn keep_ca(
+    data: &DataDir,
+    store: &dyn Store,
+    environment: &EnvironmentId,
+    ca: &Ca,
+) -> Result<(), Error> {
+    let place = Keys(environment).ca();
+    let put = vec![Op::Put(place.clone(), ca.pem().into())];
+    store.txn(Txn::new(vec![Compare::Absent(place.clone())], put)).await.map_err(fault)?;
+    let same = value(store, &place).await?.is_some_and(|known| known == ca.pem().as_bytes());
+    if same { Ok(()) } else { Err(Error::OtherCa(data.path(files::CA_CERTIFICATE))) }
+}
+
+/// Makes the store's list of servers have this one as it is now.
+async fn keep_urls(store: &dyn Store, place: &str, urls: &[String]) -> Result<(), Error> {
+    let urls = Urls { urls: urls.iter().map(|url| url.trim_end_matches('/').to_owned()).collect() };
+    let known = value(store, place).await?;
+    let known = known.and_then(|known| serde_json::from_slice::<Urls>(&known).ok());
+    if known.clone().unwrap_or_default() == urls {
+        return Ok(());
+    }
+    let op = if urls.urls.is_empty() {
+        Op::Delete(place.to_owned())
+    } else {
+        put(place.to_owned(), &urls).map_err(unwritable)?
+    };
+    store.txn(Txn::new(vec![], vec![op])).await.map_err(fault)?;
+    Ok(())
+}
+
+fn unwritable(error: serde_json::Error) -> Error {
+    Error::Store(error.to_string())
+}
+
 /// Makes the store's admin key that of the file, and the file where there is none. So whoever may write the directory,
-/// and with it the CA's key, changes the admin key by removing the file and starting the server again.
-async fn keep_admin_key(data: &DataDir, store: &dyn Store, environment: &EnvironmentId) -> Result<(), Error> {
+/// and with it the CA's key, changes the admin key by removing the file and starting the server again. Of several servers
+/// only the first makes one: the others take theirs from a file, if they are given one.
+async fn keep_admin_key(
+    data: &DataDir,
+    store: &dyn Store,
+    environment: &EnvironmentId,
+    choice: &StoreChoice,
+) -> Result<(), Error> {
+    let place = Keys(environment).api_key(ADMIN);
+    let known = value(store, &place).await?;
+    let shared = matches!(choice, StoreChoice::Etcd(_));
     let key = match data.read(files::ADMIN_KEY)? {
         Some(key) if !key.trim().is_empty() => key.trim().to_owned(),
+        _ if shared && known.is_some() => return Ok(()),
         _ => {
             let key = format!("{KEY_PREFIX}{}", secret::secret()?);
             data.write(files::ADMIN_KEY, &format!("{key}\n"))?;
@@ -119,14 +225,12 @@ async fn keep_admin_key(data: &DataDir, store: &dyn Store, environment: &Environ
     if !key.starts_with(KEY_PREFIX) || key.len() < KEY_LEN || key.contains(char::is_whitespace) {
         return Err(Error::BadAdminKey(data.path(files::ADMIN_KEY)));
     }
-    let (hash, place) = (secret::sha256(key.as_bytes()), Keys(environment).api_key(ADMIN));
-    let (_, known) = store.range(&place).await.map_err(fault)?;
-    let known = known.iter().find(|kv| kv.key == place);
-    if known.is_some_and(|kv| serde_json::from_slice(&kv.value).is_ok_and(|known: ApiKey| known.hash == hash))
-    {
+    let hash = secret::sha256(key.as_bytes());
+    if known.is_some_and(|kv| serde_json::from_slice(&kv).is_ok_and(|known: ApiKey| known.hash == hash)) {
         return Ok(());
     }
-    let op = put(place, &ApiKey { hash, created: now() }).map_err(|error| Error::Store(error.to_string()))?;
+    let key = ApiKey { hash, created: now(), role: Role::Admin, expires: None };
+    let op = put(place, &key).map_err(unwritable)?;
     store.txn(Txn::new(vec![], vec![op])).await.map_err(fault)?;
     tracing::info!(%environment, file = %data.path(files::ADMIN_KEY).display(), "the admin key is that of the file");
     Ok(())
@@ -134,6 +238,12 @@ async fn keep_admin_key(data: &DataDir, store: &dyn Store, environment: &Environ
 
 fn fault(error: StoreError) -> Error {
     Error::Store(error.to_string())
+}
+
+fn check_url(url: &str) -> Result<(), Error> {
+    let rest = url.strip_prefix("https://").map(|rest| rest.trim_end_matches('/'));
+    let good = rest.is_some_and(|rest| !rest.is_empty() && !rest.contains(['/', '?', '#', '@', ' ', ',']));
+    if good { Ok(()) } else { Err(Error::BadUrl(url.to_owned())) }
 }
 
 fn check_domain(domain: &str) -> Result<(), Error> {

@@ -8,13 +8,14 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use model::{
     Block, Catalog, Endpoint, EndpointId, EnvironmentId, Host, HostId, Key, Network, NetworkId, Object, Peer,
-    PeerId, Revision,
+    PeerId, Revision, Withdrawn,
 };
 use tokio::sync::watch;
 
-use crate::keys::{self, ApiKey, Record, Report, Slot, Token};
+use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
 use crate::store::{Batch, Event, KeyValue, Store, StoreError};
 
 /// How many changes of objects are remembered for watches that are behind.
@@ -35,8 +36,14 @@ pub(crate) struct State {
 pub(crate) struct Environment {
     pub(crate) catalog: Catalog,
     pub(crate) reports: BTreeMap<HostId, Report>,
+    /// Blocks that were given back and are not free yet.
+    pub(crate) withdrawn: BTreeMap<(NetworkId, IpNet), Withdrawn>,
     pub(crate) tokens: BTreeMap<String, Token>,
     pub(crate) api_keys: BTreeMap<String, ApiKey>,
+    /// How agents reach each server.
+    servers: BTreeMap<String, Vec<String>>,
+    /// Hosts that have not said what they hold since the store was restored.
+    pub(crate) unreported: BTreeMap<HostId, Unreported>,
     /// Hosts by the SHA-256 of their key.
     pub(crate) by_key: HashMap<String, HostId>,
     /// How many blocks and claims each host has in each network, and how many foreign peers it speaks to there.
@@ -56,6 +63,23 @@ pub(crate) struct Changed {
     pub(crate) key: Key,
     /// The network that the object belongs to, where it belongs to one.
     pub(crate) network: Option<NetworkId>,
+    /// The hosts that hold it, or held it before, where it decides who takes part in a network.
+    pub(crate) hosts: Vec<HostId>,
+}
+
+/// What a change of one key of the store means for those who watch.
+struct Meaning {
+    key: Key,
+    network: Option<NetworkId>,
+    hosts: Vec<HostId>,
+}
+
+/// Where an object belongs.
+#[derive(Default)]
+struct Place {
+    network: Option<NetworkId>,
+    /// Who holds it, where it decides who takes part in a network.
+    host: Option<HostId>,
 }
 
 impl State {
@@ -90,7 +114,7 @@ impl State {
         &'a self,
         revision: Revision,
         environment: &'a EnvironmentId,
-    ) -> Option<impl Iterator<Item = &'a Changed>> {
+    ) -> Option<impl Iterator<Item = &'a Changed> + Clone> {
         let start = self.changes.partition_point(|changed| changed.revision <= revision);
         (revision >= self.remembered_since)
             .then(|| self.changes.range(start..).filter(move |changed| changed.environment == *environment))
@@ -119,14 +143,14 @@ impl State {
         if slot == Slot::Environment && matches!(event, Event::Delete(_)) {
             self.environments.remove(&id);
         }
-        if let Some((key, network)) = changed {
-            self.changes.push_back(Changed { revision, environment: id, key, network });
+        if let Some(Meaning { key, network, hosts }) = changed {
+            self.changes.push_back(Changed { revision, environment: id, key, network, hosts });
         }
     }
 }
 
 impl Environment {
-    fn put(&mut self, slot: &Slot, kv: &KeyValue) -> Option<(Key, Option<NetworkId>)> {
+    fn put(&mut self, slot: &Slot, kv: &KeyValue) -> Option<Meaning> {
         let record = match keys::decode(slot, kv) {
             Ok(record) => record,
             Err(error) => {
@@ -135,9 +159,21 @@ impl Environment {
             }
         };
         match record {
-            Record::Environment | Record::Index => None,
+            Record::Environment | Record::Ca | Record::Index => None,
+            Record::Server(id, urls) => {
+                self.servers.insert(id, urls.urls);
+                None
+            }
+            Record::Unreported(id, unreported) => {
+                self.unreported.insert(id, unreported);
+                None
+            }
             Record::Report(id, report) => {
                 self.reports.insert(id, report);
+                None
+            }
+            Record::Withdrawn(withdrawn) => {
+                self.withdrawn.insert((withdrawn.network.clone(), withdrawn.cidr), withdrawn);
                 None
             }
             Record::Token(id, token) => {
@@ -150,19 +186,32 @@ impl Environment {
             }
             Record::Object(object) => {
                 let key = object.key();
-                self.forget(&key);
-                let network = self.learn(&object);
+                let before = self.forget(&key);
+                let now = self.learn(&object);
                 self.catalog.put(object);
-                Some((key, network))
+                let hosts: BTreeSet<HostId> = before.host.into_iter().chain(now.host).collect();
+                Some(Meaning { key, network: now.network, hosts: hosts.into_iter().collect() })
             }
         }
     }
 
-    fn delete(&mut self, slot: &Slot) -> Option<(Key, Option<NetworkId>)> {
+    fn delete(&mut self, slot: &Slot) -> Option<Meaning> {
         let key = match slot {
-            Slot::Environment | Slot::Index => return None,
+            Slot::Environment | Slot::Ca | Slot::Index => return None,
+            Slot::Server(id) => {
+                self.servers.remove(id);
+                return None;
+            }
+            Slot::Unreported(id) => {
+                self.unreported.remove(id);
+                return None;
+            }
             Slot::Report(id) => {
                 self.reports.remove(id);
+                return None;
+            }
+            Slot::Withdrawn(network, cidr) => {
+                self.withdrawn.remove(&(network.clone(), *cidr));
                 return None;
             }
             Slot::Token(id) => {
@@ -180,18 +229,18 @@ impl Environment {
             Slot::Endpoint(id) => Key::Endpoint(id.clone()),
             Slot::Peer(id) => Key::Peer(id.clone()),
         };
-        let network = self.forget(&key);
+        let before = self.forget(&key);
         self.catalog.delete(&key);
-        Some((key, network))
+        Some(Meaning { key, network: before.network, hosts: before.host.into_iter().collect() })
     }
 
-    /// Adds an object to the indexes; its network, if it belongs to one.
-    fn learn(&mut self, object: &Object) -> Option<NetworkId> {
+    /// Adds an object to the indexes; where it belongs.
+    fn learn(&mut self, object: &Object) -> Place {
         let (network, host) = match object {
-            Object::Network(_) => return None,
+            Object::Network(_) => return Place::default(),
             Object::Host(host) => {
                 self.by_key.insert(host.key.clone(), host.id.clone());
-                return None;
+                return Place::default();
             }
             Object::Block(block) => (&block.network, &block.host),
             Object::Claim(claim) => (&claim.network, &claim.host),
@@ -203,15 +252,19 @@ impl Environment {
                 for address in &endpoint.addresses {
                     self.by_address.insert((endpoint.network.clone(), *address), id.clone());
                 }
-                return Some(endpoint.network.clone());
+                return Place { network: Some(endpoint.network.clone()), host: None };
             }
         };
         *self.shares.entry(network.clone()).or_default().entry(host.clone()).or_default() += 1;
-        Some(network.clone())
+        Place { network: Some(network.clone()), host: Some(host.clone()) }
     }
 
-    /// Takes what is there under `key` out of the indexes; its network, if it belonged to one.
-    fn forget(&mut self, key: &Key) -> Option<NetworkId> {
+    /// Takes what is there under `key` out of the indexes; where it belonged.
+    fn forget(&mut self, key: &Key) -> Place {
+        self.try_forget(key).unwrap_or_default()
+    }
+
+    fn try_forget(&mut self, key: &Key) -> Option<Place> {
         let (network, host) = match key {
             Key::Network(_) => return None,
             Key::Host(id) => {
@@ -242,9 +295,10 @@ impl Environment {
                         self.by_address.remove(&place);
                     }
                 }
-                return Some(endpoint.network.clone());
+                return Some(Place { network: Some(endpoint.network.clone()), host: None });
             }
         };
+        let place = Place { network: Some(network.clone()), host: Some(host.clone()) };
         if let Some(shares) = self.shares.get_mut(network) {
             if let Some(count) = shares.get_mut(host) {
                 *count -= 1;
@@ -256,7 +310,7 @@ impl Environment {
                 self.shares.remove(network);
             }
         }
-        Some(network.clone())
+        Some(place)
     }
 
     /// The network of that name or id.
@@ -306,6 +360,14 @@ impl Environment {
             .map(|(_, claim)| claim)
     }
 
+    /// The blocks of a network that were given back and are not free yet.
+    pub(crate) fn withdrawn_of<'a>(
+        &'a self,
+        network: &'a NetworkId,
+    ) -> impl Iterator<Item = &'a Withdrawn> + 'a {
+        self.withdrawn.values().filter(move |withdrawn| withdrawn.network == *network)
+    }
+
     /// The endpoints of a network.
     pub(crate) fn endpoints_of(&self, network: &NetworkId) -> impl Iterator<Item = &Endpoint> {
         self.endpoints.get(network).into_iter().flatten().filter_map(|id| self.catalog.endpoint(id))
@@ -335,6 +397,17 @@ impl Environment {
     /// The hosts that take part in a network.
     pub(crate) fn hosts_of(&self, network: &NetworkId) -> impl Iterator<Item = &HostId> {
         self.shares.get(network).into_iter().flat_map(BTreeMap::keys)
+    }
+
+    /// How agents reach the servers.
+    pub(crate) fn server_urls(&self) -> Vec<String> {
+        let mut urls: Vec<String> = Vec::new();
+        for url in self.servers.values().flatten() {
+            if !urls.contains(url) {
+                urls.push(url.clone());
+            }
+        }
+        urls
     }
 
     /// The revision that last changed a key of the store.
@@ -429,8 +502,14 @@ mod tests {
     async fn a_state_that_is_behind_the_kept_log_is_read_anew() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("store.sqlite");
-        let token =
-            Token { hash: crate::secret::sha256(b""), created: 0, expires: 1, uses_left: None, used: 0 };
+        let token = Token {
+            hash: crate::secret::sha256(b""),
+            created: 0,
+            expires: 1,
+            uses_left: None,
+            used: 0,
+            revoked: None,
+        };
         let key = keys::Keys(&EnvironmentId::default()).token("ab");
         {
             let store = SqliteStore::open(&path, Epoch::from_random([1; 8])).unwrap();

@@ -1,23 +1,80 @@
 //! TLS 1.3 with a client certificate that is welcome but not demanded, and who is at the other end of a connection.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use model::Fingerprint;
+use model::{Fingerprint, UnixMillis};
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier};
+use rustls::sign::CertifiedKey;
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
 };
 
-use crate::ca::{Ca, Identity};
+use crate::app::now;
+use crate::ca::{self, Ca, Identity};
 use crate::{Error, secret};
 
+/// The server's own certificate: connections that begin after [`ServerCertificate::renew`] get the new one, those that are
+/// open go on.
+#[derive(Debug)]
+pub(crate) struct ServerCertificate(RwLock<Shown>);
+
+#[derive(Debug)]
+struct Shown {
+    key: Arc<CertifiedKey>,
+    made: UnixMillis,
+    expires: UnixMillis,
+}
+
+impl Shown {
+    fn new(identity: Identity) -> Result<Self, Error> {
+        let expires = ca::expires(&identity.certificate).unwrap_or_default();
+        let key = aws_lc_rs::sign::any_supported_type(&identity.key).map_err(Error::Tls)?;
+        // The CA goes along: a host that joins knows it by its fingerprint alone.
+        Ok(Self {
+            key: Arc::new(CertifiedKey::new(vec![identity.certificate, identity.ca], key)),
+            made: now(),
+            expires,
+        })
+    }
+}
+
+impl ServerCertificate {
+    pub(crate) fn new(identity: Identity) -> Result<Self, Error> {
+        Shown::new(identity).map(|shown| Self(RwLock::new(shown)))
+    }
+
+    /// Shows another one from now on.
+    pub(crate) fn renew(&self, identity: Identity) -> Result<(), Error> {
+        let shown = Shown::new(identity)?;
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = shown;
+        Ok(())
+    }
+
+    /// When it runs out.
+    pub(crate) fn expires(&self) -> UnixMillis {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).expires
+    }
+
+    /// When the next one is to be made: two thirds of its life are over.
+    pub(crate) fn due(&self) -> UnixMillis {
+        let shown = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        shown.made + shown.expires.saturating_sub(shown.made) / 3 * 2
+    }
+}
+
+impl ResolvesServerCert for ServerCertificate {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.read().unwrap_or_else(PoisonError::into_inner).key.clone())
+    }
+}
+
 /// The server's side of TLS: TLS 1.3 alone, HTTP/2 or HTTP/1.1.
-pub(crate) fn config(ca: &Ca, identity: Identity) -> Result<ServerConfig, Error> {
+pub(crate) fn config(ca: &Ca, certificate: Arc<ServerCertificate>) -> Result<ServerConfig, Error> {
     let provider = Arc::new(aws_lc_rs::default_provider());
     let mut roots = RootCertStore::empty();
     roots.add(ca.certificate().clone()).map_err(Error::Tls)?;
@@ -29,9 +86,7 @@ pub(crate) fn config(ca: &Ca, identity: Identity) -> Result<ServerConfig, Error>
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(Error::Tls)?
         .with_client_cert_verifier(Arc::new(Lenient(verifier)))
-        // The CA goes along: a host that joins knows it by its fingerprint alone.
-        .with_single_cert(vec![identity.certificate, ca.certificate().clone()], identity.key)
-        .map_err(Error::Tls)?;
+        .with_cert_resolver(certificate);
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(config)
 }

@@ -4,7 +4,8 @@
 //! or a claim or speaks to a foreign peer, all blocks, claims, endpoints, foreign peers and the hosts that take part.
 //!
 //! Invariant: snapshot plus deltas, applied in order, is always the view at the delta's revision. A reader that is slow
-//! gets fewer and larger deltas; nothing queues for it.
+//! gets fewer and larger deltas; nothing queues for it. A cursor that resumes knows nothing of the server before: what it
+//! may have seen then follows from the changes since.
 
 use std::collections::BTreeSet;
 
@@ -28,12 +29,23 @@ pub(crate) struct Cursor {
 pub(crate) enum Step {
     /// Nothing that the host sees.
     Nothing,
-    /// This.
-    Delta(Vec<Change>),
+    /// These.
+    Delta(Touched),
     /// The host was removed.
     Gone,
     /// More than is remembered: begin anew with a snapshot.
     Lost,
+}
+
+/// Objects that changed for a host, in the order in which it is told, and whether each is there.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Touched(Vec<(Key, bool)>);
+
+/// What hosts see alike: those of the same networks have the same snapshot, but for what is a host's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Scope {
+    networks: BTreeSet<NetworkId>,
+    hosts: BTreeSet<HostId>,
 }
 
 impl Cursor {
@@ -50,6 +62,56 @@ impl Cursor {
             networks,
             hosts,
         })
+    }
+
+    /// A cursor that goes on from `from`, where another one, perhaps of another server, had come to; and what happened since.
+    /// `None` if not all of it is remembered.
+    pub(crate) fn resume(
+        state: &State,
+        environment: &EnvironmentId,
+        host: &HostId,
+        from: Revision,
+    ) -> Option<(Self, Step)> {
+        let mut cursor = Self::new(state, environment, host)?;
+        let env = state.environments.get(environment)?;
+        let changes: Vec<_> = state.changes_after(from, environment)?.collect();
+        // Networks that the host may have left or come to since, and hosts that may have come into its view or gone out.
+        let shares = changes.iter().filter(|changed| is_share(&changed.key));
+        let mut turned = BTreeSet::new();
+        let mut met = BTreeSet::new();
+        for changed in shares {
+            met.extend(changed.hosts.iter().cloned());
+            if changed.hosts.contains(host) {
+                turned.extend(changed.network.iter().cloned());
+            }
+        }
+        let mut touched: BTreeSet<Key> = met.iter().cloned().map(Key::Host).collect();
+        for network in &turned {
+            touched.extend(objects_of(env, network, host).map(|object| object.key()));
+            touched.extend(env.hosts_of(network).cloned().map(Key::Host));
+        }
+        for changed in changes {
+            let seen = match (&changed.key, &changed.network) {
+                (Key::Network(_), _) => true,
+                // One that is gone may have been in view.
+                (Key::Host(id), _) => cursor.hosts.contains(id) || !env.catalog.hosts.contains_key(id),
+                (_, Some(network)) => cursor.networks.contains(network) || turned.contains(network),
+                (_, None) => false,
+            };
+            if seen {
+                touched.insert(changed.key.clone());
+            }
+        }
+        cursor.at = state.revision;
+        let step = cursor.step(env, touched);
+        Some((cursor, step))
+    }
+
+    /// What it sees; `None` if something of it is this host's alone: a secret shared with a foreign peer.
+    pub(crate) fn scope(&self, state: &State) -> Option<Scope> {
+        let env = state.environments.get(&self.environment)?;
+        let own = env.catalog.peers.values().any(|peer| peer.host == self.host);
+        (!own).then(|| Scope { networks: self.networks.clone(), hosts: self.hosts.clone() })
     }
 
     /// All that the host sees. The state is that of the cursor's making.
@@ -70,25 +132,24 @@ impl Cursor {
             return Step::Gone;
         }
         let Some(changes) = state.changes_after(self.at, &self.environment) else { return Step::Lost };
-        let changes: Vec<_> = changes.collect();
-        let shares = |key: &Key| matches!(key, Key::Block(..) | Key::Claim(..) | Key::Peer(_));
-        let shares_changed = changes.iter().any(|changed| shares(&changed.key));
         let mut touched = BTreeSet::new();
-        let before = self.networks.clone();
-        if shares_changed {
-            self.networks = env.networks_of(&self.host);
-            for network in before.symmetric_difference(&self.networks) {
+        let mut before = None;
+        if changes.clone().any(|changed| is_share(&changed.key)) {
+            let networks = std::mem::replace(&mut self.networks, env.networks_of(&self.host));
+            for network in networks.symmetric_difference(&self.networks) {
                 touched.extend(objects_of(env, network, &self.host).map(|object| object.key()));
             }
             let hosts = visible_hosts(env, &self.host, &self.networks);
             touched.extend(self.hosts.symmetric_difference(&hosts).cloned().map(Key::Host));
             self.hosts = hosts;
+            before = Some(networks);
         }
+        let was_in = |network| before.as_ref().is_some_and(|networks| networks.contains(network));
         for changed in changes {
             let seen = match (&changed.key, &changed.network) {
                 (Key::Network(_), _) => true,
                 (Key::Host(id), _) => self.hosts.contains(id),
-                (_, Some(network)) => before.contains(network) || self.networks.contains(network),
+                (_, Some(network)) => self.networks.contains(network) || was_in(network),
                 (_, None) => false,
             };
             if seen {
@@ -96,49 +157,81 @@ impl Cursor {
             }
         }
         self.at = state.revision;
+        self.step(env, touched)
+    }
+
+    fn step(&self, env: &Environment, touched: BTreeSet<Key>) -> Step {
         if touched.is_empty() {
             return Step::Nothing;
         }
-        let (mut gone, mut there) = (Vec::new(), Vec::new());
-        for key in touched {
-            match self.object(env, &key) {
-                Some(object) => there.push(Change::Put(object)),
-                None => gone.push(Change::Delete(key)),
-            }
-        }
+        let (there, mut gone): (Vec<Key>, Vec<Key>) =
+            touched.into_iter().partition(|key| self.sees(env, key));
         // What is gone makes room first; what belongs to something goes before it.
         gone.reverse();
-        gone.append(&mut there);
-        Step::Delta(gone)
+        let gone = gone.into_iter().map(|key| (key, false));
+        Step::Delta(Touched(gone.chain(there.into_iter().map(|key| (key, true))).collect()))
+    }
+
+    /// The changes themselves. The state is that of the step.
+    pub(crate) fn changes(&self, state: &State, touched: &Touched) -> Vec<Change> {
+        let Some(env) = state.environments.get(&self.environment) else { return Vec::new() };
+        let change = |(key, there): &(Key, bool)| {
+            let object = if *there { self.object(env, key) } else { None };
+            object.map_or_else(|| Change::Delete(key.clone()), Change::Put)
+        };
+        touched.0.iter().map(change).collect()
+    }
+
+    /// Whether what was touched looks the same to all who are told of it.
+    pub(crate) fn is_common(&self, state: &State, touched: &Touched) -> bool {
+        let env = state.environments.get(&self.environment);
+        let own = |key: &Key| match key {
+            Key::Peer(id) => {
+                env.and_then(|env| env.catalog.peers.get(id)).is_some_and(|peer| peer.host == self.host)
+            }
+            Key::Host(_) | Key::Network(_) | Key::Block(..) | Key::Claim(..) | Key::Endpoint(_) => false,
+        };
+        !touched.0.iter().any(|(key, _)| own(key))
+    }
+
+    fn sees(&self, env: &Environment, key: &Key) -> bool {
+        let catalog = &env.catalog;
+        match key {
+            Key::Host(id) => self.hosts.contains(id) && catalog.hosts.contains_key(id),
+            Key::Network(id) => catalog.networks.contains_key(id),
+            Key::Block(network, cidr) => {
+                self.networks.contains(network) && catalog.blocks.contains_key(&(network.clone(), *cidr))
+            }
+            Key::Claim(network, address) => {
+                self.networks.contains(network) && catalog.claims.contains_key(&(network.clone(), *address))
+            }
+            Key::Peer(id) => catalog.peers.get(id).is_some_and(|peer| self.networks.contains(&peer.network)),
+            Key::Endpoint(id) => catalog.endpoint(id).is_some_and(|e| self.networks.contains(&e.network)),
+        }
     }
 
     fn object(&self, env: &Environment, key: &Key) -> Option<Object> {
         let catalog = &env.catalog;
-        let sees = |network: &NetworkId| self.networks.contains(network);
         match key {
-            Key::Host(id) => {
-                catalog.hosts.get(id).filter(|_| self.hosts.contains(id)).cloned().map(Object::Host)
-            }
+            Key::Host(id) => catalog.hosts.get(id).cloned().map(Object::Host),
             Key::Network(id) => catalog.networks.get(id).cloned().map(Object::Network),
-            Key::Block(network, cidr) => catalog
-                .blocks
-                .get(&(network.clone(), *cidr))
-                .filter(|_| sees(network))
-                .cloned()
-                .map(Object::Block),
-            Key::Claim(network, address) => catalog
-                .claims
-                .get(&(network.clone(), *address))
-                .filter(|_| sees(network))
-                .cloned()
-                .map(Object::Claim),
-            Key::Peer(id) => {
-                catalog.peers.get(id).filter(|peer| sees(&peer.network)).map(|peer| seen_by(&self.host, peer))
+            Key::Block(network, cidr) => {
+                catalog.blocks.get(&(network.clone(), *cidr)).cloned().map(Object::Block)
             }
-            Key::Endpoint(id) => {
-                catalog.endpoint(id).filter(|e| sees(&e.network)).cloned().map(Object::Endpoint)
+            Key::Claim(network, address) => {
+                catalog.claims.get(&(network.clone(), *address)).cloned().map(Object::Claim)
             }
+            Key::Peer(id) => catalog.peers.get(id).map(|peer| seen_by(&self.host, peer)),
+            Key::Endpoint(id) => catalog.endpoint(id).cloned().map(Object::Endpoint),
         }
+    }
+}
+
+/// Whether it decides who takes part in a network.
+fn is_share(key: &Key) -> bool {
+    match key {
+        Key::Block(..) | Key::Claim(..) | Key::Peer(_) => true,
+        Key::Host(_) | Key::Network(_) | Key::Endpoint(_) => false,
     }
 }
 

@@ -5,12 +5,12 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use model::api::{ApiError, ErrorCode};
-use model::{Key, Network, NetworkId};
+use model::{Block, Claim, Key, Network, NetworkId, Object};
 
 use super::{Book, unwritten};
 use crate::control::Refusal;
-use crate::ipam::Pool;
-use crate::ledger::Record;
+use crate::ipam::{Pool, QUARANTINE, rests};
+use crate::ledger::{LedgerError, Record};
 use crate::now_millis;
 
 impl Book {
@@ -18,14 +18,17 @@ impl Book {
     pub(super) fn choose(&self, network: &Network, wish: Option<IpAddr>) -> Result<IpAddr, Refusal> {
         let blocks = self.own_blocks(&network.id);
         let need_block = Refusal::NeedBlock { network: network.id.clone(), held: blocks.len() };
-        // The router's address comes from a block, so a host with only claimed addresses needs one too.
+        // The router's address comes from a block, so a host with only claimed addresses needs one too; where none is free,
+        // it is a claimed one itself.
         let router = self.catalog.router_address(&network.id, &self.host);
-        let Some(router) = router.filter(|router| blocks.iter().any(|block| block.contains(router))) else {
-            return Err(need_block);
+        let kept = |router: &IpAddr| {
+            blocks.iter().any(|block| block.contains(router)) || self.has_claim(&network.id, *router)
         };
+        let Some(router) = router.filter(kept) else { return Err(need_block) };
         let Some(wish) = wish else {
             let pool = self.pool(network, &blocks, Some(router));
-            return pool.pick(now_millis()).ok_or(need_block);
+            let single = || self.idle_claim(&network.id);
+            return pool.pick(self.clock()).or_else(single).ok_or(need_block);
         };
         if !network.geometry().assignable(wish) {
             let (pool, name) = (network.pool(), &network.name);
@@ -47,20 +50,86 @@ impl Book {
             );
             return Err(ApiError::new(ErrorCode::Conflict, message).into());
         }
-        let name = (network.id.clone(), wish);
-        let claimed = self.catalog.claims.get(&name).is_some_and(|claim| claim.host == self.host)
-            && !self.leaving.contains(&Key::Claim(name.0, name.1));
-        if claimed || blocks.iter().any(|block| block.contains(&wish)) {
+        let others = self.catalog.claims.get(&(network.id.clone(), wish)).filter(|it| it.host != self.host);
+        let in_block = others.is_none() && blocks.iter().any(|block| block.contains(&wish));
+        if in_block || self.has_claim(&network.id, wish) {
             Ok(wish)
         } else {
             Err(Refusal::NeedClaim { network: network.id.clone(), address: wish })
         }
     }
 
+    /// Whether this host has claimed an address, and keeps it.
+    fn has_claim(&self, network: &NetworkId, address: IpAddr) -> bool {
+        let name = (network.clone(), address);
+        self.catalog.claims.get(&name).is_some_and(|claim| claim.host == self.host && !claim.asked)
+            && !self.leaving.contains_key(&Key::Claim(name.0, name.1))
+    }
+
+    /// An address that was claimed for no endpoint in particular, or for one that is gone.
+    fn idle_claim(&self, network: &NetworkId) -> Option<IpAddr> {
+        let own = self.catalog.claims_of(network).filter(|claim| claim.host == self.host && !claim.router);
+        let idle = |address: &IpAddr| !self.is_used(network, *address) && self.has_claim(network, *address);
+        own.map(|claim| claim.address).find(idle)
+    }
+
+    /// Lets go of an address in one of this host's blocks that another host asked for: whether nobody has it here. From now
+    /// on nobody gets it, also after a loss of power.
+    pub(crate) fn consent(&mut self, claim: &Claim) -> Result<bool, LedgerError> {
+        let router = self.catalog.router_address(&claim.network, &self.host);
+        let free = !self.is_used(&claim.network, claim.address) && router != Some(claim.address);
+        if free {
+            self.ledger.put_object(&Object::Claim(claim.clone()))?;
+            self.catalog.put(Object::Claim(claim.clone()));
+        }
+        Ok(free)
+    }
+
+    /// Addresses that rest since they were released.
+    pub(crate) fn resting(&self) -> Vec<(NetworkId, IpAddr)> {
+        let now = self.clock();
+        let resting = self.released.iter().filter(|(_, at)| rests(**at, now));
+        resting.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// In how many milliseconds the next address has rested, if one does.
+    pub(crate) fn rested_in(&self) -> Option<u64> {
+        let now = self.clock();
+        let resting = self.released.values().filter(|at| rests(**at, now));
+        resting.map(|at| u64::try_from(at + QUARANTINE - now).unwrap_or_default()).min()
+    }
+
+    /// Own blocks of a network that nobody needs: none of their addresses is in use or rests, the router's is in another one,
+    /// and there is plenty without them.
+    pub(crate) fn spare_blocks<'a>(&'a self, network: &'a NetworkId) -> impl Iterator<Item = &'a Block> + 'a {
+        let router = self.catalog.router_address(network, &self.host);
+        let now = self.clock();
+        let empty = move |block: &&Block| self.is_empty(network, block.cidr, router, now);
+        let own = self.catalog.blocks_of(network).filter(|block| block.host == self.host);
+        // One at a time, so that what is left is looked at again.
+        own.filter(empty).filter(move |block| self.plenty_without(network, block.cidr)).take(1)
+    }
+
+    fn is_empty(&self, network: &NetworkId, cidr: IpNet, router: Option<IpAddr>, now: i64) -> bool {
+        let (first, last) = (cidr.network(), cidr.broadcast());
+        let used = self.used.get(network).is_some_and(|used| used.range(first..=last).next().is_some());
+        let (first, last) = ((network.clone(), first), (network.clone(), last));
+        let resting = self.released.range(first.clone()..=last.clone()).any(|(_, at)| rests(*at, now));
+        let claimed = self.catalog.claims.range(first..=last).next().is_some();
+        !used && !resting && !claimed && !router.is_some_and(|router| cidr.contains(&router))
+    }
+
+    fn plenty_without(&self, network: &NetworkId, cidr: IpNet) -> bool {
+        let Some(network) = self.catalog.networks.get(network) else { return false };
+        let blocks: Vec<IpNet> = self.own_blocks(&network.id).into_iter().filter(|it| *it != cidr).collect();
+        self.pool(network, &blocks, None).is_plenty()
+    }
+
     /// The blocks of a network that this host holds, and keeps.
     fn own_blocks(&self, network: &NetworkId) -> Vec<IpNet> {
-        let kept =
-            |block: &&model::Block| !self.leaving.contains(&Key::Block(block.network.clone(), block.cidr));
+        let kept = |block: &&model::Block| {
+            !self.leaving.contains_key(&Key::Block(block.network.clone(), block.cidr))
+        };
         let blocks = self.catalog.blocks_of(network).filter(|block| block.host == self.host).filter(kept);
         blocks.map(|block| block.cidr).collect()
     }
@@ -84,7 +153,9 @@ impl Book {
     pub(crate) fn low(&self, network: &NetworkId) -> Option<usize> {
         let network = self.catalog.networks.get(network)?;
         let blocks = self.own_blocks(&network.id);
-        self.pool(network, &blocks, None).is_low().then_some(blocks.len())
+        // Nothing is fetched early where single addresses have to do.
+        let single = self.catalog.claims_of(&network.id).any(|claim| claim.router && claim.host == self.host);
+        (!single && self.pool(network, &blocks, None).is_low()).then_some(blocks.len())
     }
 
     fn pool<'a>(&'a self, network: &'a Network, blocks: &'a [IpNet], router: Option<IpAddr>) -> Pool<'a> {
@@ -95,6 +166,7 @@ impl Book {
             blocks,
             router,
             used: self.used.get(&network.id).unwrap_or(&NONE),
+            claims: &self.catalog.claims,
             released: &self.released,
         }
     }
@@ -116,10 +188,9 @@ impl Book {
     pub(crate) fn unreserve(&mut self, network: &NetworkId, address: IpAddr) -> Result<(), Refusal> {
         let name = (network.clone(), address);
         if self.reservations.contains(&name) {
-            let now = now_millis();
-            self.ledger.unreserve(network, address, now).map_err(unwritten)?;
+            self.ledger.unreserve(network, address, now_millis()).map_err(unwritten)?;
             self.reservations.remove(&name);
-            self.released.insert(name, now);
+            self.released.insert(name, self.clock());
             self.unuse(network, address);
         }
         Ok(())

@@ -155,8 +155,8 @@ impl Book {
     /// Forgets an endpoint. With `keep` its addresses stay reserved.
     pub(crate) fn forget(&mut self, id: &EndpointId, keep: bool) -> Result<(), ApiError> {
         let Some(record) = self.records.get(id) else { return Ok(()) };
-        let now = now_millis();
-        self.ledger.delete_record(record, keep, now).map_err(unwritten)?;
+        self.ledger.delete_record(record, keep, now_millis()).map_err(unwritten)?;
+        let now = self.clock();
         let Some(record) = self.records.remove(id) else { return Ok(()) };
         self.compare(id);
         if let Some(foreign) = &record.foreign {

@@ -1,11 +1,11 @@
 //! What the plan has to know of this host.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::Path;
 
 use linux::netns::Netns;
-use model::{EndpointId, Network, NetworkId};
+use model::{Candidate, EndpointId, HostId, Network, NetworkId};
 use plan::{Attachment, End, Local};
 
 use super::Book;
@@ -34,30 +34,55 @@ impl Book {
         routers: &BTreeSet<NetworkId>,
         port_is_there: impl Fn(&EndpointId) -> bool,
     ) -> Local {
-        let mut local = self.local_of(None);
-        local.routers.retain(|id, _| routers.contains(id));
-        for (id, record) in &self.records {
-            let end = Self::end(record, port_is_there(id));
-            local.attachments.insert(id.clone(), attachment(record, end));
-        }
-        local
+        let mut slots = self.slots.clone();
+        slots.retain(|id, _| routers.contains(id));
+        local_with(
+            &self.host,
+            self.candidates.first(),
+            slots,
+            self.no_shortcut.is_none(),
+            self.records.values(),
+            port_is_there,
+        )
     }
+}
 
-    /// Where the container's end of an endpoint should be, given whether the router's end is there.
-    ///
-    /// Docker moves the device we hand it. Should it be lost later, it is made again right inside the container.
-    fn end(record: &Record, port_is_there: bool) -> End {
-        match &record.sandbox {
-            None => End::Nowhere,
-            Some(Sandbox { path, ifname: Some(ifname), routes, .. }) => {
-                End::Inside { netns: path.clone(), ifname: ifname.clone(), routes: *routes }
-            }
-            Some(_) if port_is_there => End::Handed,
-            Some(Sandbox { path, routes, .. }) => match free_ifname(path) {
-                Some(ifname) => End::Inside { netns: path.clone(), ifname, routes: *routes },
-                None => End::Nowhere,
-            },
+/// What the plan has to know of a host with these endpoints, and with routers for the networks that have a slot in `slots`.
+pub(crate) fn local_with<'a>(
+    host: &HostId,
+    underlay: Option<&Candidate>,
+    slots: BTreeMap<NetworkId, u16>,
+    shortcut: bool,
+    records: impl IntoIterator<Item = &'a Record>,
+    port_is_there: impl Fn(&EndpointId) -> bool,
+) -> Local {
+    let attachments = records.into_iter().map(|record| {
+        let id = &record.endpoint.id;
+        (id.clone(), attachment(record, end(record, port_is_there(id))))
+    });
+    Local {
+        host: host.clone(),
+        underlay: underlay.cloned(),
+        routers: slots,
+        shortcut,
+        attachments: attachments.collect(),
+    }
+}
+
+/// Where the container's end of an endpoint should be, given whether the router's end is there.
+///
+/// Docker moves the device we hand it. Should it be lost later, it is made again right inside the container.
+fn end(record: &Record, port_is_there: bool) -> End {
+    match &record.sandbox {
+        None => End::Nowhere,
+        Some(Sandbox { path, ifname: Some(ifname), routes, .. }) => {
+            End::Inside { netns: path.clone(), ifname: ifname.clone(), routes: *routes }
         }
+        Some(_) if port_is_there => End::Handed,
+        Some(Sandbox { path, routes, .. }) => match free_ifname(path) {
+            Some(ifname) => End::Inside { netns: path.clone(), ifname, routes: *routes },
+            None => End::Nowhere,
+        },
     }
 }
 

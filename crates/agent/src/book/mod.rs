@@ -13,19 +13,20 @@ mod local;
 mod ports;
 
 pub(crate) use endpoints::inode;
-pub(crate) use local::handed;
+pub(crate) use local::{handed, local_with};
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::Instant;
 
 use model::api::{ApiError, ErrorCode};
 use model::{
-    Candidate, Catalog, Endpoint, EndpointId, Epoch, HostId, Key, Name, Network, NetworkId, Object, Revision,
-    UnixMillis, Watch,
+    Candidate, Catalog, Change, Endpoint, EndpointId, Epoch, HostId, Key, Name, Network, NetworkId, Object,
+    Revision, UnixMillis, Watch,
 };
 
 use crate::control::LocalEndpoint;
-use crate::ledger::{Ledger, LedgerError, Record};
+use crate::ledger::{Identity, Ledger, LedgerError, Record};
 
 /// The books.
 pub(crate) struct Book {
@@ -43,16 +44,26 @@ pub(crate) struct Book {
     foreign: BTreeMap<String, EndpointId>,
     reservations: BTreeSet<(NetworkId, IpAddr)>,
     used: BTreeMap<NetworkId, BTreeSet<IpAddr>>,
-    released: BTreeMap<(NetworkId, IpAddr), UnixMillis>,
+    /// When addresses were released, by [`Book::clock`].
+    released: BTreeMap<(NetworkId, IpAddr), i64>,
+    began: Instant,
+    /// The revision of the last word of a block that was withdrawn.
+    withdrawal: Revision,
     slots: BTreeMap<NetworkId, u16>,
     /// The ledger missed something of the snapshot: it is written whole as soon as that can be done.
     behind: bool,
-    /// Blocks and claims that the server is being given back, and may have: no address is given from them.
-    leaving: BTreeSet<Key>,
+    /// Blocks and claims that the server is being given back, and may have: no address is given from them until it has
+    /// granted them anew. A restart does not change that: what was asked of the server may come to it late.
+    leaving: BTreeMap<Key, Object>,
     /// This host's endpoints that the catalog does not have like this, or has and should not.
     differing: BTreeSet<EndpointId>,
     /// Endpoints by the namespace and interface that they were attached to.
     attached: BTreeMap<(Inode, String), EndpointId>,
+}
+
+/// When it was by [`Book::clock`] that began just now. A clock that was set back makes it now; an hour and more is all one.
+fn before(at: UnixMillis) -> i64 {
+    -i64::try_from(crate::now_millis().saturating_sub(at)).unwrap_or(i64::MAX)
 }
 
 /// What tells a namespace from others: device and inode of its file.
@@ -75,10 +86,12 @@ impl Book {
             foreign: BTreeMap::new(),
             reservations: BTreeSet::new(),
             used: BTreeMap::new(),
-            released: contents.released,
+            released: contents.released.into_iter().map(|(name, at)| (name, before(at))).collect(),
+            began: Instant::now(),
+            withdrawal: contents.revision,
             slots: contents.slots,
             behind: false,
-            leaving: BTreeSet::new(),
+            leaving: BTreeMap::new(),
             differing: BTreeSet::new(),
             attached: BTreeMap::new(),
         };
@@ -89,11 +102,35 @@ impl Book {
             book.used.entry(network.clone()).or_default().insert(address);
             book.reservations.insert((network, address));
         }
+        for key in contents.leaving {
+            if let Some(object) = book.catalog.get(&key) {
+                book.leaving.insert(key, object);
+            }
+        }
         book.compare_all();
         Ok(book)
     }
 
+    /// Keeps this host's new certificate.
+    pub(crate) fn certified(&mut self, identity: &Identity) -> Result<(), LedgerError> {
+        self.ledger.certified(identity)
+    }
+
     // ---- what others ask ----
+
+    /// Milliseconds since these books were opened: no jump of the machine's clock makes an address rest for less, or for ever.
+    pub(crate) fn clock(&self) -> i64 {
+        i64::try_from(self.began.elapsed().as_millis()).unwrap_or(i64::MAX)
+    }
+
+    /// The revision of the last word of a block that was withdrawn: the server waits to hear that it arrived.
+    pub(crate) fn withdrawal(&self) -> Revision {
+        self.withdrawal
+    }
+
+    pub(crate) fn slots(&self) -> &BTreeMap<NetworkId, u16> {
+        &self.slots
+    }
 
     pub(crate) fn records(&self) -> impl Iterator<Item = &Record> {
         self.records.values()
@@ -165,6 +202,7 @@ impl Book {
                 self.catalog = Catalog::from_objects(objects);
                 self.epoch = Some(epoch);
                 self.revision = revision;
+                self.withdrawal = revision;
                 self.domain = domain;
                 self.behind = true;
                 self.compare_all();
@@ -172,7 +210,16 @@ impl Book {
             Watch::Delta { revision, changes } => {
                 let written = if self.behind { Ok(()) } else { self.ledger.apply(revision, &changes) };
                 self.revision = revision;
+                let now = self.clock();
                 for change in changes {
+                    match &change {
+                        Change::Delete(Key::Block(..)) => self.withdrawal = revision,
+                        // Others may send to the host that had it for a moment.
+                        Change::Delete(Key::Claim(network, address)) => {
+                            self.released.insert((network.clone(), *address), now);
+                        }
+                        Change::Delete(_) | Change::Put(_) => {}
+                    }
                     let endpoint = match change.key() {
                         Key::Endpoint(id) => Some(id),
                         Key::Host(_) | Key::Network(_) | Key::Block(..) | Key::Claim(..) | Key::Peer(_) => {
@@ -187,14 +234,20 @@ impl Book {
                 self.behind |= written.is_err();
                 written?;
             }
-            Watch::Heartbeat { .. } => {}
+            Watch::Servers { urls } => self.ledger.set_servers(&urls)?,
+            Watch::Heartbeat { revision } => self.revision = revision,
         }
         let catalog = &self.catalog;
-        self.leaving.retain(|key| match key {
-            Key::Block(network, cidr) => catalog.blocks.contains_key(&(network.clone(), *cidr)),
-            Key::Claim(network, address) => catalog.claims.contains_key(&(network.clone(), *address)),
-            Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
-        });
+        let settled: Vec<Key> = self
+            .leaving
+            .iter()
+            .filter(|(key, object)| catalog.get(key).as_ref() != Some(object))
+            .map(|(key, _)| key.clone())
+            .collect();
+        for key in settled {
+            self.leaving.remove(&key);
+            self.ledger.set_leaving(&key, false)?;
+        }
         self.catch_up()
     }
 
@@ -209,27 +262,50 @@ impl Book {
 
     /// Takes in what the server answered to a lease or claim: addresses may be given from it at once.
     pub(crate) fn granted(&mut self, object: Object) -> Result<(), LedgerError> {
+        let key = object.key();
+        if self.leaving.get(&key) == Some(&object) {
+            // As it was, from before the server had it back.
+            return Ok(());
+        }
         self.ledger.put_object(&object)?;
-        self.leaving.remove(&object.key());
+        if self.leaving.remove(&key).is_some() {
+            self.ledger.set_leaving(&key, false)?;
+        }
         self.catalog.put(object);
         Ok(())
     }
 
     /// Lets go of a block or claim before the server is told: whether no address of it is used here. From now on none is
-    /// given from it, unless the server grants it again; a ledger that is opened again does not know it.
+    /// given from it, unless the server grants it anew.
     pub(crate) fn let_go(&mut self, key: &Key) -> Result<bool, LedgerError> {
+        if self.leaving.contains_key(key) {
+            return Ok(true);
+        }
         let idle = match key {
-            Key::Block(network, _) => {
-                !self.uses_addresses(network) && !self.catalog.gateway_of(&self.host).any(|id| id == network)
+            Key::Block(network, cidr) => {
+                let unused = !self.uses_addresses(network)
+                    && !self.catalog.gateway_of(&self.host).any(|id| id == network);
+                unused || self.spare_blocks(network).any(|block| block.cidr == *cidr)
             }
-            Key::Claim(network, address) => !self.is_used(network, *address),
+            Key::Claim(network, address) => {
+                !self.is_used(network, *address) && !self.needs_claim_for_router(network, *address)
+            }
             Key::Host(_) | Key::Network(_) | Key::Endpoint(_) | Key::Peer(_) => false,
         };
-        if idle {
-            self.ledger.delete_object(key)?;
-            self.leaving.insert(key.clone());
-        }
-        Ok(idle)
+        let Some(object) = self.catalog.get(key).filter(|_| idle) else { return Ok(false) };
+        self.ledger.set_leaving(key, true)?;
+        self.leaving.insert(key.clone(), object);
+        Ok(true)
+    }
+
+    /// What of a network is on its way back to the server.
+    pub(crate) fn leaving(&self) -> impl Iterator<Item = &Object> {
+        self.leaving.values()
+    }
+
+    /// Whether an address is that of this host's router, which has no block to have one from.
+    pub(crate) fn needs_claim_for_router(&self, network: &NetworkId, address: IpAddr) -> bool {
+        self.uses_addresses(network) && self.catalog.router_address(network, &self.host) == Some(address)
     }
 
     /// Forgets what is kept of networks that are gone.

@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use model::NetworkId;
@@ -35,6 +36,8 @@ pub(super) struct Follower {
     pub(super) control: Control,
     state: Arc<State>,
     status: watch::Sender<DockerStatus>,
+    /// How many events were taken in.
+    events: Arc<AtomicU64>,
     resolv_conf: PathBuf,
     sweep: Sweep,
     /// What was said already, so that it is said once and again only after it was over.
@@ -64,6 +67,7 @@ impl Follower {
         control: Control,
         state: Arc<State>,
         status: watch::Sender<DockerStatus>,
+        events: Arc<AtomicU64>,
         resolv_conf: PathBuf,
     ) -> Self {
         Self {
@@ -71,6 +75,7 @@ impl Follower {
             control,
             state,
             status,
+            events,
             resolv_conf,
             sweep: Sweep::default(),
             told: BTreeSet::new(),
@@ -130,6 +135,7 @@ impl Follower {
                 event = events.next() => match event? {
                     None => return Ok(()),
                     Some(event) => {
+                        self.events.fetch_add(1, Ordering::Relaxed);
                         died |= matches!(event.action.as_str(), "die" | "destroy" | "disconnect");
                         self.happened(&mut session, event).await?;
                     }

@@ -11,6 +11,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use model::agent_api::DockerStatus;
 use tokio::sync::watch;
@@ -85,17 +86,18 @@ pub enum Error {
     Client(String),
 }
 
-/// Serves the engine until dropped. Returns only where it cannot begin.
+/// Serves the engine until dropped; counts its events in `events`. Returns only where it cannot begin.
 pub async fn run(
     config: Config,
     control: Control,
     status: watch::Sender<DockerStatus>,
+    events: Arc<AtomicU64>,
 ) -> Result<std::convert::Infallible, Error> {
     let state = Arc::new(state::State::open(&config.state_dir)?);
     let socket = plugin::Socket::bind(&config.plugin_socket)?;
     let engine = engine::Engine::new(&config.engine)?;
     let plugin = plugin::Plugin::new(control.clone(), state.clone());
-    let follower = follow::Follower::new(engine, control, state, status, config.resolv_conf);
+    let follower = follow::Follower::new(engine, control, state, status, events, config.resolv_conf);
     tokio::select! {
         never = socket.serve(plugin) => match never {},
         never = follower.run() => match never {},

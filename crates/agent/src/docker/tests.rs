@@ -44,7 +44,17 @@ impl Lessor for NoLessor {
         Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
     }
 
-    fn claim(&self, _: NetworkId, _: IpAddr, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
+    fn give_back(&self, _: model::Object) -> BoxFuture<Result<(), ApiError>> {
+        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
+    }
+
+    fn claim(
+        &self,
+        _: NetworkId,
+        _: Option<IpAddr>,
+        _: EndpointId,
+        _: bool,
+    ) -> BoxFuture<Result<model::Claim, ApiError>> {
         Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
     }
 }
@@ -164,8 +174,12 @@ impl World {
             | Command::Claimed { .. }
             | Command::Watch(_)
             | Command::Underlay(_)
+            | Command::Certified { .. }
             | Command::EngineStarted
             | Command::LetGo { .. }
+            | Command::Consent { .. }
+            | Command::Leaving { .. }
+            | Command::Books { .. }
             | Command::Stop => {}
         }
     }
@@ -663,7 +677,7 @@ async fn the_follower_waits_for_the_engine_shows_each_network_and_learns_what_co
         state_dir: dir.path().join("state"),
     };
     std::fs::write(&config.resolv_conf, "nameserver 127.0.0.1\n").unwrap();
-    let agent = tokio::spawn(super::run(config.clone(), control, status));
+    let agent = tokio::spawn(super::run(config.clone(), control, status, Arc::default()));
     until("the agent waits", || matches!(*seen.borrow(), DockerStatus::Waiting { .. })).await;
 
     // The engine comes: it has a network of somebody else's with the name of one of ours, and a leftover of ours.

@@ -12,6 +12,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -63,6 +64,9 @@ pub struct Forwarder {
     own: Vec<IpAddr>,
     patience: Duration,
     known: Mutex<Known>,
+    answered: AtomicU64,
+    forwarded: AtomicU64,
+    failed: AtomicU64,
 }
 
 /// What is known of the servers.
@@ -80,7 +84,31 @@ struct Known {
 impl Forwarder {
     /// Asks `upstreams`, but never the service address nor one of `own`.
     pub fn new(upstreams: Upstreams, own: Vec<IpAddr>) -> Self {
-        Self { upstreams, own, patience: PATIENCE, known: Mutex::default() }
+        Self {
+            upstreams,
+            own,
+            patience: PATIENCE,
+            known: Mutex::default(),
+            answered: AtomicU64::new(0),
+            forwarded: AtomicU64::new(0),
+            failed: AtomicU64::new(0),
+        }
+    }
+
+    /// A query of a container was answered from what this host knows.
+    pub(super) fn count_answered(&self) {
+        self.answered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A query went to others, and was answered or not.
+    pub(super) fn count_forwarded(&self, good: bool) {
+        (if good { &self.forwarded } else { &self.failed }).fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many queries there were of all routers' containers, by what became of them.
+    pub(crate) fn queries(&self) -> [(&'static str, u64); 3] {
+        [("answered", &self.answered), ("forwarded", &self.forwarded), ("failed", &self.failed)]
+            .map(|(outcome, count)| (outcome, count.load(Ordering::Relaxed)))
     }
 
     /// With other than two seconds for one server.

@@ -84,16 +84,24 @@ impl Desk {
         let zone = self.zones.newest();
         match react(query, asker, transport, &zone, self.turn.fetch_add(1, Ordering::Relaxed)) {
             Reaction::Ignore => Next::Nothing,
-            Reaction::Reply(bytes) => Next::Send(bytes),
+            Reaction::Reply(bytes) => {
+                self.forwarder.count_answered();
+                Next::Send(bytes)
+            }
             Reaction::Forward(forward) => match self.forwards.take(asker) {
                 Some(permit) => Next::Ask(forward, permit),
-                None => Next::Send(forward.fail()),
+                None => {
+                    self.forwarder.count_forwarded(false);
+                    Next::Send(forward.fail())
+                }
             },
         }
     }
 
     async fn ask(self, forward: Box<Forward>, permit: Permit) -> Vec<u8> {
-        let answer = match self.forwarder.ask(&forward).await {
+        let asked = self.forwarder.ask(&forward).await;
+        self.forwarder.count_forwarded(asked.is_ok());
+        let answer = match asked {
             Ok(answer) => forward.relay(answer),
             Err(error) => {
                 debug!(%error, "not answered");

@@ -178,6 +178,7 @@ impl Engine {
         match input {
             Input::View => self.apply(now),
             Input::Addresses => self.follow_addresses(now),
+            Input::Certified(own) => self.certified(*own, now),
             Input::Signal(signal) => self.signal(signal, now),
             Input::Command(command) => self.command(command, now),
             Input::CaptureEnded(peer) => {
@@ -365,6 +366,7 @@ impl Engine {
                 Ok(
                     Input::View
                     | Input::Addresses
+                    | Input::Certified(_)
                     | Input::Signal(_)
                     | Input::Command(_)
                     | Input::CaptureEnded(_)

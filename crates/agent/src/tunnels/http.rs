@@ -1,4 +1,4 @@
-//! Tunnels on the agent's socket: look, rekey, reset, capture, metrics.
+//! Tunnels on the agent's socket: look, rekey, reset, capture.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -31,7 +31,6 @@ pub(crate) fn routes() -> Router<Arc<Context>> {
         .route(path::TUNNEL_REKEY, post(rekey))
         .route(path::TUNNEL_RESET, post(reset))
         .route(path::TUNNEL_CAPTURE, get(capture))
-        .route(path::METRICS, get(metrics))
 }
 
 async fn list(State(context): State<Arc<Context>>) -> Result<Json<Vec<TunnelStatus>>, Refused> {
@@ -64,11 +63,6 @@ async fn reset(
 ) -> Result<StatusCode, Refused> {
     context.tunnels.reset(peer, who.to_string()).await?;
     Ok(StatusCode::NO_CONTENT)
-}
-
-async fn metrics(State(context): State<Arc<Context>>) -> Result<Response, Refused> {
-    let text = context.tunnels.metrics().await?;
-    Ok(([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response())
 }
 
 async fn capture(

@@ -1,11 +1,11 @@
-//! Tunnels as metrics, in Prometheus' text format 0.0.4.
+//! Tunnels as metrics.
 
 use std::collections::BTreeMap;
-use std::fmt::{self, Write as _};
 use std::time::Duration;
 
 use ike::ChildUse;
 use model::agent_api::{TunnelState, TunnelStatus};
+use model::exposition::{Exposition, Kind, Value};
 
 /// The states that a tunnel can be in, as the label has them.
 const STATES: [&str; 5] = ["waiting", "connecting", "up", "silent", "failed"];
@@ -15,10 +15,10 @@ pub(super) type Tunnel = (TunnelStatus, ChildUse);
 
 /// All metrics. `drops` are those of the packet path as a whole.
 pub(super) fn text(tunnels: &[Tunnel], drops: &BTreeMap<&'static str, u64>) -> String {
-    let mut out = Text { tunnels, text: String::new() };
+    let mut out = Text { tunnels, out: Exposition::default() };
     out.each(
         "droveway_tunnel_state",
-        "gauge",
+        Kind::Gauge,
         "1 for the state that the tunnel is in, 0 for all others.",
         |(it, _)| {
             let now = state(&it.state);
@@ -28,15 +28,15 @@ pub(super) fn text(tunnels: &[Tunnel], drops: &BTreeMap<&'static str, u64>) -> S
                 .collect()
         },
     );
-    out.each("droveway_tunnel_bytes_total", "counter", "Bytes of inner packets.", |(_, used)| {
+    out.each("droveway_tunnel_bytes_total", Kind::Counter, "Bytes of inner packets.", |(_, used)| {
         both_ways(used.bytes_in, used.bytes_out)
     });
-    out.each("droveway_tunnel_packets_total", "counter", "Inner packets.", |(_, used)| {
+    out.each("droveway_tunnel_packets_total", Kind::Counter, "Inner packets.", |(_, used)| {
         both_ways(used.packets_in, used.packets_out)
     });
     out.each(
         "droveway_tunnel_drops_total",
-        "counter",
+        Kind::Counter,
         "Packets of the tunnel that got no further.",
         |(it, _)| {
             it.drops
@@ -45,18 +45,18 @@ pub(super) fn text(tunnels: &[Tunnel], drops: &BTreeMap<&'static str, u64>) -> S
                 .collect()
         },
     );
-    out.each("droveway_tunnel_handshakes_total", "counter", "IKE SAs made with the peer.", |(it, _)| {
+    out.each("droveway_tunnel_handshakes_total", Kind::Counter, "IKE SAs made with the peer.", |(it, _)| {
         only(Value::Count(it.handshakes))
     });
     out.each(
         "droveway_tunnel_rekeys_total",
-        "counter",
+        Kind::Counter,
         "CHILD_SAs made in the place of others.",
         |(it, _)| only(Value::Count(it.rekeys)),
     );
     out.each(
         "droveway_tunnel_rtt_seconds",
-        "gauge",
+        Kind::Gauge,
         "Median round-trip time of the last probes.",
         |(it, _)| {
             it.rtt_us.map(|us| only(Value::Real(Duration::from_micros(us).as_secs_f64()))).unwrap_or_default()
@@ -64,43 +64,31 @@ pub(super) fn text(tunnels: &[Tunnel], drops: &BTreeMap<&'static str, u64>) -> S
     );
     out.each(
         "droveway_tunnel_loss_ratio",
-        "gauge",
+        Kind::Gauge,
         "Of the last probes, how many were not answered.",
         |(it, _)| it.loss_permille.map(|loss| only(Value::Real(f64::from(loss) / 1e3))).unwrap_or_default(),
     );
     out.each(
         "droveway_tunnel_mtu_bytes",
-        "gauge",
+        Kind::Gauge,
         "The largest inner packet that is known to pass.",
         |(it, _)| it.mtu.map(|mtu| only(Value::Count(mtu.into()))).unwrap_or_default(),
     );
     out.each(
         "droveway_tunnel_black_hole",
-        "gauge",
+        Kind::Gauge,
         "1 where large packets vanish without a word.",
         |(it, _)| only(Value::Count(it.black_hole.into())),
     );
-    out.family("droveway_drops_total", "counter", "Packets that got no further, of all tunnels and of none.");
+    out.out.family(
+        "droveway_drops_total",
+        Kind::Counter,
+        "Packets that got no further, of all tunnels and of none.",
+    );
     for (reason, count) in drops {
-        out.sample("droveway_drops_total", &[("reason", reason)], Value::Count(*count));
+        out.out.sample("droveway_drops_total", &[("reason", reason)], Value::Count(*count));
     }
-    out.text
-}
-
-/// A sample's value: counts are whole, whatever their size.
-#[derive(Clone, Copy)]
-enum Value {
-    Count(u64),
-    Real(f64),
-}
-
-impl fmt::Display for Value {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Count(count) => write!(f, "{count}"),
-            Self::Real(real) => write!(f, "{real}"),
-        }
-    }
+    out.out.finish()
 }
 
 type Samples<'a> = Vec<(Option<(&'static str, &'a str)>, Value)>;
@@ -117,35 +105,20 @@ fn both_ways(inward: u64, outward: u64) -> Samples<'static> {
 
 struct Text<'a> {
     tunnels: &'a [Tunnel],
-    text: String,
+    out: Exposition,
 }
 
 impl<'a> Text<'a> {
     /// A metric of tunnels, each with the peer's name and at most one label more.
-    fn each(&mut self, name: &str, kind: &str, help: &str, samples: impl Fn(&'a Tunnel) -> Samples<'a>) {
-        self.family(name, kind, help);
+    fn each(&mut self, name: &str, kind: Kind, help: &str, samples: impl Fn(&'a Tunnel) -> Samples<'a>) {
+        self.out.family(name, kind, help);
         for tunnel in self.tunnels {
             for (label, value) in samples(tunnel) {
                 let labels: Vec<_> = [("peer", tunnel.0.peer.as_str())].into_iter().chain(label).collect();
-                self.sample(name, &labels, value);
+                self.out.sample(name, &labels, value);
             }
         }
     }
-
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        // Writing to a string cannot fail.
-        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: Value) {
-        let labels: Vec<String> =
-            labels.iter().map(|(key, text)| format!("{key}=\"{}\"", escaped(text))).collect();
-        let _ = writeln!(self.text, "{name}{{{}}} {value}", labels.join(","));
-    }
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
 }
 
 fn state(state: &TunnelState) -> &'static str {
@@ -204,10 +177,6 @@ mod tests {
             assert!(text.lines().any(|it| it == line), "{line} in\n{text}");
         }
         assert!(!text.contains("loss_ratio{"), "what is not known is not told");
-    }
-
-    #[test]
-    fn a_label_cannot_break_out_of_its_quotes() {
-        assert_eq!(escaped("a\"b\\c\nd"), "a\\\"b\\\\c\\nd");
+        assert_eq!(model::exposition::faults(&text), [""; 0]);
     }
 }

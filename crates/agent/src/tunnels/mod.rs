@@ -88,6 +88,8 @@ enum Input {
     Addresses,
     /// The packet path noticed something.
     Signal(Signal),
+    /// This host has a new certificate.
+    Certified(Box<Own>),
     /// Someone asks.
     Command(Command),
     /// A capture has ended.
@@ -210,6 +212,12 @@ impl Tunnels {
     /// Closes the tunnel and begins anew.
     pub(crate) async fn reset(&self, peer: String, who: String) -> Result<(), ApiError> {
         self.ask(|reply| Command::Reset { peer, who, reply }).await
+    }
+
+    /// Proves this host by its new certificate from now on. Tunnels go on.
+    pub(crate) async fn certified(&self, identity: &Identity) -> Result<(), String> {
+        let own = Own::of(identity)?;
+        self.send(Input::Certified(Box::new(own))).await.map_err(|error| error.message)
     }
 
     /// Metrics in Prometheus' text format.

@@ -11,7 +11,7 @@ use plan::{Far, Inside, Tunnel};
 
 use super::engine::{Engine, PATHS_EACH, Port500};
 use super::peer::{Peer, Slot};
-use super::wanted;
+use super::wanted::{self, Own};
 use crate::dataplane::{PeerIndex, Sockets};
 
 impl Engine {
@@ -44,6 +44,15 @@ impl Engine {
         }
         self.routes = self.find_routes();
         self.open_port_500();
+    }
+
+    /// Proves this host by `own` from now on; associations that are there stay.
+    pub(super) fn certified(&mut self, own: Own, now: Instant) {
+        self.own = own;
+        let peers: Vec<_> = self.peers.iter().map(|(far, peer)| (far.clone(), peer.tunnel.clone())).collect();
+        for (far, tunnel) in peers {
+            self.configure(&far, &tunnel, now);
+        }
     }
 
     /// Port 500 is open while there are foreign peers.

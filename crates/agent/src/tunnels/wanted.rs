@@ -231,9 +231,11 @@ mod tests {
             name: "h1".parse().unwrap(),
             environment: model::EnvironmentId::default(),
             server: String::new(),
+            servers: Vec::new(),
             ca: String::new(),
             certificate: certificate.pem(),
             key: key.serialize_pem(),
+            certified: 0,
         })
         .unwrap()
     }

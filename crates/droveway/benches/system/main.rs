@@ -3,8 +3,9 @@
 //! A lab of three hosts is brought up; what is compared with it is made by hand beside it. A figure that misses its target is
 //! said plainly and is no failure: a timing is never a test. Needs root, `iperf3` and `ping` (`scripts/deps.sh bench`).
 //!
-//! `cargo bench -p droveway --bench system -- [--quick] [stream] [attach] [ping] [memory] [scale]`
+//! `cargo bench -p droveway --bench system -- [--quick] [stream] [attach] [ping] [memory] [scale] [agents]`
 
+mod agents;
 mod attach;
 mod figures;
 mod host;
@@ -24,7 +25,7 @@ use probe::Probe;
 
 /// Measured, unless `DROVEWAY_PROGRAM` names another build to compare.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_droveway");
-const PHASES: [&str; 5] = ["stream", "attach", "ping", "memory", "scale"];
+const PHASES: [&str; 6] = ["stream", "attach", "ping", "memory", "scale", "agents"];
 
 /// How much of everything.
 struct Size {
@@ -33,11 +34,28 @@ struct Size {
     attaches: usize,
     endpoints: usize,
     counts: &'static [usize],
+    agents: usize,
+    changing: u64,
 }
 
-const FULL: Size =
-    Size { rounds: 15, seconds: 3, attaches: 200, endpoints: 500, counts: &[1, 10, 100, 500, 1000] };
-const QUICK: Size = Size { rounds: 3, seconds: 2, attaches: 50, endpoints: 60, counts: &[1, 50, 100] };
+const FULL: Size = Size {
+    rounds: 15,
+    seconds: 3,
+    attaches: 200,
+    endpoints: 500,
+    counts: &[1, 10, 100, 500, 1000],
+    agents: 1000,
+    changing: 60,
+};
+const QUICK: Size = Size {
+    rounds: 3,
+    seconds: 2,
+    attaches: 50,
+    endpoints: 60,
+    counts: &[1, 50, 100],
+    agents: 200,
+    changing: 10,
+};
 
 fn main() -> ExitCode {
     match run() {
@@ -64,6 +82,14 @@ fn run() -> Result<()> {
     let mut report = Report::new(target.join("bench"))?;
     machine();
     let program = std::env::var_os("DROVEWAY_PROGRAM").unwrap_or_else(|| PROGRAM.into());
+    if does("agents") {
+        println!("{} simulated agents on one server, {} s of changes", size.agents, size.changing);
+        let outcome = agents::measure(Path::new(&program), size.agents, size.changing, &mut report);
+        outcome.unwrap_or_else(|error| report.failed("agents", &error));
+    }
+    if wanted == ["agents"] {
+        return report.print();
+    }
     let spec = |suffix: &str| -> Result<LabSpec> {
         let spec = LabSpec::new(&format!("bench{}{suffix}", std::process::id()))?;
         Ok(LabSpec { hosts: 3, program: PathBuf::from(&program), ..spec })

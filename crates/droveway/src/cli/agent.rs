@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -38,9 +38,9 @@ const TOKEN_MAX: u64 = 4096;
 
 Prefer --token-file, or DROVEWAY_TOKEN: all users of a machine can see its command lines.")]
 pub(super) struct AgentArgs {
-    /// Where the server is; kept after joining
-    #[arg(long, env = "DROVEWAY_SERVER", hide_env_values = true, value_name = "URL", value_parser = parse::server_url)]
-    server: Option<Url>,
+    /// Where the server is; kept after joining. Of several servers any will do: repeat it, or put commas between them
+    #[arg(long = "server", env = "DROVEWAY_SERVER", hide_env_values = true, value_name = "URL", value_delimiter = ',', value_parser = parse::server_url)]
+    servers: Vec<Url>,
     /// The join token itself. All users of the machine can read it in the list of processes: prefer --token-file
     #[arg(long, value_name = "TOKEN")]
     token: Option<String>,
@@ -95,6 +95,10 @@ pub(super) struct AgentArgs {
     /// For tests: a new IKE SA after so many seconds [default: four hours]
     #[arg(long, hide = true, env = "DROVEWAY_REKEY_IKE_EVERY", value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     rekey_ike_every: Option<u64>,
+    /// Also answer /metrics, /healthz and /readyz at this address, over HTTP without TLS; nothing secret is told, but let
+    /// only those reach it who should look [default: at the socket alone]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    metrics: Option<SocketAddr>,
     #[command(flatten)]
     pub(super) log: LogArgs,
 }
@@ -103,7 +107,7 @@ pub(super) struct AgentArgs {
 impl fmt::Debug for AgentArgs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("AgentArgs")
-            .field("server", &self.server)
+            .field("servers", &self.servers)
             .field("name", &self.name)
             .finish_non_exhaustive()
     }
@@ -112,7 +116,7 @@ impl fmt::Debug for AgentArgs {
 /// What the options come to: the words of `agent::Config`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Settings {
-    pub(super) server: Option<String>,
+    pub(super) servers: Vec<String>,
     pub(super) token: Option<JoinToken>,
     pub(super) address: Option<IpAddr>,
     pub(super) interface: Option<String>,
@@ -123,6 +127,7 @@ pub(super) struct Settings {
     pub(super) docker: Option<PathBuf>,
     pub(super) forwarders: Vec<IpAddr>,
     pub(super) tunnels: agent::tunnels::Settings,
+    pub(super) metrics: Option<SocketAddr>,
     pub(super) shortcut: bool,
 }
 
@@ -135,7 +140,7 @@ impl AgentArgs {
             self.token_file.as_deref().filter(|file| !joined || *file == Path::new("-") || file.exists());
         let token = read_token(self.token, file, variable)?;
         Ok(Settings {
-            server: self.server.map(|url| url.as_str().trim_end_matches('/').to_owned()),
+            servers: self.servers.iter().map(|url| url.as_str().trim_end_matches('/').to_owned()).collect(),
             token,
             address: self.address,
             interface: self.interface,
@@ -152,6 +157,7 @@ impl AgentArgs {
                 rekey_ike_every: self.rekey_ike_every.map(Duration::from_secs),
                 tuning: Tuning { workers: self.workers.or(self.tuning.workers), ..self.tuning },
             },
+            metrics: self.metrics,
             shortcut: !self.no_shortcut,
         })
     }
@@ -265,7 +271,7 @@ mod tests {
     fn the_rest_is_passed_on() {
         let args = [
             "--server",
-            "h:7443",
+            "h:7443,g:7443",
             "--label",
             "zone=a",
             "--label",
@@ -278,7 +284,7 @@ mod tests {
             "4501",
         ];
         let settings = settle(&args, None).unwrap();
-        assert_eq!(settings.server.as_deref(), Some("https://h:7443"));
+        assert_eq!(settings.servers, ["https://h:7443", "https://g:7443"]);
         assert_eq!(settings.tunnels.port, 4501);
         assert!(Alone::try_parse_from(["agent", "--tunnel-port", "500"]).is_err());
         assert_eq!(settings.labels.len(), 2);

@@ -27,11 +27,13 @@ pub enum Exit {
     Unreachable = 6,
     /// Nothing free is left.
     Exhausted = 7,
+    /// Something is not as it should be.
+    Unwell = 8,
 }
 
 impl Exit {
     /// Every code, in order.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Ok,
         Self::Internal,
         Self::Usage,
@@ -40,6 +42,7 @@ impl Exit {
         Self::Denied,
         Self::Unreachable,
         Self::Exhausted,
+        Self::Unwell,
     ];
 
     /// What it means, for the help.
@@ -48,11 +51,12 @@ impl Exit {
             Self::Ok => "done",
             Self::Internal => "a fault of Droveway or of the machine",
             Self::Usage => "the request is wrong: an option, a value, a combination",
-            Self::NotFound => "no such network, host, endpoint, peer, tunnel or token",
+            Self::NotFound => "no such network, host, endpoint, peer, tunnel, token or key",
             Self::Conflict => "it exists already, overlaps, or is in use",
             Self::Denied => "no valid key or certificate, or not allowed",
             Self::Unreachable => "the server or the agent does not answer",
             Self::Exhausted => "no address or block is free",
+            Self::Unwell => "`doctor` or `ipam check` found something",
         }
     }
 
@@ -60,9 +64,10 @@ impl Exit {
     pub fn of(code: ErrorCode) -> Self {
         match code {
             ErrorCode::Invalid | ErrorCode::TooLarge => Self::Usage,
+            ErrorCode::TooSlow | ErrorCode::TooMany => Self::Unreachable,
             ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Denied,
             ErrorCode::NotFound => Self::NotFound,
-            ErrorCode::Conflict | ErrorCode::InUse => Self::Conflict,
+            ErrorCode::Conflict | ErrorCode::InUse | ErrorCode::Unreported => Self::Conflict,
             ErrorCode::Exhausted => Self::Exhausted,
             ErrorCode::Unavailable => Self::Unreachable,
             ErrorCode::Compacted | ErrorCode::Internal => Self::Internal,
@@ -95,12 +100,14 @@ pub struct Failure {
     pub message: String,
     /// What to do about it, where the message does not say it already.
     pub remedy: Option<String>,
+    /// The request's id, which the server's log has, too.
+    pub request: Option<String>,
 }
 
 impl Failure {
     /// A failure whose message says all.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
-        Self { exit, message: message.into(), remedy: None }
+        Self { exit, message: message.into(), remedy: None, request: None }
     }
 
     /// The same with a remedy.
@@ -115,13 +122,16 @@ impl Failure {
         if let Some(remedy) = &self.remedy {
             let _ = writeln!(text, "  try: {}", printable(remedy));
         }
+        if let Some(request) = &self.request {
+            let _ = writeln!(text, "  request: {}", printable(request));
+        }
         text
     }
 }
 
 impl From<ApiError> for Failure {
     fn from(error: ApiError) -> Self {
-        let failure = Self::new(Exit::of(error.code), error.message);
+        let failure = Self { request: error.request, ..Self::new(Exit::of(error.code), error.message) };
         match error.code {
             ErrorCode::Unauthenticated => failure.remedy(
                 "--key-file (or DROVEWAY_KEY_FILE) must name a key of this server; admin.key in the server's --data-dir is one",
@@ -134,7 +144,10 @@ impl From<ApiError> for Failure {
             | ErrorCode::Conflict
             | ErrorCode::InUse
             | ErrorCode::TooLarge
+            | ErrorCode::TooSlow
+            | ErrorCode::TooMany
             | ErrorCode::Exhausted
+            | ErrorCode::Unreported
             | ErrorCode::Compacted => failure,
         }
     }
@@ -204,7 +217,10 @@ mod tests {
             (ErrorCode::Conflict, 4),
             (ErrorCode::InUse, 4),
             (ErrorCode::TooLarge, 2),
+            (ErrorCode::TooSlow, 6),
+            (ErrorCode::TooMany, 6),
             (ErrorCode::Exhausted, 7),
+            (ErrorCode::Unreported, 4),
             (ErrorCode::Compacted, 1),
             (ErrorCode::Internal, 1),
             (ErrorCode::Unavailable, 6),
@@ -227,7 +243,7 @@ mod tests {
         let help = help();
         let codes: Vec<&str> =
             help.lines().skip(1).filter_map(|line| line.split_whitespace().next()).collect();
-        assert_eq!(codes, ["0", "1", "2", "3", "4", "5", "6", "7"]);
+        assert_eq!(codes, ["0", "1", "2", "3", "4", "5", "6", "7", "8"]);
     }
 
     #[test]
@@ -239,6 +255,13 @@ mod tests {
         assert_eq!(lines[0], "error: nothing answers at https://h:7443: Connection refused");
         assert!(lines[1].starts_with("  try: ") && lines[1].contains("DROVEWAY_SERVER"), "{text}");
         assert_eq!(lines.len(), 2);
+    }
+
+    #[test]
+    fn a_refusal_names_the_request_that_the_log_of_the_server_has() {
+        let refusal =
+            ApiError { request: Some("ab12".into()), ..ApiError::new(ErrorCode::Conflict, "in use") };
+        assert_eq!(Failure::from(refusal).render(), "error: in use\n  request: ab12\n");
     }
 
     #[test]

@@ -12,6 +12,9 @@ use super::table::{Details, Table};
 use super::{parse, text};
 use crate::client::{Client, Error};
 
+/// How long before its end the CA's is remarked: three years, in milliseconds.
+const CA_REMARK: u64 = 3 * 365 * 86_400_000;
+
 /// Hosts: the machines that run the agent
 #[derive(Debug, Args)]
 pub(super) struct HostArgs {
@@ -80,7 +83,11 @@ impl HostArgs {
                     &hosts,
                     table,
                     "There is no host yet; `droveway token create` prints how to join one.",
-                )
+                )?;
+                if let Some(remark) = ca_ends(client.info().await?.ca_expires, text::now()) {
+                    output.remark(&remark);
+                }
+                Ok(())
             }
             Verb::Inspect { names } => {
                 inspect::<Hosts, _>(&client, output, &names, async || Ok(details)).await
@@ -120,6 +127,16 @@ impl Kind for Hosts {
     }
 }
 
+/// That the CA runs out, long before it does.
+fn ca_ends(expires: model::UnixMillis, now: model::UnixMillis) -> Option<String> {
+    (expires < now + CA_REMARK).then(|| {
+        format!(
+            "The CA's certificate runs out on {}. All hosts have to join a new environment before that: see docs/operations.md.",
+            text::utc(expires)
+        )
+    })
+}
+
 fn labelled(view: &HostView) -> String {
     let labels = text::labels(&view.host.labels);
     let labels = if labels.is_empty() { "no labels" } else { &labels };
@@ -155,6 +172,16 @@ pub(super) fn behind_nat(host: &Host) -> Option<String> {
     Some(format!("behind NAT ({})", outside.address))
 }
 
+/// Until when the certificate is good that the host's agent showed last.
+fn certificate(expires: model::UnixMillis) -> String {
+    let until = text::utc(expires);
+    if expires > text::now() {
+        format!("good until {until}")
+    } else {
+        format!("ran out on {until}: shown, not enforced")
+    }
+}
+
 fn seen(view: &HostView, now: model::UnixMillis) -> String {
     view.seen.map(|seen| format!("{} ago", text::age(seen, now))).unwrap_or_default()
 }
@@ -174,6 +201,7 @@ fn details(view: &HostView) -> Details {
         .add("State", state(view))
         .add("Seen", view.seen.map(text::utc).unwrap_or_default())
         .add("Agent", view.version.clone().unwrap_or_default())
+        .add("Certificate", view.certificate_expires.map(certificate).unwrap_or_default())
         .add("Addresses", addresses(&host.candidates))
         .add(
             "Reached",
@@ -219,6 +247,13 @@ mod tests {
         assert_eq!(row, ["h1", "up", "now", "10.0.0.6", "0", "3", "0.1.0", "zone=a"]);
         assert!(details(&view).render().contains("10.0.0.6, MTU 1500, on the route to the server"));
         assert_eq!(labelled(&view), "h1: zone=a\n");
+    }
+
+    #[test]
+    fn the_end_of_the_ca_is_remarked_three_years_before() {
+        let year = 365 * 86_400_000;
+        assert_eq!(ca_ends(50 * year, 0), None);
+        assert!(ca_ends(2 * year, 0).unwrap().contains("runs out on 1972-01-01"));
     }
 
     #[test]

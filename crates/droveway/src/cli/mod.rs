@@ -3,11 +3,15 @@
 //! Invariant: a verb reaches the server only by its API and the agent only by its socket.
 
 mod agent;
+mod audit;
 mod completion;
 mod connection;
+mod doctor;
 mod endpoint;
 mod exit;
 mod host;
+mod ipam;
+mod key;
 mod kind;
 mod local;
 mod log;
@@ -66,7 +70,7 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Server(server::ServerArgs),
+    Server(Box<server::ServerArgs>),
     Agent(agent::AgentArgs),
     Status(status::StatusArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
@@ -81,6 +85,12 @@ enum Command {
     Peer(peer::PeerArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Token(token::TokenArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Key(key::KeyArgs),
+    #[command(subcommand_required = true, arg_required_else_help = true)]
+    Audit(audit::AuditArgs),
+    Ipam(ipam::IpamArgs),
+    Doctor(doctor::DoctorArgs),
     Completion(completion::CompletionArgs),
     #[command(subcommand_required = true, arg_required_else_help = true)]
     Lab(lab::cli::LabCommand),
@@ -97,6 +107,7 @@ fn long_help() -> String {
   docker run -d --network managed --name db redis
   droveway endpoint ls                     # what is attached, where
   droveway tunnel ls                       # on a host: how its tunnels are
+  droveway doctor                          # on a host: what is not as it should be
 
 {}
 Environment:
@@ -127,7 +138,10 @@ impl Cli {
         let done = match self.command {
             Command::Lab(command) => return Ok(lab::cli::main(command, self.output)?),
             Command::Hidden(verb) => return Ok(lab::hidden::main(verb)?),
-            Command::Server(args) => run::server(args),
+            Command::Server(args) => match *args {
+                server::ServerArgs { verb: Some(verb), .. } => short_lived(verb.run(output)),
+                args => run::server(args),
+            },
             Command::Agent(args) => run::agent(args),
             Command::Status(args) => short_lived(args.run(output)),
             Command::Network(args) => short_lived(args.run(output)),
@@ -136,6 +150,10 @@ impl Cli {
             Command::Tunnel(args) => short_lived(args.run(output)),
             Command::Peer(args) => short_lived(args.run(output)),
             Command::Token(args) => short_lived(args.run(output)),
+            Command::Key(args) => short_lived(args.run(output)),
+            Command::Audit(args) => short_lived(args.run(output)),
+            Command::Ipam(args) => short_lived(args.run(output)),
+            Command::Doctor(args) => short_lived(args.run(output)),
             Command::Completion(args) => args.run(),
         };
         done.map(|()| Exit::Ok.into())
@@ -199,8 +217,12 @@ mod tests {
             "host label",
             "endpoint inspect",
             "token create",
+            "key create",
+            "audit ls",
             "tunnel ls",
             "tunnel capture",
+            "ipam ls",
+            "doctor",
             "peer create",
             "status",
             "completion",

@@ -33,6 +33,11 @@ impl Output {
         Self { format, width: terminal_width() }
     }
 
+    /// How objects are printed.
+    pub(super) fn format(self) -> Format {
+        self.format
+    }
+
     /// Prints a list: its objects, or a row for each. `none` says on stderr that there is none, and what would make one.
     pub(super) fn list<T: Serialize>(
         self,

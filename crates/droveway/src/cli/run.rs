@@ -5,6 +5,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -17,16 +18,27 @@ use super::server::{Ready, ServerArgs, greeting};
 /// Runs the server until SIGINT or SIGTERM.
 pub(super) fn server(args: ServerArgs) -> Result<(), Failure> {
     args.log.start()?;
+    // Each agent is a connection; the limit that most systems begin with is for programs that have few.
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, most, most)
+    {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     super::on(threads(), serve(args))
 }
 
 async fn serve(args: ServerArgs) -> Result<(), Failure> {
     let stop = shutdown()?;
+    let store = args.store.choice();
     let config = server::Config {
         data_dir: args.data_dir,
         listen: args.listen,
         names: args.names,
         domain: args.domain,
+        limits: args.limits.settle(),
+        lives: args.lives.settle(),
+        urls: args.urls.iter().map(|url| url.as_str().trim_end_matches('/').to_owned()).collect(),
+        store,
     };
     let ready = |ready: server::Ready| {
         let ready = Ready {
@@ -53,7 +65,7 @@ pub(super) fn agent(args: AgentArgs) -> Result<(), Failure> {
 async fn host(settings: Settings) -> Result<(), Failure> {
     let stop = shutdown()?;
     let config = agent::Config {
-        server: settings.server,
+        servers: settings.servers,
         token: settings.token,
         environment: model::EnvironmentId::default(),
         underlay: agent::underlay::Wish { address: settings.address, interface: settings.interface },
@@ -65,10 +77,11 @@ async fn host(settings: Settings) -> Result<(), Failure> {
         docker_plugin: agent::DOCKER_PLUGIN.into(),
         forwarders: settings.forwarders,
         tunnels: settings.tunnels,
+        metrics: settings.metrics,
         shortcut: settings.shortcut,
     };
     // Its errors say what to do themselves: the remedies of a refused verb are not the agent's.
-    agent::run(config, tell_manager, stop)
+    Box::pin(agent::run(config, tell_manager, stop))
         .await
         .map_err(|error| Failure::new(Exit::of(error.code), error.message))
 }

@@ -4,7 +4,7 @@ use clap::Args;
 use model::agent_api::{AgentStatus, Connection, DockerStatus, RouterStatus};
 
 use super::connection::LocalAgent;
-use super::exit::Failure;
+use super::exit::{Exit, Failure};
 use super::host::addresses;
 use super::output::Output;
 use super::table::Details;
@@ -14,17 +14,33 @@ use super::{text, tunnel};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   droveway status
+  droveway status --ready          # ends with 0 if containers can attach, else with 1
   droveway status -o json | jq -e '.connection.state == \"up\"'
 
 Without a server the agent goes on: what runs, runs; new containers attach.")]
 pub(super) struct StatusArgs {
     #[command(flatten)]
     agent: LocalAgent,
+    /// Only say whether containers can attach, part by part, and end with 1 if not
+    #[arg(long)]
+    ready: bool,
 }
 
 impl StatusArgs {
     pub(super) async fn run(self, output: Output) -> Result<(), Failure> {
         let agent = self.agent.open()?;
+        if self.ready {
+            let readiness = agent.readiness().await?;
+            output.object(&readiness, |readiness| {
+                readiness
+                    .checks
+                    .iter()
+                    .map(|(part, how)| text::printable(&format!("{part}: {how}")) + "\n")
+                    .collect()
+            })?;
+            let not = || Failure::new(Exit::Internal, "the agent is not ready; `droveway status` says more");
+            return if readiness.ready { Ok(()) } else { Err(not()) };
+        }
         let (status, tunnels) = (agent.status().await?, agent.tunnels().await);
         let tunnels = tunnels.map_or_else(|error| format!("not told: {error}"), |all| tunnel::summary(&all));
         output.object(&status, |status| details(status, tunnels, text::now()).render())
@@ -55,6 +71,7 @@ fn details(status: &AgentStatus, tunnels: String, now: model::UnixMillis) -> Det
         .add("Server", server)
         .add("Snapshot", snapshot)
         .add("Addresses", addresses(&status.candidates))
+        .add("Certificate", certificate(status.certificate_expires, now))
         .add("Docker", docker)
         .add(
             "Routers",
@@ -70,6 +87,20 @@ fn details(status: &AgentStatus, tunnels: String, now: model::UnixMillis) -> Det
             if status.troubles.is_empty() { "none".to_owned() } else { status.troubles.join("\n") },
         );
     details
+}
+
+/// How long this host's certificate is good for.
+fn certificate(expires: model::UnixMillis, now: model::UnixMillis) -> String {
+    if expires == 0 {
+        "not told: the agent is of an older version".to_owned()
+    } else if expires > now {
+        format!("good until {}", text::utc(expires))
+    } else {
+        format!(
+            "has RUN OUT on {}: nothing stops for that; it is renewed when the server answers",
+            text::utc(expires)
+        )
+    }
 }
 
 fn router(router: &RouterStatus) -> String {
@@ -113,7 +144,9 @@ mod tests {
         assert!(text.contains("NOT connected for 5m: connection refused"), "{text}");
         assert!(text.contains("managed in droveway-managed: 10.42.64.65, MTU 1450, 1 endpoint"), "{text}");
         assert!(text.contains(", no shortcut (the kernel takes no such programs)"), "{text}");
-        assert!(text.contains("NOT CONVERGED") && text.contains("Tunnels:   1 up"), "{text}");
+        assert!(text.contains("NOT CONVERGED") && text.contains("Tunnels:      1 up"), "{text}");
+        assert!(certificate(100_000, 300_000).contains("RUN OUT on 1970-01-01"));
+        assert!(certificate(400_000, 300_000).contains("good until 1970-01-01"));
         let up = status(serde_json::json!({"state": "up", "since": 0}));
         assert!(
             details(&up, String::new(), 300_000).render().contains("https://10.0.0.5:7443, connected for 5m")

@@ -29,7 +29,7 @@ enum Verb {
     /// this once; the server keeps a hash of it.
     #[command(after_help = "Examples:
   droveway token create                       # any number of hosts, for a day
-  droveway token create --uses 1 --ttl 1h     # one host, within the hour
+  droveway token create --uses 1 --expires 1h # one host, within the hour
   droveway token create --quiet > token       # the token alone, for a script
   droveway token create -o json | jq -r .token")]
     Create {
@@ -37,7 +37,7 @@ enum Verb {
         #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
         uses: Option<u32>,
         /// For how long it is good: a number and s, m, h, d or w
-        #[arg(long, value_name = "TIME", default_value = "24h", value_parser = parse::ttl)]
+        #[arg(long = "expires", visible_alias = "ttl", value_name = "TIME", default_value = "24h", value_parser = parse::ttl)]
         ttl: u64,
         /// Print the token alone
         #[arg(long, short)]
@@ -141,10 +141,11 @@ fn instructions(created: &TokenCreated, url: &str) -> String {
 
 fn table(tokens: &[TokenView]) -> Table {
     let now = text::now();
-    let mut table = Table::new(["ID", "USED", "USES LEFT", "EXPIRES IN", "AGE"], &["ID"]);
+    let mut table = Table::new(["ID", "STATE", "USED", "USES LEFT", "EXPIRES IN", "AGE"], &["ID", "STATE"]);
     for token in tokens {
         table.row([
             token.id.clone(),
+            state(token, now).to_owned(),
             token.used.to_string(),
             token.uses_left.map_or_else(|| "no limit".to_owned(), |left| left.to_string()),
             text::until(token.expires, now),
@@ -152,6 +153,19 @@ fn table(tokens: &[TokenView]) -> Table {
         ]);
     }
     table
+}
+
+/// Whether a token still lets a host in, and if not, why.
+fn state(token: &TokenView, now: model::UnixMillis) -> &'static str {
+    if token.revoked.is_some() {
+        "revoked"
+    } else if token.expires <= now {
+        "expired"
+    } else if token.uses_left == Some(0) {
+        "used up"
+    } else {
+        "good"
+    }
 }
 
 #[cfg(test)]
@@ -168,6 +182,7 @@ mod tests {
                 expires: 86_400_000,
                 uses_left: Some(1),
                 used: 0,
+                revoked: None,
             },
         };
         let text = instructions(&created, "https://10.0.0.5:7443");
@@ -179,6 +194,16 @@ mod tests {
             [created.token.as_str()],
             "the secret stands on a line of its own: no command's argument"
         );
+    }
+
+    #[test]
+    fn the_list_says_why_a_token_lets_nobody_in() {
+        let good =
+            TokenView { id: "a".into(), created: 0, expires: 10, uses_left: Some(1), used: 0, revoked: None };
+        assert_eq!(state(&good, 5), "good");
+        assert_eq!(state(&good, 10), "expired");
+        assert_eq!(state(&TokenView { uses_left: Some(0), ..good.clone() }, 5), "used up");
+        assert_eq!(state(&TokenView { revoked: Some(3), ..good }, 5), "revoked");
     }
 
     #[test]

@@ -4,8 +4,9 @@
 
 use std::path::{Path, PathBuf};
 
+use agent::doctor::Books;
 use model::agent_api::{AgentStatus, AttachRequest, Attached, TunnelStatus, path};
-use model::api::ErrorCode;
+use model::api::{ErrorCode, Readiness};
 use model::{Endpoint, EndpointId};
 use nix::errno::Errno;
 use nix::unistd::{AccessFlags, access};
@@ -48,6 +49,20 @@ impl AgentSocket {
     /// How the agent is.
     pub async fn status(&self) -> Result<AgentStatus, Error> {
         self.send(Method::GET, path::STATUS, None::<&()>).await
+    }
+
+    /// Whether containers can attach, part by part.
+    pub async fn readiness(&self) -> Result<Readiness, Error> {
+        let request = self.request(Method::GET, path::READY)?.timeout(REQUEST_TIMEOUT);
+        let at = self.path.display().to_string();
+        // "Not ready" is an answer, with the status 503.
+        let answer = request.send().await.map_err(|error| self.away(failed(&error, &at)))?;
+        decode(&answer.bytes().await.map_err(|error| self.away(failed(&error, &at)))?, || at)
+    }
+
+    /// What the agent has written down.
+    pub async fn books(&self) -> Result<Books, Error> {
+        self.send(Method::GET, path::BOOKS, None::<&()>).await
     }
 
     /// What is attached on the host.

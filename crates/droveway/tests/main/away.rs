@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use droveway::lab::Lab;
 use model::agent_api::Connection;
 
+use crate::doctor::well;
 use crate::steady::Steady;
 use crate::support::{LIMIT, Look, idle, idle_in, lab, meet, says, ttl, until};
 
@@ -82,4 +83,5 @@ fn without_the_server_traffic_attachments_names_and_restarts_go_on_and_it_learns
         resolves(&lab, "h2/far", "last") == last.ip().to_string()
             && resolves(&lab, "h2/far", "goes").is_empty()
     });
+    well(&lab);
 }

@@ -3,6 +3,7 @@
 use droveway::client::ask_agent;
 use droveway::lab::{Daemon, Lab, SERVER};
 
+use crate::doctor::well;
 use crate::steady::Steady;
 use crate::support::{LIMIT, Look, idle, idle_in, lab, meet, says, succeeds, ttl, until};
 
@@ -95,6 +96,7 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     let after = lab.run("h1", &idle("after")).unwrap();
     meet(&lab, &far, &after);
     detach().unwrap();
+    well(&lab);
 }
 
 #[test]
@@ -142,6 +144,7 @@ fn a_server_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     until(LIMIT, "it hears of what happened meanwhile", || {
         says(&lab, SERVER, &["droveway", "endpoint", "ls"]).contains("new")
     });
+    well(&lab);
 }
 
 #[test]

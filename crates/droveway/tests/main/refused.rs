@@ -150,6 +150,7 @@ fn what_is_not_there_or_is_in_use_is_not_removed() {
             ("host", "inspect"),
             ("endpoint", "inspect"),
             ("token", "rm"),
+            ("key", "rm"),
         ] {
             let look = format!("droveway {kind} ls");
             town.refuses("server", &[kind, verb, "nosuch"], 3, &["there is no", "\"nosuch\"", &look]);

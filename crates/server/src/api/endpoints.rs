@@ -5,10 +5,12 @@ use std::net::IpAddr;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use model::api::{ApiError, ErrorCode};
+use axum::response::Response;
+use model::api::{ApiError, ErrorCode, path};
 use model::{Endpoint, EndpointId, Network};
 
-use super::extract::{self, Agent, Item, Person};
+use super::extract::{self, Agent, Asked, Item, Person};
+use super::page::{Cut, Page};
 use super::{Reply, Shared, refuse};
 use crate::app::{Plan, put as put_op};
 use crate::keys::Keys;
@@ -17,10 +19,16 @@ use crate::store::{Compare, Op, Txn};
 
 /// Lists the endpoints.
 #[utoipa::path(get, path = "/v1/environments/{environment}/endpoints", tag = "endpoints",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), Page),
     responses((status = 200, body = Vec<Endpoint>), (status = "default", body = ApiError)))]
-pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<Endpoint>>> {
-    Ok(Json(app.read(&person.environment, |env| Ok(env.catalog.endpoints().cloned().collect()))?))
+pub(super) async fn list(State(app): Shared, person: Person, Asked(page): Asked<Page>) -> Reply<Response> {
+    let cut = Cut::new(&app, &page)?;
+    let chosen = app.read(&person.environment, |env| {
+        let all = env.catalog.endpoints().map(|endpoint| (endpoint.id.to_string(), endpoint));
+        let (endpoints, next) = cut.choose(all);
+        Ok((endpoints.into_iter().cloned().collect::<Vec<_>>(), next))
+    })?;
+    Ok(cut.answer(&person.environment, path::ENDPOINTS, chosen))
 }
 
 /// Looks at an endpoint.
@@ -130,9 +138,16 @@ fn authority(
         );
         return Err(refuse(ErrorCode::Conflict, message));
     }
-    if let Some(claim) = env.catalog.claims.get(&(network.id.clone(), address))
-        && claim.host == endpoint.host
-    {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address)).filter(|claim| !claim.asked);
+    if let Some(claim) = claim {
+        if claim.host != endpoint.host {
+            let message = format!(
+                "endpoint {}: address {address} of network \"{name}\" is claimed by host {}; use another",
+                endpoint.id,
+                env.host_name(&claim.host)
+            );
+            return Err(refuse(ErrorCode::Conflict, message));
+        }
         let key = keys.claim(&network.id, &address);
         let revision = env.modified(&key).unwrap_or_default();
         return Ok(Compare::Modified(key, revision));
@@ -140,7 +155,10 @@ fn authority(
     let block =
         geometry.block_of(address).and_then(|(cidr, _)| env.catalog.blocks.get(&(network.id.clone(), cidr)));
     if let Some(block) = block.filter(|block| block.host == endpoint.host) {
-        return Ok(Compare::Created(keys.block(&network.id, &block.cidr), block.leased));
+        // Not by the revision of its lease, which may be one of a life of the store before this.
+        let key = keys.block(&network.id, &block.cidr);
+        let revision = env.modified(&key).unwrap_or_default();
+        return Ok(Compare::Modified(key, revision));
     }
     let message = format!(
         "endpoint {}: address {address} of network \"{name}\" is neither in a block of its host nor claimed for it; lease a block or claim the address first",

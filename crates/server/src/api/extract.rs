@@ -8,22 +8,28 @@ use std::time::Duration;
 
 use axum::body::Body as HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Query, RawPathParams, Request};
-use axum::http::HeaderValue;
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use axum::http::request::Parts;
+use axum::http::{HeaderValue, Method};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use model::api::{ApiError, BODY_MAX, ErrorCode};
+use model::api::{ApiError, BODY_MAX, ErrorCode, Role};
 use model::{EnvironmentId, HostId};
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 
 use super::{Refusal, refuse};
-use crate::app::{App, no_environment};
+use crate::app::{App, no_environment, now};
+use crate::request;
 use crate::secret;
 use crate::serve::Peer;
 use crate::state::State;
 
-/// How long a body may take to arrive.
-const BODY_TIME: Duration = Duration::from_secs(30);
+/// Each so many bytes of a body that came give the rest more time.
+const PIECE: usize = 16 << 10;
+/// How long a stranger waits until there is room for its body.
+const ROOM: Duration = Duration::from_secs(5);
+/// A body that everybody has room for, in bytes: what a host with a hundred routes joins with.
+const SMALL: usize = 16 << 10;
 /// The largest body read from someone without credentials, in bytes.
 const STRANGERS_BODY_MAX: usize = 512 << 10;
 
@@ -36,8 +42,8 @@ pub(super) struct Caller {
 
 #[derive(Debug, Clone)]
 enum Who {
-    /// A person, by the name of the key.
-    Person(String),
+    /// A person, by the name of the key, and what it may do.
+    Person(String, Role),
     /// An agent, by its host's id and name.
     Agent(HostId, String),
 }
@@ -76,12 +82,8 @@ impl FromRequestParts<Arc<App>> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
         let wanted = parameter(parts, app, "environment").await?;
+        let (environment, who) = authenticate(parts, app, &wanted)?;
         let state = app.shared.read();
-        let (environment, who) = if let Some(header) = parts.headers.get(AUTHORIZATION) {
-            person(&state, header, &wanted)?
-        } else {
-            agent(&state, parts.extensions.get::<Peer>())?
-        };
         if environment.as_str() != wanted {
             return Err(match state.environments.keys().find(|id| id.as_str() == wanted) {
                 Some(_) => refuse(
@@ -94,10 +96,49 @@ impl FromRequestParts<Arc<App>> for Caller {
         }
         drop(state);
         if let Who::Agent(host, _) = &who {
-            app.presence.saw(host);
+            app.presence.saw(host, parts.extensions.get::<Peer>().and_then(|peer| peer.expires));
         }
         Ok(Self { environment, who })
     }
+}
+
+/// Who asks, and that they may ask now. Whoever cannot say is counted by where they come from.
+fn authenticate(parts: &Parts, app: &App, wanted: &str) -> Result<(EnvironmentId, Who), ApiError> {
+    let peer = parts.extensions.get::<Peer>();
+    let found = {
+        let state = app.shared.read();
+        match parts.headers.get(AUTHORIZATION) {
+            Some(header) => person(&state, header, wanted),
+            None => agent(&state, peer),
+        }
+    };
+    let (environment, who) = match (found, peer) {
+        (Ok(found), _) => found,
+        // Without a key the layer around this has counted it.
+        (Err(error), Some(peer)) if parts.headers.contains_key(AUTHORIZATION) => {
+            app.upkeep.rates.stranger(peer.address.ip())?;
+            return Err(error);
+        }
+        (Err(error), _) => return Err(error),
+    };
+    if let Some(place) = peer.and_then(|peer| peer.place.as_ref()) {
+        place.introduce();
+    }
+    match &who {
+        Who::Person(name, role) => {
+            request::by(request::Who::Key(name.clone()));
+            app.upkeep.rates.key(name)?;
+            if *role == Role::Read && !matches!(parts.method, Method::GET | Method::HEAD) {
+                let message = format!("key {name:?} may only look (role read); use a key of role admin");
+                return Err(refuse(ErrorCode::Forbidden, message));
+            }
+        }
+        Who::Agent(id, name) => {
+            request::by(request::Who::Host(name.clone(), id.to_string()));
+            app.upkeep.rates.host(id.as_str())?;
+        }
+    }
+    Ok((environment, who))
 }
 
 /// The person whose key is in the header: of the environment that is wanted, if the key is known there.
@@ -115,8 +156,12 @@ fn person(state: &State, header: &HeaderValue, wanted: &str) -> Result<(Environm
     // All are compared, whichever fits.
     let found: Vec<_> = keys.filter(|(_, (_, key))| secret::same(&key.hash, &hash)).collect();
     let here = found.iter().find(|(id, _)| id.as_str() == wanted).or(found.first());
-    let (id, (name, _)) = here.ok_or_else(unknown)?;
-    Ok(((*id).clone(), Who::Person((*name).clone())))
+    let (id, (name, key)) = here.ok_or_else(unknown)?;
+    if key.has_ended(now()) {
+        let message = format!("the key {name:?} expired; make another with `droveway key create`");
+        return Err(refuse(ErrorCode::Unauthenticated, message));
+    }
+    Ok(((*id).clone(), Who::Person((*name).clone(), key.role)))
 }
 
 /// The agent of the host whose key the other side proved to hold.
@@ -147,7 +192,7 @@ impl FromRequestParts<Arc<App>> for Person {
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
         let Caller { environment, who } = Caller::from_request_parts(parts, app).await?;
         match who {
-            Who::Person(name) => Ok(Self { environment, name }),
+            Who::Person(name, _) => Ok(Self { environment, name }),
             Who::Agent(_, host) => {
                 let message = format!("host {host} may not do this: it is for people, with a key");
                 Err(refuse(ErrorCode::Forbidden, message).into())
@@ -166,8 +211,25 @@ impl FromRequestParts<Arc<App>> for Agent {
                 let outside = parts.extensions.get::<Peer>().and_then(Peer::outside);
                 Ok(Self { environment, host, name, outside })
             }
-            Who::Person(_) => {
+            Who::Person(..) => {
                 let message = "this is for agents: it needs the client certificate of a host, not a key";
+                Err(refuse(ErrorCode::Forbidden, message).into())
+            }
+        }
+    }
+}
+
+/// A person with a key of any environment: for what is the whole server's.
+pub(super) struct AnyPerson;
+
+impl FromRequestParts<Arc<App>> for AnyPerson {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
+        match authenticate(parts, app, "")?.1 {
+            Who::Person(..) => Ok(Self),
+            Who::Agent(_, host) => {
+                let message = format!("host {host} may not do this: it is for people, with a key");
                 Err(refuse(ErrorCode::Forbidden, message).into())
             }
         }
@@ -229,8 +291,8 @@ pub(super) struct Json<T>(pub(super) T);
 impl<T: DeserializeOwned> FromRequest<Arc<App>> for Json<T> {
     type Rejection = Refusal;
 
-    async fn from_request(request: Request, _: &Arc<App>) -> Result<Self, Refusal> {
-        Ok(Self(parse(&read(request, BODY_MAX).await?)?))
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Refusal> {
+        Ok(Self(parse(&read(request, BODY_MAX, app).await?)?))
     }
 }
 
@@ -240,8 +302,8 @@ pub(super) struct SecretJson<T>(pub(super) T);
 impl<T: DeserializeOwned> FromRequest<Arc<App>> for SecretJson<T> {
     type Rejection = Refusal;
 
-    async fn from_request(request: Request, _: &Arc<App>) -> Result<Self, Refusal> {
-        let body = read(request, BODY_MAX).await?;
+    async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Refusal> {
+        let body = read(request, BODY_MAX, app).await?;
         Ok(Self(serde_json::from_slice(&body).map_err(|error| {
             let (what, line, column) = (schema::<T>(), error.line(), error.column());
             let message = format!(
@@ -252,16 +314,25 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for SecretJson<T> {
     }
 }
 
-/// A body in JSON from someone who has shown no credentials: it is smaller, and few are read at a time, so strangers can
-/// neither fill the memory nor stop anybody but those who join.
+/// A body in JSON from someone who has shown no credentials: it is smaller, and few large ones are read at a time, so
+/// strangers cannot fill the memory. Those that say their length, and say it is small, wait for nobody: whoever sends a
+/// byte a second is in nobody's way.
 pub(super) struct StrangersJson<T>(pub(super) T);
 
 impl<T: DeserializeOwned> FromRequest<Arc<App>> for StrangersJson<T> {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, Refusal> {
-        let _turn = app.strangers.acquire().await;
-        Ok(Self(parse(&read(request, STRANGERS_BODY_MAX).await?)?))
+        let _turn = if announced(&request).is_some_and(|length| length <= SMALL as u64) {
+            None
+        } else {
+            let turn = tokio::time::timeout(ROOM, app.strangers.acquire()).await;
+            Some(turn.map_err(|_| {
+                let message = "too many large requests of others are being read; try again in a moment";
+                refuse(ErrorCode::Unavailable, message)
+            })?)
+        };
+        Ok(Self(parse(&read(request, STRANGERS_BODY_MAX, app).await?)?))
     }
 }
 
@@ -276,19 +347,37 @@ fn schema<T>() -> &'static str {
     type_name::<T>().rsplit("::").next().unwrap_or_default()
 }
 
-async fn read(request: Request<HttpBody>, most: usize) -> Result<Vec<u8>, ApiError> {
+/// How long a body says it is.
+fn announced(request: &Request<HttpBody>) -> Option<u64> {
+    request.headers().get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+/// The whole body. It has some time to begin with, and more for each piece that came: what comes a byte at a time ends.
+async fn read(request: Request<HttpBody>, most: usize, app: &App) -> Result<Vec<u8>, ApiError> {
     let too_large =
         || refuse(ErrorCode::TooLarge, format!("the body is larger than {most} bytes; send less"));
-    let announced =
-        request.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-    if announced.is_some_and(|length: u64| length > most as u64) {
+    if announced(&request).is_some_and(|length| length > most as u64) {
         return Err(too_large());
     }
-    let body = Limited::new(request.into_body(), most).collect();
-    match tokio::time::timeout(BODY_TIME, body).await {
-        Ok(Ok(body)) => Ok(body.to_bytes().into()),
-        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-        Ok(Err(_)) => Err(refuse(ErrorCode::Invalid, "the body broke off")),
-        Err(_) => Err(refuse(ErrorCode::Invalid, "the body took too long to arrive")),
+    let (begun, limits) = (Instant::now(), &app.upkeep.limits);
+    let mut body = Limited::new(request.into_body(), most);
+    let mut bytes = Vec::new();
+    loop {
+        let pieces = u32::try_from(bytes.len() / PIECE).unwrap_or(u32::MAX);
+        let until = begun + limits.body + limits.body_each.saturating_mul(pieces);
+        match tokio::time::timeout_at(until, body.frame()).await {
+            Ok(None) => return Ok(bytes),
+            Ok(Some(Ok(frame))) => bytes.extend(frame.into_data().unwrap_or_default()),
+            Ok(Some(Err(error))) if error.is::<LengthLimitError>() => return Err(too_large()),
+            Ok(Some(Err(_))) => return Err(refuse(ErrorCode::Invalid, "the body broke off")),
+            Err(_) => {
+                let message = format!(
+                    "the body took too long to arrive: {} bytes in {:.0} s; send it again over a better connection",
+                    bytes.len(),
+                    begun.elapsed().as_secs_f64()
+                );
+                return Err(refuse(ErrorCode::TooSlow, message));
+            }
+        }
     }
 }

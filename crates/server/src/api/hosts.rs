@@ -6,13 +6,19 @@ use std::net::IpAddr;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use model::api::{ApiError, ErrorCode, HostPatch, HostReport, HostRoute, HostView};
+use axum::response::Response;
+use model::api::{
+    ApiError, ErrorCode, HostPatch, HostReport, HostRoute, HostView, RenewAnswer, RenewRequest, path,
+};
 use model::{Candidate, Host, Source};
 
-use super::extract::{self, Agent, Item, Person};
+use super::extract::{self, Agent, Asked, Item, Person};
 use super::networks::collision;
+use super::page::{Cut, Page};
 use super::{Reply, Shared, peers, refuse};
 use crate::app::{App, Plan, Presence, put};
+use crate::ca::Request;
+use crate::ipam;
 use crate::keys::{Keys, Report};
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
@@ -22,14 +28,16 @@ const ETHERNET: u32 = 1500;
 
 /// Lists the hosts.
 #[utoipa::path(get, path = "/v1/environments/{environment}/hosts", tag = "hosts",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), Page),
     responses((status = 200, body = Vec<HostView>), (status = "default", body = ApiError)))]
-pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<HostView>>> {
-    let mut hosts: Vec<HostView> = app.read(&person.environment, |env| {
-        Ok(env.catalog.hosts.values().map(|host| view(env, &app.presence, host)).collect())
+pub(super) async fn list(State(app): Shared, person: Person, Asked(page): Asked<Page>) -> Reply<Response> {
+    let cut = Cut::new(&app, &page)?;
+    let chosen = app.read(&person.environment, |env| {
+        let all = env.catalog.hosts.values().map(|host| (host.name.to_string(), host));
+        let (hosts, next) = cut.choose(all);
+        Ok((hosts.into_iter().map(|host| view(env, &app.presence, host)).collect::<Vec<_>>(), next))
     })?;
-    hosts.sort_by(|a, b| a.host.name.cmp(&b.host.name));
-    Ok(Json(hosts))
+    Ok(cut.answer(&person.environment, path::HOSTS, chosen))
 }
 
 /// Looks at a host.
@@ -51,6 +59,7 @@ fn view(env: &Environment, presence: &Presence, host: &Host) -> HostView {
         connected: seen.is_some_and(|seen| seen.watches > 0),
         seen: seen.map(|seen| seen.at),
         version: version.filter(|version| !version.is_empty()),
+        certificate_expires: seen.and_then(|seen| seen.certificate_expires),
         blocks,
         endpoints: env.endpoint_count(&host.id),
     }
@@ -136,6 +145,33 @@ fn warn_of_collisions(app: &App, agent: &Agent, routes: &[HostRoute]) -> Result<
     })
 }
 
+/// A new certificate for the key that the agent's host has. The one before stays good until it runs out: there is
+/// nothing to revoke, since authority is the key in the store.
+#[utoipa::path(post, path = "/v1/environments/{environment}/hosts/self/certificate", tag = "agents",
+    params(("environment" = String, Path)), request_body = RenewRequest,
+    responses((status = 200, body = RenewAnswer), (status = "default", body = ApiError)))]
+pub(super) async fn renew(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(asked): extract::Json<RenewRequest>,
+) -> Reply<Json<RenewAnswer>> {
+    let request =
+        Request::parse(&asked.csr).map_err(|error| refuse(ErrorCode::Invalid, error.to_string()))?;
+    let known = app.read(&agent.environment, |env| Ok(find(env, agent.host.as_str())?.key.clone()))?;
+    if request.key().to_string() != known {
+        let message = format!(
+            "{agent}: the signing request is for another key than the host joined with; a host with a new key joins anew"
+        );
+        return Err(refuse(ErrorCode::Forbidden, message).into());
+    }
+    let certificate = app.ca.sign(&request, &agent.host).map_err(|error| {
+        tracing::error!(%error, host = %agent.name, "no certificate could be made");
+        refuse(ErrorCode::Internal, "a fault of the server; look at its log")
+    })?;
+    tracing::info!(environment = %agent.environment, host = %agent.name, "certificate renewed");
+    Ok(Json(RenewAnswer { certificate }))
+}
+
 /// Keeps true what is known of a NAT before the agent's host: its connection may come from elsewhere than when it last
 /// reported.
 pub(super) async fn notice(app: &App, agent: &Agent) -> Result<(), ApiError> {
@@ -210,20 +246,34 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Op::Delete(keys.host_name(&host.name)),
                 Op::Delete(keys.host_key(&host.key)),
                 Op::Delete(keys.report(&host.id)),
+                Op::Delete(keys.unreported(&host.id)),
             ];
-            let blocks = env.catalog.blocks.values().filter(|block| block.host == host.id);
-            deletes.extend(blocks.map(|block| Op::Delete(keys.block(&block.network, &block.cidr))));
+            // Blocks that wait for this host wait no more; its own wait for the others.
+            let mut waited_for = Vec::new();
+            let heard = ipam::heard(keys, env, &host.id, revision)?.unwrap_or_default();
+            for block in env.catalog.blocks.values().filter(|block| block.host == host.id) {
+                let (present, ops) = ipam::withdraw(keys, env, block, true)?;
+                for compare in present {
+                    if !waited_for.contains(&compare) {
+                        waited_for.push(compare);
+                    }
+                }
+                deletes.extend(ops);
+            }
             let claims = env.catalog.claims.values().filter(|claim| claim.host == host.id);
             deletes.extend(claims.map(|claim| Op::Delete(keys.claim(&claim.network, &claim.address))));
             let endpoints = env.endpoints_of_host(&host.id);
             deletes.extend(endpoints.map(|endpoint| Op::Delete(keys.endpoint(&endpoint.id))));
-            let compares = vec![
+            deletes.extend(heard.success);
+            let mut compares = vec![
                 Compare::Present(keys.host(&host.id)),
                 Compare::NonePutSince(keys.all_blocks(), revision),
                 Compare::NonePutSince(keys.all_claims(), revision),
                 Compare::NonePutSince(keys.endpoints(), revision),
                 Compare::NonePutSince(keys.peers(), revision),
             ];
+            compares.extend(heard.compares);
+            compares.extend(waited_for);
             Ok(Plan::Commit(Txn::new(compares, deletes), host.clone()))
         })
         .await?;

@@ -18,6 +18,7 @@ use super::{Reply, Shared, refuse};
 use crate::app::{App, Plan, now, put};
 use crate::ca::Request;
 use crate::keys::{Keys, Report, Token};
+use crate::request;
 use crate::secret;
 use crate::serve::Peer;
 use crate::state;
@@ -41,9 +42,13 @@ pub(super) async fn join(
         let message = "the join token is for another server: its CA fingerprint is not ours; copy the token from `droveway token create` of this server";
         return Err(refuse(ErrorCode::Unauthenticated, message).into());
     }
-    app.read(&environment, |env| valid(env, &token).map(drop))?;
-    let request =
-        Request::parse(&asked.csr).map_err(|error| refuse(ErrorCode::Invalid, error.to_string()))?;
+    app.read(&environment, |env| {
+        known(env, &token)?;
+        request::by(request::Who::Token(token.id.clone()));
+        request::about(|| format!("host {:?}", asked.name.as_str()));
+        valid(env, &token).map(drop)
+    })?;
+    let csr = Request::parse(&asked.csr).map_err(|error| refuse(ErrorCode::Invalid, error.to_string()))?;
     check_labels(&asked.labels)?;
     check_report(&asked.candidates, &asked.routes, "")?;
     let host = Host {
@@ -51,7 +56,7 @@ pub(super) async fn join(
         name: asked.name.clone(),
         candidates: reached_at(&asked.candidates, peer.outside()),
         labels: asked.labels.clone(),
-        key: request.key().to_string(),
+        key: csr.key().to_string(),
         joined: now(),
     };
     let keys = Keys(&environment);
@@ -64,7 +69,7 @@ pub(super) async fn join(
             {
                 return Ok(Plan::Nothing((id.clone(), false)));
             }
-            let counted = count(known)?;
+            let counted = count(known).ok_or_else(|| useless(&token, "it is used up"))?;
             check(env, &host, &asked)?;
             let token_key = keys.token(&token.id);
             let compares = vec![
@@ -86,47 +91,57 @@ pub(super) async fn join(
         .await?;
     drop(turn);
     tracing::info!(%environment, host = %host.name, %id, token = token.id, from = %peer.address, new, "host joined");
-    Ok((StatusCode::CREATED, Json(answer(&app, &request, environment, id)?)))
+    Ok((StatusCode::CREATED, Json(answer(&app, &csr, environment, id)?)))
 }
 
 fn answer(
     app: &Arc<App>,
-    request: &Request,
+    csr: &Request,
     environment: model::EnvironmentId,
     host: HostId,
 ) -> Result<JoinAnswer, ApiError> {
-    let certificate = app.ca.sign(request, &host).map_err(|error| {
+    let certificate = app.ca.sign(csr, &host).map_err(|error| {
         tracing::error!(%error, %host, "no certificate could be made");
         refuse(ErrorCode::Internal, "a fault of the server; look at its log")
     })?;
     Ok(JoinAnswer { host, environment, certificate, ca: app.ca.pem().to_owned() })
 }
 
-/// The token of that id, if the secret is its and it did not run out.
-fn valid<'a>(env: &'a state::Environment, token: &JoinToken) -> Result<&'a Token, ApiError> {
-    let hash = secret::sha256(token.secret.as_bytes());
-    let refused = |why: &str| {
-        refuse(
-            ErrorCode::Unauthenticated,
-            format!("the join token {why}; make another with `droveway token create`"),
-        )
-    };
-    let known = env.tokens.get(&token.id).filter(|known| secret::same(&known.hash, &hash));
-    let known = known.ok_or_else(|| refused("is not valid: it was revoked, or was never made here"))?;
-    if known.expires <= now() { Err(refused("expired")) } else { Ok(known) }
+/// That a token does not let anybody in.
+fn useless(token: &JoinToken, why: &str) -> ApiError {
+    let message = format!(
+        "the join token is not valid: {why} (token {}); make another with `droveway token create`",
+        token.id
+    );
+    refuse(ErrorCode::Unauthenticated, message)
 }
 
-/// The token after one more use.
-fn count(token: &Token) -> Result<Token, ApiError> {
+/// The token of that id, if the secret is its.
+fn known<'a>(env: &'a state::Environment, token: &JoinToken) -> Result<&'a Token, ApiError> {
+    let hash = secret::sha256(token.secret.as_bytes());
+    let known = env.tokens.get(&token.id).filter(|known| secret::same(&known.hash, &hash));
+    known.ok_or_else(|| {
+        useless(token, "it was never made here, or ended more than a day ago and is forgotten")
+    })
+}
+
+/// The same, if it was not revoked and did not run out.
+fn valid<'a>(env: &'a state::Environment, token: &JoinToken) -> Result<&'a Token, ApiError> {
+    let known = known(env, token)?;
+    if known.revoked.is_some() {
+        return Err(useless(token, "it was revoked"));
+    }
+    if known.expires <= now() { Err(useless(token, "it expired")) } else { Ok(known) }
+}
+
+/// The token after one more use; `None` if it has none left.
+fn count(token: &Token) -> Option<Token> {
     let mut token = token.clone();
     if let Some(left) = &mut token.uses_left {
-        *left = left.checked_sub(1).ok_or_else(|| {
-            let message = "the join token is used up; make another with `droveway token create`";
-            refuse(ErrorCode::Unauthenticated, message)
-        })?;
+        *left = left.checked_sub(1)?;
     }
     token.used = token.used.saturating_add(1);
-    Ok(token)
+    Some(token)
 }
 
 fn check(env: &state::Environment, host: &Host, asked: &JoinRequest) -> Result<(), ApiError> {

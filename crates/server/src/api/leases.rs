@@ -1,27 +1,51 @@
 //! Blocks and claims: what gives a host's agent authority over addresses.
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use model::api::{ApiError, ClaimRequest, ErrorCode, GiveBack, LeaseRequest, ReleaseClaim};
+use axum::response::Response;
+use model::api::{
+    ApiError, ClaimRequest, Consent, ErrorCode, GiveBack, Heard, IpamView, LeaseRequest, ReleaseClaim, path,
+};
 use model::{Block, Claim, Driver, Network, Revision};
 
-use super::extract::{self, Agent, Caller};
+use super::extract::{self, Agent, Asked, Caller};
 use super::hosts::find as find_host;
 use super::networks::find;
-use super::{Reply, Shared, refuse};
-use crate::app::{Plan, put};
-use crate::ipam::{self, Lease};
+use super::page::{Cut, Page};
+use super::{Reply, Shared, adopt, refuse};
+use crate::app::{App, Plan};
+use crate::ipam::{self, Grant};
 use crate::keys::Keys;
+use crate::request;
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
 
 /// Lists the leased blocks.
 #[utoipa::path(get, path = "/v1/environments/{environment}/blocks", tag = "addresses",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), Page),
     responses((status = 200, body = Vec<Block>), (status = "default", body = ApiError)))]
-pub(super) async fn list(State(app): Shared, caller: Caller) -> Reply<Json<Vec<Block>>> {
-    Ok(Json(app.read(&caller.environment, |env| Ok(env.catalog.blocks.values().cloned().collect()))?))
+pub(super) async fn list(State(app): Shared, caller: Caller, Asked(page): Asked<Page>) -> Reply<Response> {
+    let cut = Cut::new(&app, &page)?;
+    let chosen = app.read(&caller.environment, |env| {
+        // In the order of the catalog, whatever addresses look like as text.
+        let all = env.catalog.blocks.values().map(|block| (place(block), block));
+        let (blocks, next) = cut.choose(all);
+        Ok((blocks.into_iter().cloned().collect::<Vec<_>>(), next))
+    })?;
+    Ok(cut.answer(&caller.environment, path::BLOCKS, chosen))
+}
+
+/// A text that sorts as network, family and address do.
+fn place(block: &Block) -> String {
+    let base = match block.cidr.network() {
+        IpAddr::V4(v4) => format!("4-{:08x}", v4.to_bits()),
+        IpAddr::V6(v6) => format!("6-{:032x}", v6.to_bits()),
+    };
+    format!("{} {base}/{:03}", block.network, block.cidr.prefix_len())
 }
 
 /// Leases one more block to the agent's host.
@@ -38,33 +62,22 @@ pub(super) async fn lease(
     let ((mut block, name), revision) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &asked.network)?;
-            let cidr = match ipam::lease(env, network, &agent.host, asked.held)? {
-                Lease::Held(block) => return Ok(Plan::Nothing((block, network.name.clone()))),
-                Lease::Free(cidr) => cidr,
-            };
-            passes_nat(env, network, &agent)?;
-            let block = Block {
-                network: network.id.clone(),
-                cidr,
-                host: agent.host.clone(),
-                leased: Revision::default(),
-            };
-            let key = keys.block(&network.id, &cidr);
-            let compares = vec![
-                Compare::Absent(key.clone()),
-                Compare::Present(keys.network(&network.id)),
-                Compare::Present(keys.host(&agent.host)),
-                // The same request twice at the same time must not get two blocks.
-                Compare::NonePutSince(keys.blocks(&network.id), revision),
-            ];
-            let txn = Txn::new(compares, vec![put(key, &block)?]);
-            Ok(Plan::Commit(txn, (block, network.name.clone())))
+            let name = network.name.clone();
+            Ok(match ipam::lease(keys, env, revision, network, &agent.host, asked.held)? {
+                Grant::Held(txn, block) => Plan::Commit(txn, (block, name)),
+                Grant::New(txn, block) => {
+                    adopt::all_reported(env)?;
+                    passes_nat(env, network, &agent)?;
+                    Plan::Commit(txn, (block, name))
+                }
+            })
         })
         .await?;
     drop(turn);
     if block.leased == Revision::default() {
         block.leased = revision;
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("block {} of network {:?}", block.cidr, name.as_str()));
         tracing::info!(%environment, %host, network = %name, block = %block.cidr, "block leased");
     }
     Ok((StatusCode::CREATED, Json(block)))
@@ -105,49 +118,21 @@ pub(super) async fn give_back(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
-            let Some(block) = env.catalog.blocks.get(&(network.id.clone(), given.cidr)) else {
-                return Ok(Plan::Nothing(None));
-            };
-            if block.host != agent.host {
-                let message = format!(
-                    "block {} is leased to host {}; {agent} may give back its own only",
-                    block.cidr,
-                    env.host_name(&block.host)
-                );
-                return Err(refuse(ErrorCode::Forbidden, message));
-            }
-            let inside = |address: &std::net::IpAddr| block.cidr.contains(address);
-            let users = env.endpoints_of_host(&agent.host);
-            let users = users
-                .filter(|endpoint| endpoint.network == network.id && endpoint.addresses.iter().any(inside));
-            let users: Vec<String> = users
-                .map(|e| e.name.as_ref().map_or_else(|| e.id.to_string(), ToString::to_string))
-                .collect();
-            if !users.is_empty() {
-                let users = ipam::list(users, 10);
-                let message = format!(
-                    "block {} of network \"{}\" is in use by {users}; remove them first",
-                    block.cidr, network.name
-                );
-                return Err(refuse(ErrorCode::InUse, message));
-            }
-            let key = keys.block(&network.id, &block.cidr);
-            let compares = vec![
-                Compare::Created(key.clone(), block.leased),
-                Compare::NonePutSince(keys.endpoints(), revision),
-            ];
-            Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))
+            let txn = ipam::give_back(keys, env, revision, network, &agent.host, given.cidr, given.leased)?;
+            Ok(txn.map_or(Plan::Nothing(None), |txn| Plan::Commit(txn, Some(network.name.clone()))))
         })
         .await?;
     drop(turn);
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("block {} of network {:?}", given.cidr, network.as_str()));
         tracing::info!(%environment, %host, %network, block = %given.cidr, "block given back");
     }
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Holds one given address for an endpoint of the agent's host.
+/// Holds one address for an endpoint of the agent's host, or for its router. One in another host's block is granted when that
+/// host has let go of it; if it does not within a few seconds, nothing is changed.
 #[utoipa::path(post, path = "/v1/environments/{environment}/claims", tag = "agents",
     params(("environment" = String, Path)), request_body = ClaimRequest,
     responses((status = 201, body = Claim), (status = "default", body = ApiError)))]
@@ -158,33 +143,163 @@ pub(super) async fn claim(
 ) -> Reply<(StatusCode, Json<Claim>)> {
     let keys = Keys(&agent.environment);
     let ((claim, name), _) = app
-        .change(&agent.environment, |env, _| {
+        .change(&agent.environment, |env, revision| {
             let network = find(env, &asked.network)?;
+            let of_endpoint = |claim: &&Claim| claim.endpoint == asked.endpoint && claim.host == agent.host;
+            let address = match (asked.address, env.claims_of(&network.id).find(of_endpoint)) {
+                (Some(address), _) => address,
+                (None, Some(held)) => held.address,
+                (None, None) => ipam::single(env, network)?,
+            };
             let claim = Claim {
                 network: network.id.clone(),
-                address: asked.address,
+                address,
                 host: agent.host.clone(),
                 endpoint: asked.endpoint.clone(),
+                asked: false,
+                router: asked.router,
             };
-            if !ipam::claim(env, network, &claim)? {
-                return Ok(Plan::Nothing((claim, None)));
-            }
-            passes_nat(env, network, &agent)?;
-            let key = keys.claim(&network.id, &claim.address);
-            let compares = vec![
-                Compare::Absent(key.clone()),
-                Compare::Present(keys.network(&network.id)),
-                Compare::Present(keys.host(&agent.host)),
-            ];
-            let txn = Txn::new(compares, vec![put(key, &claim)?]);
-            Ok(Plan::Commit(txn, (claim, Some(network.name.clone()))))
+            Ok(match ipam::claim(keys, env, revision, network, &claim)? {
+                Grant::Held(txn, claim) => Plan::Commit(txn, (claim, None)),
+                Grant::New(txn, claim) => {
+                    adopt::all_reported(env)?;
+                    passes_nat(env, network, &agent)?;
+                    Plan::Commit(txn, (claim, Some(network.name.clone())))
+                }
+            })
         })
         .await?;
+    let claim = if claim.asked { granted(&app, &agent, &claim).await? } else { claim };
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("address {} of network {:?}", claim.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %claim.address, endpoint = %claim.endpoint, "address claimed");
     }
     Ok((StatusCode::CREATED, Json(claim)))
+}
+
+/// How long the holder of a block may take to let go of an address.
+const CONSENT: Duration = Duration::from_secs(8);
+
+/// Waits until the holder of the block has let go of the address; takes the claim back if it does not.
+async fn granted(app: &App, agent: &Agent, claim: &Claim) -> Result<Claim, ApiError> {
+    let name = (claim.network.clone(), claim.address);
+    let look = || -> Result<Option<Claim>, ApiError> {
+        app.read(&agent.environment, |env| Ok(env.catalog.claims.get(&name).cloned()))
+    };
+    let holder = app.read(&agent.environment, |env| {
+        let block = env.blocks_of(&claim.network).find(|block| block.cidr.contains(&claim.address));
+        Ok(block
+            .map(|block| (block.cidr.to_string(), block.host.clone(), env.host_name(&block.host).to_owned())))
+    })?;
+    let (cidr, holder, host) = holder.unwrap_or_else(|| ("?".into(), agent.host.clone(), "?".into()));
+    let mut revisions = app.shared.subscribe();
+    let deadline = tokio::time::Instant::now() + CONSENT;
+    loop {
+        revisions.borrow_and_update();
+        match look()? {
+            Some(now) if now.host != claim.host || now.endpoint != claim.endpoint => break,
+            Some(now) if !now.asked => return Ok(now),
+            Some(_) => {}
+            None => {
+                let message = format!(
+                    "address {} lies in block {cidr} of host {host}, which uses it; choose another",
+                    claim.address
+                );
+                return Err(refuse(ErrorCode::Conflict, message));
+            }
+        }
+        match tokio::time::timeout_at(deadline, revisions.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => break,
+        }
+    }
+    let keys = Keys(&agent.environment);
+    let ((), _) = app
+        .change(&agent.environment, |env, _| {
+            let key = keys.claim(&claim.network, &claim.address);
+            Ok(match env.catalog.claims.get(&name) {
+                Some(now) if now == claim => {
+                    let modified = env.modified(&key).unwrap_or_default();
+                    let compares = vec![Compare::Modified(key.clone(), modified)];
+                    Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), ())
+                }
+                Some(_) | None => Plan::Nothing(()),
+            })
+        })
+        .await?;
+    // It may have been granted at the last moment.
+    if let Some(now) = look()?.filter(|now| !now.asked && now.host == claim.host) {
+        return Ok(now);
+    }
+    let there = app.presence.of(&holder).is_some_and(|seen| seen.watches > 0);
+    let how = if there { "does not answer in time" } else { "is not connected" };
+    let message = format!(
+        "address {} lies in block {cidr} of host {host}, which has to let go of it first and {how}; choose another, or \
+         try again later",
+        claim.address
+    );
+    Err(refuse(ErrorCode::Unavailable, message))
+}
+
+/// Lets go of an address in one of the agent's blocks that another host asked for, or refuses to. One that nobody asks for is
+/// no error.
+#[utoipa::path(put, path = "/v1/environments/{environment}/claims", tag = "agents",
+    params(("environment" = String, Path)), request_body = Consent,
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn consent(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(said): extract::Json<Consent>,
+) -> Reply<StatusCode> {
+    let keys = Keys(&agent.environment);
+    app.change(&agent.environment, |env, _| {
+        let network = find(env, &said.network)?;
+        let txn =
+            ipam::consent(keys, env, network, &agent.host, said.address, &said.endpoint, said.consents)?;
+        Ok(txn.map_or(Plan::Nothing(()), |txn| Plan::Commit(txn, ())))
+    })
+    .await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// The agent's host has taken in all up to a revision: blocks that were given back before wait for it no more.
+#[utoipa::path(put, path = "/v1/environments/{environment}/hosts/self/heard", tag = "agents",
+    params(("environment" = String, Path)), request_body = Heard,
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn heard(
+    State(app): Shared,
+    agent: Agent,
+    extract::Json(said): extract::Json<Heard>,
+) -> Reply<StatusCode> {
+    // Of another life of the store nothing is known; a snapshot of this one is on its way.
+    if said.epoch == app.store.epoch() {
+        let turn = app.turn.lock().await;
+        app.change(&agent.environment, |env, _| {
+            let txn = ipam::heard(Keys(&agent.environment), env, &agent.host, said.revision)?;
+            Ok(txn.map_or(Plan::Nothing(()), |txn| Plan::Commit(txn, ())))
+        })
+        .await?;
+        drop(turn);
+    }
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Shows who may give which addresses.
+#[utoipa::path(get, path = "/v1/environments/{environment}/ipam", tag = "addresses",
+    params(("environment" = String, Path)),
+    responses((status = 200, body = IpamView), (status = "default", body = ApiError)))]
+pub(super) async fn show(State(app): Shared, caller: Caller) -> Reply<Json<IpamView>> {
+    Ok(Json(app.read(&caller.environment, |env| {
+        let mut networks: Vec<Network> = env.catalog.networks.values().cloned().collect();
+        networks.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(IpamView {
+            networks,
+            blocks: env.catalog.blocks.values().cloned().collect(),
+            withdrawn: env.withdrawn.values().cloned().collect(),
+            claims: env.catalog.claims.values().cloned().collect(),
+        })
+    })?))
 }
 
 /// Lets a claimed address go. One that nobody holds is no error: an answer may have been lost.
@@ -200,32 +315,21 @@ pub(super) async fn release(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
-            let Some(claim) = env.catalog.claims.get(&(network.id.clone(), given.address)) else {
-                return Ok(Plan::Nothing(None));
-            };
-            if claim.host != agent.host {
-                let host = env.host_name(&claim.host);
-                let message = format!(
-                    "address {} is claimed by host {host}; {agent} may release its own only",
-                    claim.address
-                );
-                return Err(refuse(ErrorCode::Forbidden, message));
-            }
-            if let Some(endpoint) = env.holder(&network.id, claim.address) {
-                let message =
-                    format!("address {} is that of endpoint {}; remove it first", claim.address, endpoint.id);
-                return Err(refuse(ErrorCode::InUse, message));
-            }
-            let key = keys.claim(&network.id, &claim.address);
-            let compares = vec![
-                Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default()),
-                Compare::NonePutSince(keys.endpoints(), revision),
-            ];
-            Ok(Plan::Commit(Txn::new(compares, vec![Op::Delete(key)]), Some(network.name.clone())))
+            let txn = ipam::release(
+                keys,
+                env,
+                revision,
+                network,
+                &agent.host,
+                given.address,
+                given.endpoint.as_ref(),
+            )?;
+            Ok(txn.map_or(Plan::Nothing(None), |txn| Plan::Commit(txn, Some(network.name.clone()))))
         })
         .await?;
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
+        request::about(|| format!("address {} of network {:?}", given.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %given.address, "claim released");
     }
     Ok(StatusCode::NO_CONTENT)

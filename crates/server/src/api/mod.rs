@@ -2,12 +2,17 @@
 //!
 //! Invariant: every answer that is not a success is an [`ApiError`] in JSON, from the first byte that is HTTP.
 
+mod adopt;
+mod audit;
 mod endpoints;
 mod extract;
+mod health;
 mod hosts;
 mod join;
+mod keys;
 mod leases;
 mod networks;
+mod page;
 mod peers;
 mod tokens;
 mod watch;
@@ -31,6 +36,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::App;
+use crate::request;
 
 /// What handlers share.
 type Shared = State<Arc<App>>;
@@ -49,9 +55,7 @@ impl From<ApiError> for Refusal {
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
-        tracing::debug!(code = ?self.0.code, message = self.0.message, "refused");
-        let status = StatusCode::from_u16(self.0.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-        (status, Json(self.0)).into_response()
+        request::response(self.0)
     }
 }
 
@@ -99,15 +103,27 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(networks::get, networks::remove))
         .routes(routes!(hosts::list))
         .routes(routes!(hosts::report))
+        .routes(routes!(hosts::renew))
+        .routes(routes!(adopt::held))
+        .routes(routes!(adopt::list))
+        .routes(routes!(adopt::remove))
         .routes(routes!(hosts::get, hosts::patch, hosts::remove))
         .routes(routes!(endpoints::list))
         .routes(routes!(endpoints::get, endpoints::put, endpoints::remove))
         .routes(routes!(leases::list, leases::lease, leases::give_back))
-        .routes(routes!(leases::claim, leases::release))
+        .routes(routes!(leases::claim, leases::consent, leases::release))
+        .routes(routes!(leases::heard))
+        .routes(routes!(leases::show))
         .routes(routes!(peers::list, peers::create))
         .routes(routes!(peers::get, peers::remove))
         .routes(routes!(tokens::list, tokens::create))
         .routes(routes!(tokens::remove))
+        .routes(routes!(keys::list, keys::create))
+        .routes(routes!(keys::remove))
+        .routes(routes!(audit::list))
+        .routes(routes!(health::healthz))
+        .routes(routes!(health::readyz))
+        .routes(routes!(health::metrics))
 }
 
 /// All paths, ready to serve.
@@ -117,8 +133,9 @@ pub(crate) fn router(app: Arc<App>) -> Router {
         .0
         .fallback(unknown)
         .method_not_allowed_fallback(not_here)
-        .with_state(app)
+        .with_state(app.clone())
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(axum::middleware::from_fn_with_state(app, request::around))
 }
 
 /// What anyone may know.
@@ -130,6 +147,8 @@ async fn info(State(app): Shared) -> Json<ServerInfo> {
         ca: app.ca.fingerprint(),
         epoch: app.store.epoch(),
         revision,
+        ca_expires: app.ca.expires(),
+        certificate_expires: app.upkeep.certificate.expires(),
     })
 }
 
@@ -158,7 +177,9 @@ async fn not_here(method: Method, uri: Uri) -> Response {
     let path: String = uri.path().chars().take(200).collect();
     let message = format!("{method} is not what {path:?} takes; see /openapi.json");
     // HTTP wants its own status for this (RFC 9110 §15.5.6).
-    (StatusCode::METHOD_NOT_ALLOWED, Json(refuse(ErrorCode::Invalid, message))).into_response()
+    let mut response = Refusal(refuse(ErrorCode::Invalid, message)).into_response();
+    *response.status_mut() = StatusCode::METHOD_NOT_ALLOWED;
+    response
 }
 
 fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
@@ -186,6 +207,9 @@ mod tests {
             (&format!("{base}/networks/{{id}}"), &["get", "delete"]),
             (&format!("{base}/hosts"), &["get"]),
             (&format!("{base}/hosts/self"), &["put"]),
+            (&format!("{base}/hosts/self/held"), &["put"]),
+            (&format!("{base}/unreported"), &["get"]),
+            (&format!("{base}/unreported/{{id}}"), &["delete"]),
             (&format!("{base}/hosts/{{id}}"), &["get", "patch", "delete"]),
             (&format!("{base}/endpoints"), &["get"]),
             (&format!("{base}/endpoints/{{id}}"), &["get", "put", "delete"]),
@@ -195,6 +219,13 @@ mod tests {
             (&format!("{base}/peers/{{id}}"), &["get", "delete"]),
             (&format!("{base}/tokens"), &["get", "post"]),
             (&format!("{base}/tokens/{{id}}"), &["delete"]),
+            (&format!("{base}/keys"), &["get", "post"]),
+            (&format!("{base}/keys/{{id}}"), &["delete"]),
+            (&format!("{base}/audit"), &["get"]),
+            (&format!("{base}/hosts/self/certificate"), &["post"]),
+            ("/healthz", &["get"]),
+            ("/readyz", &["get"]),
+            ("/metrics", &["get"]),
         ] {
             for method in methods {
                 let operation = &document["paths"][path][method];

@@ -9,7 +9,7 @@ use http_body_util::BodyExt;
 use hyper::service::Service;
 use hyper::{Request, StatusCode};
 use hyper_util::service::TowerToHyperService;
-use model::api::{ApiError, HostView};
+use model::api::{ApiError, HostView, Role};
 use model::{
     Candidate, EnvironmentId, Epoch, Fingerprint, Host, HostId, Network, NetworkSpec, Object, Source, Watch,
 };
@@ -20,13 +20,16 @@ use tempfile::TempDir;
 use super::hosts::reached_at;
 use super::router;
 use crate::app::{App, put};
-use crate::ca::Ca;
+use crate::ca::{Ca, Lives};
 use crate::files::DataDir;
 use crate::keys::{ApiKey, Keys};
+use crate::limits::Limits;
 use crate::secret;
 use crate::serve::Peer;
 use crate::state::{Shared, State, feed};
 use crate::store::{SqliteStore, Store, Txn};
+use crate::tls::ServerCertificate;
+use crate::upkeep::Upkeep;
 
 const BASE: &str = "/v1/environments/default";
 const SERVER: &str = "192.0.2.100";
@@ -51,7 +54,7 @@ impl Api {
     async fn open() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(&dir.path().join("data")).unwrap();
-        let ca = Ca::load_or_make(&data, false).unwrap();
+        let ca = Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         let store = SqliteStore::open(&dir.path().join("store"), Epoch::from_random([1; 8])).unwrap();
         let environment = EnvironmentId::default();
         let keys = Keys(&environment);
@@ -66,7 +69,11 @@ impl Api {
         let mut puts = vec![
             put(keys.environment(), &json!({})).unwrap(),
             put(keys.host(&host.id), &host).unwrap(),
-            put(keys.api_key("admin"), &ApiKey { hash: secret::sha256(b"key"), created: 0 }).unwrap(),
+            put(
+                keys.api_key("admin"),
+                &ApiKey { hash: secret::sha256(b"key"), created: 0, role: Role::Admin, expires: None },
+            )
+            .unwrap(),
         ];
         for network in [network(1, "clear", "vxlan"), network(2, "safe", "ipsec")] {
             puts.push(put(keys.network(&network.id), &network).unwrap());
@@ -75,7 +82,9 @@ impl Api {
         let store: Arc<dyn Store> = Arc::new(store);
         let shared = Arc::new(Shared::new(State::load(&*store).await.unwrap()));
         tokio::spawn(feed(store.clone(), shared.clone()));
-        let app = Arc::new(App::new(store, shared, ca, model::DEFAULT_DOMAIN.to_owned()));
+        let certificate = Arc::new(ServerCertificate::new(ca.server(&data, &[], &[]).unwrap()).unwrap());
+        let upkeep = Upkeep::open(Limits::default(), dir.path(), None, certificate).unwrap();
+        let app = Arc::new(App::new(store, shared, ca, model::DEFAULT_DOMAIN.to_owned(), upkeep));
         Self { app, _dir: dir }
     }
 
@@ -86,7 +95,8 @@ impl Api {
     fn from(from: &str, method: &str, path: &str, body: &serde_json::Value) -> Request<Body> {
         let address = SocketAddr::new(from.parse().unwrap(), 40_000);
         let local: IpAddr = SERVER.parse().unwrap();
-        let peer = Peer { key: Some(Fingerprint([1; 32])), address, local: Some(local) };
+        let peer =
+            Peer { key: Some(Fingerprint([1; 32])), address, local: Some(local), expires: None, place: None };
         let request = Request::builder().method(method).uri(format!("{BASE}{path}")).extension(peer);
         request.body(Body::from(body.to_string())).unwrap()
     }
@@ -109,7 +119,10 @@ impl Api {
     async fn watch(&self, from: &str) -> Host {
         let answer = self.send(Self::from(from, "GET", "/watch", &json!(null))).await;
         let mut lines = answer.into_body().into_data_stream();
-        let line = lines.next().await.unwrap().unwrap();
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            line.extend(lines.next().await.unwrap().unwrap());
+        }
         let Watch::Snapshot { objects, .. } = serde_json::from_slice(&line).unwrap() else {
             panic!("not a snapshot")
         };

@@ -5,28 +5,33 @@ use std::collections::BTreeMap;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::Response;
 use ipnet::IpNet;
-use model::api::{ApiError, ErrorCode, HostRoute};
+use model::api::{ApiError, ErrorCode, HostRoute, path};
 use model::{Driver, Network, NetworkId, NetworkSpec, VXLAN_PORT};
 
-use super::extract::{self, Caller, Item, Person};
+use super::extract::{self, Asked, Caller, Item, Person};
 use super::hosts::check_labels;
+use super::page::{Cut, Page};
 use super::{Reply, Shared, peers, refuse};
 use crate::app::{Plan, now, put};
 use crate::keys::Keys;
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
-use crate::{ipam, secret};
+use crate::{ipam, request, secret};
 
 /// Lists the networks.
 #[utoipa::path(get, path = "/v1/environments/{environment}/networks", tag = "networks",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), Page),
     responses((status = 200, body = Vec<Network>), (status = "default", body = ApiError)))]
-pub(super) async fn list(State(app): Shared, caller: Caller) -> Reply<Json<Vec<Network>>> {
-    let mut networks: Vec<Network> =
-        app.read(&caller.environment, |env| Ok(env.catalog.networks.values().cloned().collect()))?;
-    networks.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(Json(networks))
+pub(super) async fn list(State(app): Shared, caller: Caller, Asked(page): Asked<Page>) -> Reply<Response> {
+    let cut = Cut::new(&app, &page)?;
+    let chosen = app.read(&caller.environment, |env| {
+        let all = env.catalog.networks.values().map(|network| (network.name.to_string(), network));
+        let (networks, next) = cut.choose(all);
+        Ok((networks.into_iter().cloned().collect::<Vec<_>>(), next))
+    })?;
+    Ok(cut.answer(&caller.environment, path::NETWORKS, chosen))
 }
 
 /// Looks at a network.
@@ -46,6 +51,7 @@ pub(super) async fn create(
     person: Person,
     extract::Json(spec): extract::Json<NetworkSpec>,
 ) -> Reply<(StatusCode, Json<Network>)> {
+    request::about(|| format!("network {:?}", spec.name.as_str()));
     check_labels(&spec.labels)?;
     let id = NetworkId::from_random(random()?);
     let created = now();
@@ -167,6 +173,7 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
             let mut deletes = vec![
                 Op::DeletePrefix(keys.blocks(&network.id)),
                 Op::DeletePrefix(keys.claims(&network.id)),
+                Op::DeletePrefix(keys.all_withdrawn(&network.id)),
                 Op::Delete(keys.network(&network.id)),
                 Op::Delete(keys.network_name(&network.name)),
             ];

@@ -5,32 +5,36 @@
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::Response;
 use ipnet::IpNet;
-use model::api::{ApiError, ErrorCode};
+use model::api::{ApiError, ErrorCode, path};
 use model::{Driver, Host, HostId, Network, Peer, PeerId, PeerProof, PeerSpec};
 use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-use super::extract::{Item, Person, SecretJson};
+use super::extract::{Asked, Item, Person, SecretJson};
 use super::networks::{self, collision, random};
+use super::page::{Cut, Page};
 use super::{Reply, Shared, hosts, refuse};
 use crate::app::{Plan, now, put};
-use crate::ipam;
 use crate::keys::Keys;
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
+use crate::{ipam, request};
 
 /// Lists the foreign peers, without secrets.
 #[utoipa::path(get, path = "/v1/environments/{environment}/peers", tag = "peers",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), Page),
     responses((status = 200, body = Vec<Peer>), (status = "default", body = ApiError)))]
-pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<Peer>>> {
-    let mut peers: Vec<Peer> = app.read(&person.environment, |env| {
-        Ok(env.catalog.peers.values().cloned().map(Peer::without_secret).collect())
+pub(super) async fn list(State(app): Shared, person: Person, Asked(page): Asked<Page>) -> Reply<Response> {
+    let cut = Cut::new(&app, &page)?;
+    let chosen = app.read(&person.environment, |env| {
+        let all = env.catalog.peers.values().map(|peer| (peer.name.to_string(), peer));
+        let (peers, next) = cut.choose(all);
+        Ok((peers.into_iter().cloned().map(Peer::without_secret).collect::<Vec<_>>(), next))
     })?;
-    peers.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(Json(peers))
+    Ok(cut.answer(&person.environment, path::PEERS, chosen))
 }
 
 /// Looks at a foreign peer, without its secret.
@@ -50,6 +54,7 @@ pub(super) async fn create(
     person: Person,
     SecretJson(spec): SecretJson<PeerSpec>,
 ) -> Reply<(StatusCode, Json<Peer>)> {
+    request::about(|| format!("peer {:?}", spec.name.as_str()));
     let id = PeerId::from_random(random()?);
     let created = now();
     let keys = Keys(&person.environment);

@@ -5,31 +5,34 @@ use std::fmt::Write as _;
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::Response;
 use model::JoinToken;
-use model::api::{ApiError, ErrorCode, TokenCreated, TokenRequest, TokenView};
+use model::api::{ApiError, ErrorCode, TokenCreated, TokenRequest, TokenView, path};
 
-use super::extract::{self, Item, Person};
+use super::extract::{self, Asked, Item, Person};
 use super::networks::random;
+use super::page::{Cut, Page};
 use super::{Reply, Shared, refuse};
 use crate::app::{Plan, now, put};
 use crate::keys::{Keys, Token};
-use crate::secret;
 use crate::store::{Compare, Op, Txn};
+use crate::{request, secret};
 
 const DAY: u64 = 86_400;
 const LONGEST: u64 = 10 * 365 * DAY;
 
 /// Lists the tokens, without their secrets.
 #[utoipa::path(get, path = "/v1/environments/{environment}/tokens", tag = "tokens",
-    params(("environment" = String, Path)),
+    params(("environment" = String, Path), Page),
     responses((status = 200, body = Vec<TokenView>), (status = "default", body = ApiError)))]
-pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<TokenView>>> {
-    let tokens = app.read(&person.environment, |env| {
-        let mut tokens: Vec<TokenView> = env.tokens.iter().map(|(id, token)| view(id, token)).collect();
-        tokens.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
-        Ok(tokens)
+pub(super) async fn list(State(app): Shared, person: Person, Asked(page): Asked<Page>) -> Reply<Response> {
+    let cut = Cut::new(&app, &page)?;
+    let chosen = app.read(&person.environment, |env| {
+        let all = env.tokens.iter().map(|(id, token)| (format!("{:016x} {id}", token.created), (id, token)));
+        let (tokens, next) = cut.choose(all);
+        Ok((tokens.into_iter().map(|(id, token)| view(id, token)).collect::<Vec<_>>(), next))
     })?;
-    Ok(Json(tokens))
+    Ok(cut.answer(&person.environment, path::TOKENS, chosen))
 }
 
 fn view(id: &str, token: &Token) -> TokenView {
@@ -39,6 +42,7 @@ fn view(id: &str, token: &Token) -> TokenView {
         expires: token.expires,
         uses_left: token.uses_left,
         used: token.used,
+        revoked: token.revoked,
     }
 }
 
@@ -75,7 +79,9 @@ pub(super) async fn create(
         expires: created + ttl * 1000,
         uses_left: asked.uses,
         used: 0,
+        revoked: None,
     };
+    request::about(|| format!("token {id}"));
     let keys = Keys(&person.environment);
     app.change(&person.environment, |env, _| {
         let old = env.tokens.iter().filter(|(_, token)| token.expires + DAY * 1000 < created);
@@ -89,19 +95,23 @@ pub(super) async fn create(
     Ok((StatusCode::CREATED, Json(TokenCreated { token: text, view: view(&id, &token) })))
 }
 
-/// Revokes a token. Hosts that joined with it stay.
+/// Revokes a token: nobody joins with it any more. It stays in the list until a day after it would have expired. Hosts that joined with it stay.
 #[utoipa::path(delete, path = "/v1/environments/{environment}/tokens/{id}", tag = "tokens",
     params(("environment" = String, Path), ("id" = String, Path)),
     responses((status = 204), (status = "default", body = ApiError)))]
 pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -> Reply<StatusCode> {
     let keys = Keys(&person.environment);
     app.change(&person.environment, |env, _| {
-        if !env.tokens.contains_key(&id) {
+        let known = env.tokens.get(&id).filter(|token| token.revoked.is_none());
+        let known = known.ok_or_else(|| {
             let message = format!("no token {id:?}; `droveway token ls` lists those there are");
-            return Err(refuse(ErrorCode::NotFound, message));
-        }
+            refuse(ErrorCode::NotFound, message)
+        })?;
         let key = keys.token(&id);
-        Ok(Plan::Commit(Txn::new(vec![Compare::Present(key.clone())], vec![Op::Delete(key)]), ()))
+        let compare = Compare::Modified(key.clone(), env.modified(&key).unwrap_or_default());
+        // It is kept, so that whoever comes with it hears why it is refused.
+        let revoked = Token { revoked: Some(now()), ..known.clone() };
+        Ok(Plan::Commit(Txn::new(vec![compare], vec![put(key, &revoked)?]), ()))
     })
     .await?;
     tracing::info!(environment = %person.environment, by = %person, token = id, "token revoked");

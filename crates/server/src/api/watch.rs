@@ -1,14 +1,18 @@
-//! The watch: one line of JSON per message, for as long as the agent listens.
+//! The watch: one line of JSON per message, for as long as the agent listens, compressed if it takes gzip.
 //!
-//! Lines are made when the connection has room for them, from the state as it is then. Nothing queues for a slow reader.
+//! Lines are made when the connection has room for them, from the state as it is then. Nothing queues for a slow reader:
+//! it gets fewer and larger deltas, and one that is further behind than the server remembers is cut off, and begins anew.
+//! A fast one gets a delta every [`PACE`] at most: what happens meanwhile comes together.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::State;
-use axum::http::header::CONTENT_TYPE;
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT_ENCODING, CONTENT_ENCODING, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use model::api::{ApiError, ErrorCode};
@@ -18,12 +22,18 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::extract::{Agent, Asked};
-use super::{Reply, Shared, hosts, refuse};
+use super::{Reply, Shared, adopt, hosts, refuse};
 use crate::app::{App, Watching};
+use crate::lines::Piece;
+use crate::state;
 use crate::view::{Cursor, Step};
 
 /// How often a quiet watch says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(10);
+/// The least time between two deltas.
+const PACE: Duration = Duration::from_millis(50);
+/// How long a server may take to hear from its store of what an agent knows from another server.
+const CATCH_UP: Duration = Duration::from_secs(3);
 
 /// Where an agent left off.
 #[derive(Debug, Deserialize, utoipa::IntoParams)]
@@ -34,51 +44,153 @@ pub(super) struct Resume {
     revision: Option<Revision>,
 }
 
-/// What the agent's host should know: a snapshot, then deltas. An agent that has the newest state gets an empty delta
-/// in place of the snapshot.
+/// What the agent's host should know: a snapshot, then deltas. An agent that says what it has gets the deltas since, from
+/// any server of the environment; `compacted` if they are not remembered any more.
 #[utoipa::path(get, path = "/v1/environments/{environment}/watch", tag = "agents",
     params(("environment" = String, Path), Resume),
     responses((status = 200, body = model::Watch, content_type = "application/x-ndjson"), (status = "default", body = ApiError)))]
-pub(super) async fn watch(State(app): Shared, agent: Agent, Asked(resume): Asked<Resume>) -> Reply<Response> {
+pub(super) async fn watch(
+    State(app): Shared,
+    agent: Agent,
+    headers: HeaderMap,
+    Asked(resume): Asked<Resume>,
+) -> Reply<Response> {
+    app.read(&agent.environment, |env| adopt::has_reported(env, &agent))?;
+    adopt::settled(&app, &agent.environment).await?;
     hosts::notice(&app, &agent).await?;
     let revisions = app.shared.subscribe();
-    let epoch = app.store.epoch();
-    let (cursor, first) = {
+    let from = match (resume.epoch, resume.revision) {
+        (Some(epoch), Some(revision)) if epoch == app.store.epoch() => {
+            known(&app, &agent, revision).await?;
+            Some(revision)
+        }
+        _ => None,
+    };
+    let (cursor, pieces, urls) = {
         let state = app.shared.read();
-        let gone =
-            || refuse(ErrorCode::Unauthenticated, format!("{agent} was removed; join again with a token"));
-        let cursor = Cursor::new(&state, &agent.environment, &agent.host).ok_or_else(gone)?;
-        let current = resume.epoch.as_ref() == Some(&epoch) && resume.revision == Some(state.revision);
-        let first = if current {
-            Watch::Delta { revision: state.revision, changes: Vec::new() }
-        } else {
-            Watch::Snapshot {
-                epoch,
-                revision: state.revision,
-                environment: agent.environment.clone(),
-                host: agent.host.clone(),
-                domain: app.domain.clone(),
-                objects: cursor.snapshot(&state),
-            }
+        let (cursor, pieces) = match from {
+            Some(from) => resumed(&agent, &state, from)?,
+            None => fresh(&app, &agent, &state)?,
         };
-        (cursor, first)
+        (cursor, pieces, urls_of(&state, &agent))
     };
     tracing::info!(environment = %agent.environment, host = %agent.name, revision = %cursor.at, "watch begins");
-    let open = Open {
-        stopping: app.stopping.subscribe(),
+    let gzip = takes_gzip(&headers);
+    let stopping = app.stopping.subscribe();
+    if *stopping.borrow() {
+        return Err(refuse(ErrorCode::Unavailable, "the server is stopping; ask again").into());
+    }
+    let mut open = Open {
+        stopping,
         watching: app.presence.watch(&agent.host),
         beat: Instant::now() + HEARTBEAT,
-        first: Some(first),
+        pace: Instant::now(),
+        ready: VecDeque::new(),
+        urls: Vec::new(),
+        gzip,
         revisions,
         cursor,
         agent,
         app,
     };
+    open.tell_urls(urls);
+    open.ready.extend(pieces.into_iter().map(|piece| piece.bytes(gzip)));
     let lines = stream::unfold(open, |mut open| async {
-        let line = open.next().await?;
-        Some((Ok::<_, Infallible>(line), open))
+        let bytes = open.next().await?;
+        Some((Ok::<_, Infallible>(bytes), open))
     });
-    Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+    let mut response = ([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response();
+    if gzip {
+        response.headers_mut().insert(CONTENT_ENCODING, axum::http::HeaderValue::from_static("gzip"));
+    }
+    Ok(response)
+}
+
+/// Waits until this server has heard of the revision.
+async fn known(app: &App, agent: &Agent, revision: Revision) -> Result<(), ApiError> {
+    let mut revisions = app.shared.subscribe();
+    let reached = tokio::time::timeout(CATCH_UP, revisions.wait_for(|now| *now >= revision)).await;
+    if matches!(reached, Ok(Ok(_))) {
+        return Ok(());
+    }
+    let now = app.shared.read().revision;
+    tracing::error!(host = %agent.name, asked = %revision, %now, "an agent knows a revision that the store never had: the \
+        store was put back by hand; use `droveway server restore`, which begins a new epoch");
+    let message = format!(
+        "revision {revision} is not known here: this server's store is at {now}; if it was put back from a copy, put it \
+         back with `droveway server restore`"
+    );
+    Err(refuse(ErrorCode::Conflict, message))
+}
+
+/// Goes on after a revision.
+fn resumed(
+    agent: &Agent,
+    state: &state::State,
+    from: Revision,
+) -> Result<(Cursor, Vec<Arc<Piece>>), ApiError> {
+    if Cursor::new(state, &agent.environment, &agent.host).is_none() {
+        return Err(removed(agent));
+    }
+    let resumed = Cursor::resume(state, &agent.environment, &agent.host, from);
+    let (cursor, step) = resumed.ok_or_else(|| {
+        let message =
+            format!("changes since revision {from} are not remembered any more; ask for a snapshot");
+        refuse(ErrorCode::Compacted, message)
+    })?;
+    let changes = match &step {
+        Step::Delta(touched) => cursor.changes(state, touched),
+        Step::Nothing | Step::Gone | Step::Lost => Vec::new(),
+    };
+    let line = Piece::line(&Watch::Delta { revision: cursor.at, changes });
+    Ok((cursor, vec![Arc::new(line.map_err(|error| App::fault(&error))?)]))
+}
+
+/// Begins with a snapshot.
+fn fresh(app: &App, agent: &Agent, state: &state::State) -> Result<(Cursor, Vec<Arc<Piece>>), ApiError> {
+    let cursor = Cursor::new(state, &agent.environment, &agent.host).ok_or_else(|| removed(agent))?;
+    let fault = |error: serde_json::Error| App::fault(&error);
+    let write = || Piece::json(&cursor.snapshot(state));
+    let objects = match cursor.scope(state) {
+        Some(scope) => app.lines.snapshot(cursor.at, scope, write).map_err(fault)?,
+        None => Arc::new(write().map_err(fault)?),
+    };
+    let head = Watch::Snapshot {
+        epoch: app.store.epoch(),
+        revision: cursor.at,
+        environment: agent.environment.clone(),
+        host: agent.host.clone(),
+        domain: app.domain.clone(),
+        objects: Vec::new(),
+    };
+    // The objects are the last field: the line is written around them.
+    let mut head = serde_json::to_vec(&head).map_err(fault)?;
+    let tail = b"[]}";
+    if !head.ends_with(tail) {
+        return Err(refuse(
+            ErrorCode::Internal,
+            "a fault of the server: a snapshot does not end with its objects",
+        ));
+    }
+    head.truncate(head.len() - tail.len());
+    Ok((cursor, vec![Arc::new(Piece::new(head)), objects, Arc::new(Piece::new(b"}\n".to_vec()))]))
+}
+
+fn removed(agent: &Agent) -> ApiError {
+    refuse(ErrorCode::Unauthenticated, format!("{agent} was removed; join again with a token"))
+}
+
+fn urls_of(state: &state::State, agent: &Agent) -> Vec<String> {
+    state.environments.get(&agent.environment).map(state::Environment::server_urls).unwrap_or_default()
+}
+
+fn takes_gzip(headers: &HeaderMap) -> bool {
+    let accepted = headers.get_all(ACCEPT_ENCODING).into_iter().filter_map(|value| value.to_str().ok());
+    accepted.flat_map(|value| value.split(',')).any(|coding| {
+        let mut parts = coding.split(';').map(str::trim);
+        parts.next() == Some("gzip")
+            && !parts.any(|weight| weight.strip_prefix("q=").is_some_and(|q| q.parse() == Ok(0.0)))
+    })
 }
 
 /// A watch that is open.
@@ -86,50 +198,86 @@ struct Open {
     app: Arc<App>,
     agent: Agent,
     cursor: Cursor,
-    first: Option<Watch>,
+    /// What is to be sent next.
+    ready: VecDeque<Bytes>,
+    /// The servers' URLs that the agent was told.
+    urls: Vec<String>,
+    gzip: bool,
     revisions: watch::Receiver<Revision>,
     stopping: watch::Receiver<bool>,
     beat: Instant,
+    /// No delta before this.
+    pace: Instant,
     watching: Watching,
 }
 
 impl Open {
     async fn next(&mut self) -> Option<Bytes> {
-        let message = match self.first.take() {
-            Some(first) => first,
-            None => self.message().await?,
-        };
+        while self.ready.is_empty() {
+            self.message().await?;
+        }
         self.beat = Instant::now() + HEARTBEAT;
         self.watching.saw();
-        match serde_json::to_vec(&message) {
-            Ok(mut line) => {
-                line.push(b'\n');
-                Some(line.into())
+        self.ready.pop_front()
+    }
+
+    /// Makes the next message, or ends the watch.
+    async fn message(&mut self) -> Option<()> {
+        loop {
+            tokio::time::sleep_until(self.pace).await;
+            self.revisions.borrow_and_update();
+            let (line, urls) = {
+                let state = self.app.shared.read();
+                let line = match self.cursor.advance(&state) {
+                    Step::Delta(touched) => {
+                        let write = || {
+                            let changes = self.cursor.changes(&state, &touched);
+                            Piece::line(&Watch::Delta { revision: self.cursor.at, changes })
+                        };
+                        let line = if self.cursor.is_common(&state, &touched) {
+                            self.app.lines.delta(self.cursor.at, &touched, write)
+                        } else {
+                            write().map(Arc::new)
+                        };
+                        Some(line.map_err(|error| App::fault(&error)).ok()?)
+                    }
+                    Step::Gone | Step::Lost => return None,
+                    Step::Nothing => None,
+                };
+                (line, urls_of(&state, &self.agent))
+            };
+            self.tell_urls(urls);
+            if let Some(line) = line {
+                self.ready.push_back(line.bytes(self.gzip));
+                self.pace = Instant::now() + PACE;
             }
-            Err(error) => {
-                tracing::error!(%error, "a watch message cannot be written as JSON");
-                None
+            if !self.ready.is_empty() {
+                return Some(());
+            }
+            tokio::select! {
+                changed = self.revisions.changed() => changed.ok()?,
+                _ = self.stopping.changed() => return None,
+                () = tokio::time::sleep_until(self.beat) => {}
+            }
+            if Instant::now() >= self.beat {
+                self.app.lines.forget_old();
+                return self.push(&Watch::Heartbeat { revision: self.cursor.at });
             }
         }
     }
 
-    async fn message(&mut self) -> Option<Watch> {
-        loop {
-            self.revisions.borrow_and_update();
-            let step = self.cursor.advance(&self.app.shared.read());
-            match step {
-                Step::Delta(changes) => return Some(Watch::Delta { revision: self.cursor.at, changes }),
-                Step::Gone | Step::Lost => return None,
-                Step::Nothing => {}
-            }
-            tokio::select! {
-                changed = self.revisions.changed() => changed.ok()?,
-                _ = self.stopping.wait_for(|stopping| *stopping) => return None,
-                () = tokio::time::sleep_until(self.beat) => {
-                    return Some(Watch::Heartbeat { revision: self.cursor.at });
-                }
-            }
+    /// Tells how the servers are reached, if that is news.
+    fn tell_urls(&mut self, urls: Vec<String>) {
+        if urls != self.urls {
+            self.urls.clone_from(&urls);
+            self.push(&Watch::Servers { urls });
         }
+    }
+
+    fn push(&mut self, message: &Watch) -> Option<()> {
+        let line = Piece::line(message).map_err(|error| App::fault(&error)).ok()?;
+        self.ready.push_back(line.bytes(self.gzip));
+        Some(())
     }
 }
 

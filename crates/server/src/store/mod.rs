@@ -1,10 +1,16 @@
 //! Where the server's state lives, in etcd's model: keys with revisions, compare-and-set transactions, and a watch that
 //! continues from a revision.
 //!
-//! Invariant: the revision grows by exactly one with each transaction that changes something, and a watch delivers the
-//! changes of each revision whole, in order and without a gap, or says that it cannot ([`StoreError::Compacted`],
-//! [`StoreError::Lagged`]).
+//! Invariant: the revision grows with each transaction that changes something, and a watch delivers the changes of each
+//! revision whole, in order and without a gap, or says that it cannot ([`StoreError::Compacted`], [`StoreError::Lagged`]).
+//!
+//! Nobody leads: each change compares what it was planned on, so servers need no lock between them. Whoever needs to be
+//! the only one for a while makes a key and compares, in each of its transactions, the revision that made it
+//! ([`Compare::Created`]): a lease alone says nothing of a transaction that is late.
 
+mod etcd;
+mod gateway;
+mod place;
 mod sqlite;
 #[cfg(test)]
 pub(crate) mod suite;
@@ -15,6 +21,9 @@ use futures_util::future::BoxFuture;
 use model::{Epoch, Revision};
 use tokio::sync::mpsc;
 
+pub(crate) use etcd::EtcdStore;
+pub use etcd::OpenEtcdError;
+pub use place::{BadStore, EtcdConfig, EtcdUrl, StoreChoice};
 pub(crate) use sqlite::SqliteStore;
 
 /// What a store's verbs give.
@@ -56,6 +65,7 @@ pub(crate) enum Compare {
     #[cfg_attr(not(test), expect(dead_code, reason = "a part of etcd's model that nothing needs yet"))]
     Value(String, Vec<u8>),
     /// The key was made at this revision, and is still there.
+    #[cfg_attr(not(test), expect(dead_code, reason = "a part of etcd's model that nothing needs yet"))]
     Created(String, Revision),
     /// The key was last changed at this revision, and is still there.
     Modified(String, Revision),
@@ -117,7 +127,7 @@ pub(crate) enum Event {
     Delete(String),
 }
 
-/// All changes of one revision.
+/// All changes of one revision. Where nothing under the watch's prefix changed there may be none: the revision moved.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Batch {
     pub(crate) revision: Revision,
@@ -127,13 +137,13 @@ pub(crate) struct Batch {
 /// A running watch.
 #[derive(Debug)]
 pub(crate) struct Watcher {
-    batches: mpsc::Receiver<Batch>,
+    batches: mpsc::Receiver<Result<Batch, StoreError>>,
 }
 
 impl Watcher {
     /// The next revision's changes. After an error, range and watch anew.
     pub(crate) async fn next(&mut self) -> Result<Batch, StoreError> {
-        self.batches.recv().await.ok_or(StoreError::Lagged)
+        self.batches.recv().await.unwrap_or(Err(StoreError::Lagged))
     }
 }
 
@@ -152,6 +162,17 @@ pub(crate) enum StoreError {
     /// The store's thread is gone.
     #[error("the store is closed")]
     Closed,
+    /// Nobody answers; nothing was changed.
+    #[error("the store does not answer: {0}")]
+    Unreachable(String),
+    /// A transaction was sent, and no answer came.
+    #[error(
+        "no answer came from the store, so the change may have been made or not: {0}; look, and try again"
+    )]
+    Unknown(String),
+    /// The store says no; nothing was changed.
+    #[error("the store refuses: {0}")]
+    Refused(String),
     /// The medium failed.
     #[error("the store cannot read or write: {0}; check the data directory's disk")]
     Io(String),

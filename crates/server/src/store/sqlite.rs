@@ -6,6 +6,8 @@
 //! Invariant: an answer is sent, and a watch sees a change, only after the change is on disk.
 
 use std::collections::VecDeque;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
@@ -69,6 +71,40 @@ impl SqliteStore {
         Ok(Self { epoch, commands: Some(commands), thread: Some(thread) })
     }
 
+    /// Makes a store where there is none, with revisions above `above`.
+    pub(crate) fn make(path: &Path, epoch: Epoch, above: Revision) -> Result<Self, OpenError> {
+        let io = |error: &dyn std::fmt::Display| OpenError::Io(path.to_owned(), error.to_string());
+        let made = OpenOptions::new().create_new(true).write(true).mode(0o600).open(path);
+        drop(made.map_err(|error| io(&error))?);
+        let (connection, ..) = open(path, &epoch)?;
+        connection
+            .execute(
+                "UPDATE meta SET value = ?1 WHERE name IN ('revision', 'compacted')",
+                [above.0.to_string()],
+            )
+            .map_err(|error| io(&error))?;
+        drop(connection);
+        Self::open(path, epoch)
+    }
+
+    /// All that a store holds at one revision. It may be open elsewhere, and is not changed.
+    pub(crate) fn read(path: &Path) -> Result<(Epoch, Revision, Vec<KeyValue>), OpenError> {
+        let fault = |error: rusqlite::Error| OpenError::Io(path.to_owned(), error.to_string());
+        if !path.exists() {
+            return Err(OpenError::Io(path.to_owned(), "there is no such file".into()));
+        }
+        let mut connection =
+            Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY).map_err(fault)?;
+        let transaction = connection.transaction().map_err(fault)?;
+        recognize(&transaction, path)?;
+        let (epoch, revision, _) = life(&transaction, path)?;
+        let all = transaction
+            .prepare("SELECT key, value, created, modified, version FROM kv ORDER BY key")
+            .and_then(|mut all| all.query_map([], key_value)?.collect::<rusqlite::Result<Vec<_>>>())
+            .map_err(fault)?;
+        Ok((epoch, revision, all))
+    }
+
     fn ask<T: Send + 'static>(
         &self,
         command: impl FnOnce(oneshot::Sender<Result<T, StoreError>>) -> Command,
@@ -113,35 +149,60 @@ impl Drop for SqliteStore {
     }
 }
 
-/// Looks before it writes: a file that is not ours is closed again unchanged.
-fn open(path: &Path, fresh: &Epoch) -> Result<(Connection, Epoch, Revision, Revision), OpenError> {
-    let io = |error: rusqlite::Error| match error.sqlite_error_code() {
+fn io(path: &Path) -> impl Fn(rusqlite::Error) -> OpenError + '_ {
+    |error: rusqlite::Error| match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::NotADatabase) => OpenError::Foreign(path.to_owned()),
         Some(rusqlite::ErrorCode::DatabaseCorrupt) => OpenError::Damaged(path.to_owned(), error.to_string()),
         _ => OpenError::Io(path.to_owned(), error.to_string()),
+    }
+}
+
+/// Whether the file is a store; `false` for one that is empty. Anything else is refused.
+fn recognize(connection: &Connection, path: &Path) -> Result<bool, OpenError> {
+    let io = io(path);
+    let number = |query: &str| connection.query_row(query, [], |row| row.get::<_, i64>(0)).map_err(&io);
+    let tables = number("SELECT count(*) FROM sqlite_master")?;
+    let application = number("PRAGMA application_id")?;
+    if application != i64::from(APPLICATION_ID) {
+        return if tables > 0 || application != 0 {
+            Err(OpenError::Foreign(path.to_owned()))
+        } else {
+            Ok(false)
+        };
+    }
+    let schema = number("PRAGMA user_version")?;
+    if schema > SCHEMA {
+        return Err(OpenError::Newer(path.to_owned(), schema));
+    }
+    let check: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(&io)?;
+    if check == "ok" { Ok(true) } else { Err(OpenError::Damaged(path.to_owned(), check)) }
+}
+
+/// Epoch, revision, and the revision up to which the log was cut.
+fn life(connection: &Connection, path: &Path) -> Result<(Epoch, Revision, Revision), OpenError> {
+    let meta = |name: &str| -> Result<String, OpenError> {
+        connection
+            .query_row("SELECT value FROM meta WHERE name = ?1", [name], |row| row.get(0))
+            .optional()
+            .map_err(io(path))?
+            .ok_or_else(|| OpenError::Damaged(path.to_owned(), format!("{name} is missing")))
     };
-    let connection = Connection::open(path).map_err(io)?;
-    let tables: i64 =
-        connection.query_row("SELECT count(*) FROM sqlite_master", [], |row| row.get(0)).map_err(io)?;
-    let application: i32 = connection.query_row("PRAGMA application_id", [], |row| row.get(0)).map_err(io)?;
-    if application != APPLICATION_ID && (tables > 0 || application != 0) {
-        return Err(OpenError::Foreign(path.to_owned()));
-    }
-    if application == APPLICATION_ID {
-        let schema: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0)).map_err(io)?;
-        if schema > SCHEMA {
-            return Err(OpenError::Newer(path.to_owned(), schema));
-        }
-        let check: String =
-            connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(io)?;
-        if check != "ok" {
-            return Err(OpenError::Damaged(path.to_owned(), check));
-        }
-    }
+    let damaged = |what: &str| OpenError::Damaged(path.to_owned(), format!("{what} is not readable"));
+    let epoch = meta("epoch")?.parse().map_err(|_| damaged("epoch"))?;
+    let revision = Revision(meta("revision")?.parse().map_err(|_| damaged("revision"))?);
+    let compacted = Revision(meta("compacted")?.parse().map_err(|_| damaged("compacted"))?);
+    Ok((epoch, revision, compacted))
+}
+
+/// Looks before it writes: a file that is not ours is closed again unchanged.
+fn open(path: &Path, fresh: &Epoch) -> Result<(Connection, Epoch, Revision, Revision), OpenError> {
+    let io = io(path);
+    let connection = Connection::open(path).map_err(&io)?;
+    let known = recognize(&connection, path)?;
     connection
         .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -4096;")
-        .map_err(io)?;
-    if application != APPLICATION_ID {
+        .map_err(&io)?;
+    if !known {
         connection
             .execute_batch(&format!(
                 "BEGIN IMMEDIATE;
@@ -160,19 +221,9 @@ fn open(path: &Path, fresh: &Epoch) -> Result<(Connection, Epoch, Revision, Revi
                  PRAGMA user_version = {SCHEMA};
                  COMMIT;"
             ))
-            .map_err(io)?;
+            .map_err(&io)?;
     }
-    let meta = |name: &str| -> Result<String, OpenError> {
-        connection
-            .query_row("SELECT value FROM meta WHERE name = ?1", [name], |row| row.get(0))
-            .optional()
-            .map_err(io)?
-            .ok_or_else(|| OpenError::Damaged(path.to_owned(), format!("{name} is missing")))
-    };
-    let damaged = |what: &str| OpenError::Damaged(path.to_owned(), format!("{what} is not readable"));
-    let epoch = meta("epoch")?.parse().map_err(|_| damaged("epoch"))?;
-    let revision = Revision(meta("revision")?.parse().map_err(|_| damaged("revision"))?);
-    let compacted = Revision(meta("compacted")?.parse().map_err(|_| damaged("compacted"))?);
+    let (epoch, revision, compacted) = life(&connection, path)?;
     Ok((connection, epoch, revision, compacted))
 }
 
@@ -186,7 +237,7 @@ struct Worker {
 
 struct Watch {
     prefix: String,
-    batches: async_mpsc::Sender<Batch>,
+    batches: async_mpsc::Sender<Result<Batch, StoreError>>,
 }
 
 /// A transaction and where to answer.
@@ -235,7 +286,7 @@ impl Worker {
         // What is past is wanted whole; only what comes may find the queue full.
         let (sender, receiver) = async_mpsc::channel(WATCH_QUEUE + past.len());
         for batch in past {
-            if sender.try_send(batch).is_err() {
+            if sender.try_send(Ok(batch)).is_err() {
                 return Err(StoreError::Lagged);
             }
         }
@@ -339,7 +390,7 @@ impl Worker {
                 .cloned()
                 .collect();
             events.is_empty() && !watch.batches.is_closed()
-                || watch.batches.try_send(Batch { revision: batch.revision, events }).is_ok()
+                || watch.batches.try_send(Ok(Batch { revision: batch.revision, events })).is_ok()
         });
     }
 
@@ -471,7 +522,7 @@ mod tests {
     async fn the_embedded_store_keeps_the_promises_of_every_store() {
         let dir = tempfile::tempdir().unwrap();
         let mut count = 0;
-        suite::run(|| {
+        suite::run(async || {
             count += 1;
             SqliteStore::open(&dir.path().join(format!("{count}.sqlite")), epoch(1)).unwrap()
         })
@@ -509,6 +560,29 @@ mod tests {
             let Err(error) = SqliteStore::open(&path, epoch(1)) else { panic!("{path:?} was opened") };
             assert!(error.to_string().contains("choose another --data-dir"), "{error}");
             assert_eq!(std::fs::read(&path).unwrap(), before);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_truncated_store_and_one_of_a_newer_version_are_refused_with_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let make = |name: &str| dir.path().join(name);
+        let (short, newer) = (make("short"), make("newer"));
+        for path in [&short, &newer] {
+            let store = SqliteStore::open(path, epoch(1)).unwrap();
+            for n in 0..200 {
+                let value = vec![b'v'; 500];
+                store.txn(Txn::new(vec![], vec![Op::Put(format!("/{n}"), value)])).await.unwrap();
+            }
+        }
+        let length = std::fs::metadata(&short).unwrap().len();
+        OpenOptions::new().write(true).open(&short).unwrap().set_len(length / 2 + 100).unwrap();
+        Connection::open(&newer).unwrap().execute_batch("PRAGMA user_version = 99").unwrap();
+        for (path, remedy) in [(short, "restore it from a backup"), (newer, "run that version")] {
+            let before = std::fs::read(&path).unwrap();
+            let Err(error) = SqliteStore::open(&path, epoch(1)) else { panic!("{path:?} was opened") };
+            assert!(error.to_string().contains(remedy), "{error}");
+            assert_eq!(std::fs::read(&path).unwrap(), before, "left as it was");
         }
     }
 

@@ -37,6 +37,10 @@ pub fn config(dir: PathBuf) -> Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         names: vec!["drove.example".into()],
         domain: model::DEFAULT_DOMAIN.into(),
+        limits: server::Limits::default(),
+        lives: server::Lives::default(),
+        store: server::StoreChoice::Embedded,
+        urls: vec![],
     }
 }
 
@@ -46,16 +50,39 @@ impl Server {
     }
 
     pub async fn start_in(dir: TempDir) -> Self {
+        Self::start_with(dir, |config| config).await.unwrap()
+    }
+
+    /// With a configuration of its own; why it did not start.
+    pub async fn start_with(
+        dir: TempDir,
+        change: impl FnOnce(Config) -> Config,
+    ) -> Result<Self, server::Error> {
         let (stop, stopped) = oneshot::channel();
         let (tell, told) = oneshot::channel();
-        let config = config(dir.path().join("data"));
+        let config = change(config(dir.path().join("data")));
         let task = tokio::spawn(server::run(config, move |ready| drop(tell.send(ready)), async move {
             drop(stopped.await);
         }));
         if let Ok(ready) = told.await {
-            return Self { dir, ready, stop: Some(stop), task };
+            return Ok(Self { dir, ready, stop: Some(stop), task });
         }
-        panic!("the server did not start: {:?}", task.await)
+        task.await.unwrap()?;
+        panic!("the server ended before it listened")
+    }
+
+    /// Ends it as a crash would, as far as that can be within one process: nothing is finished, nobody is told.
+    pub async fn crash(self) -> TempDir {
+        self.task.abort();
+        drop(self.task.await);
+        self.dir
+    }
+
+    /// The host's agent, at this server.
+    pub fn agent(&self, host: &Agent) -> Agent {
+        let key = KeyPair::from_pem(&host.key.serialize_pem()).unwrap();
+        let client = self.client(&host.answer.ca, Some((&host.answer.certificate, &key)));
+        Agent { id: host.id.clone(), client, key, answer: host.answer.clone() }
     }
 
     pub async fn stop(mut self) -> TempDir {

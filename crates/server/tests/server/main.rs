@@ -4,8 +4,13 @@
 mod addresses;
 mod edges;
 mod enrolment;
+mod etcd;
 mod harness;
+mod limits;
 mod networks;
 mod peers;
+mod restoring;
+mod running;
+mod several;
 mod starting;
 mod watching;

@@ -136,7 +136,7 @@ async fn garbage_in_place_of_a_file_is_said_and_left_alone() {
 
 #[tokio::test]
 async fn a_lost_ca_or_store_is_said_and_not_replaced() {
-    for name in ["ca.key", "ca.pem", "store.sqlite"] {
+    for name in ["ca.key", "store.sqlite"] {
         let dir = Server::start().await.stop().await;
         let data = dir.path().join("data");
         std::fs::remove_file(data.join(name)).unwrap();
@@ -172,4 +172,14 @@ async fn a_client_that_pins_another_ca_talks_to_nobody() {
     let error = server.client(&other.file("ca.pem"), None).get::<ServerInfo>("/v1/info").await.unwrap_err();
     assert_eq!(error.code, ErrorCode::Unavailable);
     assert!(error.message.contains("UnknownIssuer") || error.message.contains("BadSignature"), "{error}");
+}
+
+#[tokio::test]
+async fn a_lost_certificate_of_the_ca_is_written_again_from_the_store() {
+    let dir = Server::start().await.stop().await;
+    let file = dir.path().join("data/ca.pem");
+    let before = std::fs::read_to_string(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    let server = Server::start_in(dir).await;
+    assert_eq!(server.file("ca.pem"), before);
 }

@@ -22,6 +22,7 @@ async fn catch_up(watch: &mut Watching, catalog: &mut Catalog, info: &ServerInfo
                 at = revision.0;
             }
             Watch::Heartbeat { revision } => at = revision.0,
+            Watch::Servers { urls } => panic!("nobody said so: {urls:?}"),
         }
     }
 }
@@ -88,21 +89,22 @@ async fn a_host_sees_a_network_whole_when_it_takes_part_and_no_more_when_it_stop
     two.client.delete(&format!("{DEFAULT}/endpoints/{}", db.id)).await.unwrap();
     assert_eq!(watch.delta().await, [Change::Delete(Key::Endpoint(db.id.clone()))]);
 
-    let give_back = GiveBack { network: "managed".into(), cidr: far.cidr };
+    let give_back = GiveBack { network: "managed".into(), cidr: far.cidr, leased: None };
     two.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await.unwrap();
     let gone = [(false, Key::Block(network.clone(), far.cidr)), (false, Key::Host(two.id.clone()))];
     assert_eq!(keys(&watch.delta().await), gone, "the last block of a host takes the host along");
 
     let request = ClaimRequest {
         network: "managed".into(),
-        address: "10.42.0.9".parse().unwrap(),
+        address: Some("10.42.0.9".parse().unwrap()),
         endpoint: db.id.clone(),
+        router: false,
     };
     two.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
-    let claim = Key::Claim(network.clone(), request.address);
+    let claim = Key::Claim(network.clone(), request.address.unwrap());
     assert_eq!(keys(&watch.delta().await), [(true, Key::Host(two.id.clone())), (true, claim.clone())]);
 
-    let give_back = GiveBack { network: "managed".into(), cidr: near.cidr };
+    let give_back = GiveBack { network: "managed".into(), cidr: near.cidr, leased: None };
     one.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await.unwrap();
     let gone =
         [(false, claim), (false, Key::Block(network.clone(), near.cidr)), (false, Key::Host(two.id.clone()))];
@@ -148,7 +150,7 @@ async fn deltas_lead_to_what_a_fresh_snapshot_says_whatever_happens_meanwhile() 
             }
             _ => {
                 let block = host.lease(network, 0).await.unwrap();
-                let give_back = GiveBack { network: network.into(), cidr: block.cidr };
+                let give_back = GiveBack { network: network.into(), cidr: block.cidr, leased: None };
                 // Refused while an endpoint is in it: that is part of the life here.
                 let _ = host.client.delete_with(&format!("{DEFAULT}/blocks"), &give_back).await;
             }
@@ -165,20 +167,114 @@ async fn deltas_lead_to_what_a_fresh_snapshot_says_whatever_happens_meanwhile() 
 }
 
 #[tokio::test]
-async fn an_agent_that_is_up_to_date_resumes_with_nothing_and_any_other_with_a_snapshot() {
+async fn an_agent_resumes_with_the_changes_since_and_one_of_another_epoch_with_a_snapshot() {
     let server = Server::start().await;
     let host = server.host("h1").await;
     let info: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
     let mut watch = host.watch_from(Some((&info.epoch, info.revision))).await;
     assert!(watch.delta().await.is_empty());
     let block = host.lease("managed", 0).await.unwrap();
-    assert_eq!(watch.delta().await, [Change::Put(Object::Block(block))]);
+    assert_eq!(watch.delta().await, [Change::Put(Object::Block(block.clone()))]);
     let mut behind = host.watch_from(Some((&info.epoch, info.revision))).await;
-    assert_eq!(behind.snapshot().await.len(), 3);
+    let changes = behind.delta().await;
+    assert!(changes.contains(&Change::Put(Object::Block(block))), "{changes:?}");
     let now: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
     let other = model::Epoch::from_random([5; 8]);
     let mut foreign = host.watch_from(Some((&other, now.revision))).await;
     assert_eq!(foreign.snapshot().await.len(), 3);
+}
+
+#[tokio::test]
+async fn resuming_from_any_moment_leads_to_what_a_fresh_snapshot_says() {
+    let server = Server::start().await;
+    let (one, two) = (server.host("h1").await, server.host("h2").await);
+    let mut moments: Vec<(model::Epoch, model::Revision, Catalog)> = Vec::new();
+    let mut moment = async || {
+        let Some(Watch::Snapshot { epoch, revision, objects, .. }) = one.watch().await.next().await else {
+            panic!("no snapshot")
+        };
+        moments.push((epoch, revision, Catalog::from_objects(objects)));
+        moments.clone()
+    };
+    let give_back = async |host: &crate::harness::Agent, block: &model::Block| {
+        let body = GiveBack { network: block.network.to_string(), cidr: block.cidr, leased: None };
+        host.client.delete_with(&format!("{DEFAULT}/blocks"), &body).await.unwrap();
+    };
+    moment().await;
+    let far = two.lease("managed", 0).await.unwrap();
+    let db = two.endpoint(&far, "db", 2);
+    two.put(&db).await.unwrap();
+    moment().await;
+    let near = one.lease("managed", 0).await.unwrap();
+    moment().await;
+    two.client.delete(&format!("{DEFAULT}/endpoints/{}", db.id)).await.unwrap();
+    give_back(&two, &far).await;
+    moment().await;
+    let three = server.host("h3").await;
+    three.lease("managed", 0).await.unwrap();
+    moment().await;
+    server.admin().delete(&format!("{DEFAULT}/hosts/h3")).await.unwrap();
+    moment().await;
+    give_back(&one, &near).await;
+    moment().await;
+    one.lease("managed", 0).await.unwrap();
+    two.lease("managed", 0).await.unwrap();
+    let all = moment().await;
+    let (_, _, now) = all.last().unwrap();
+    for (epoch, revision, mut catalog) in all.clone() {
+        let mut watch = one.watch_from(Some((&epoch, revision))).await;
+        for change in watch.delta().await {
+            catalog.apply(change);
+        }
+        assert_eq!(catalog, *now, "from {revision}");
+    }
+}
+
+#[tokio::test]
+async fn a_revision_that_never_was_is_refused_by_name() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let info: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
+    let path = format!("{DEFAULT}/watch?epoch={}&revision={}", info.epoch, info.revision.0 + 1000);
+    let error = host.client.get::<serde_json::Value>(&path).await.unwrap_err();
+    assert_eq!(error.code, model::api::ErrorCode::Conflict);
+    assert!(error.message.contains("droveway server restore"), "{error}");
+    let path = format!("{DEFAULT}/watch?epoch={}&revision=-7", info.epoch);
+    let error = host.client.get::<serde_json::Value>(&path).await.unwrap_err();
+    assert_eq!(error.code, model::api::ErrorCode::Invalid);
+}
+
+#[tokio::test]
+async fn a_watch_is_compressed_for_those_who_take_it_and_every_message_comes_at_once() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let block = host.lease("managed", 0).await.unwrap();
+    for n in 2..60 {
+        host.put(&host.endpoint(&block, "some-name", n)).await.unwrap();
+    }
+    let request = host.client.request(reqwest::Method::GET, &format!("{DEFAULT}/watch"));
+    let mut response = request.header("Accept-Encoding", "br, gzip;q=0.5").send().await.unwrap();
+    assert_eq!(response.headers()["content-encoding"], "gzip");
+    let (mut packed, mut text) = (0, flate2::write::MultiGzDecoder::new(Vec::new()));
+    let mut lines = async |count: usize| {
+        while text.get_ref().split(|byte| *byte == b'\n').count() <= count {
+            let chunk = response.chunk().await.unwrap().unwrap();
+            packed += chunk.len();
+            std::io::Write::write_all(&mut text, &chunk).unwrap();
+            std::io::Write::flush(&mut text).unwrap();
+        }
+        (packed, String::from_utf8(text.get_ref().clone()).unwrap())
+    };
+    let (packed, text) = lines(1).await;
+    let Watch::Snapshot { objects, .. } = serde_json::from_str(text.trim()).unwrap() else {
+        panic!("{text}")
+    };
+    assert_eq!(objects.len(), 3 + 58);
+    assert!(packed * 4 < text.len(), "{packed} bytes for {}", text.len());
+    // No other message follows that would push this one out.
+    host.put(&host.endpoint(&block, "late", 61)).await.unwrap();
+    let (_, text) = lines(2).await;
+    assert!(text.lines().nth(1).unwrap().contains("late"));
 }
 
 #[tokio::test]

@@ -1,0 +1,431 @@
+//! The audit log: who asked for which change, from where, and how it ended. Lines of JSON in the data directory.
+//!
+//! One thread writes. What came together is written together and synced once; whoever waits is told after that. The log
+//! is bounded: [`FILES`] files of [`FILE_MAX`] bytes, the oldest makes room for the newest.
+//!
+//! Invariant: numbers go up by one, from the first line to the last, over restarts too; a line is whole or absent. No
+//! secret is in it: what is written is method, path, names and ids.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use model::api::{AuditEntry, ErrorCode, Outcome};
+use model::{Revision, UnixMillis};
+use serde::Deserialize;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// How large a file may become, bytes.
+const FILE_MAX: u64 = 16 << 20;
+/// How many files there are at most.
+const FILES: usize = 8;
+/// How many lines may wait to be written: whoever comes then waits, too.
+const WAITING: usize = 1024;
+/// How many lines are synced together at most.
+const TOGETHER: usize = 256;
+const NEWEST: &str = "audit.jsonl";
+
+/// A line without its number.
+#[derive(Debug, Clone)]
+pub(crate) struct Line {
+    pub(crate) at: UnixMillis,
+    pub(crate) request: String,
+    pub(crate) who: String,
+    pub(crate) from: String,
+    pub(crate) what: String,
+    pub(crate) about: Option<String>,
+    pub(crate) outcome: Outcome,
+    pub(crate) code: Option<ErrorCode>,
+    pub(crate) revision: Option<Revision>,
+}
+
+impl Line {
+    fn numbered(self, number: u64) -> AuditEntry {
+        let Self { at, request, who, from, what, about, outcome, code, revision } = self;
+        AuditEntry { number, at, request, who, from, what, about, outcome, code, revision }
+    }
+}
+
+struct Job {
+    line: Line,
+    written: Option<oneshot::Sender<()>>,
+}
+
+/// The log. When it is dropped, what waits is written and the thread ends.
+pub(crate) struct Audit {
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    written: watch::Receiver<u64>,
+    directory: PathBuf,
+    failures: Arc<AtomicU64>,
+}
+
+impl Drop for Audit {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            tracing::error!("the audit log ended by a fault; its message is above");
+        }
+    }
+}
+
+impl Audit {
+    /// Goes on with the log in `directory`.
+    pub(crate) fn open(directory: &Path) -> io::Result<Self> {
+        let writer = Writer::open(directory, FILE_MAX)?;
+        let (jobs, inbox) = mpsc::channel(WAITING);
+        let (tell, written) = watch::channel(writer.number);
+        let failures = Arc::new(AtomicU64::new(0));
+        let counted = failures.clone();
+        let thread = std::thread::Builder::new().name("audit".to_owned());
+        let thread = thread.spawn(move || writer.run(inbox, &tell, &counted))?;
+        let (jobs, thread) = (Some(jobs), Some(thread));
+        Ok(Self { jobs, thread, written, directory: directory.to_owned(), failures })
+    }
+
+    /// Writes a line; if `synced`, it is on disk when this answers.
+    pub(crate) async fn write(&self, line: Line, synced: bool) {
+        let (written, done) = if synced {
+            let (written, done) = oneshot::channel();
+            (Some(written), Some(done))
+        } else {
+            (None, None)
+        };
+        let Some(jobs) = &self.jobs else { return };
+        if jobs.send(Job { line, written }).await.is_err() {
+            tracing::error!("the audit log has ended; what happens is not written down");
+        } else if let Some(done) = done {
+            // A line that could not be written was told to the log.
+            drop(done.await);
+        }
+    }
+
+    /// How many lines could not be written since the start.
+    pub(crate) fn failures(&self) -> u64 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
+    /// Reads the log from its oldest line on.
+    pub(crate) fn reader(&self, since: UnixMillis) -> Reader {
+        Reader {
+            directory: self.directory.clone(),
+            written: self.written.clone(),
+            since,
+            open: None,
+            told: 0,
+        }
+    }
+}
+
+fn file(directory: &Path, age: usize) -> PathBuf {
+    directory.join(if age == 0 { NEWEST.to_owned() } else { format!("audit.{age}.jsonl") })
+}
+
+struct Writer {
+    directory: PathBuf,
+    file: File,
+    size: u64,
+    /// That of the last line.
+    number: u64,
+    most: u64,
+}
+
+impl Writer {
+    fn open(directory: &Path, most: u64) -> io::Result<Self> {
+        let path = file(directory, 0);
+        let mut newest = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(&path)?;
+        let mut size = newest.metadata()?.len();
+        // A crash may have left half a line.
+        let whole = end_of_last_line(&mut newest, size)?;
+        if whole < size {
+            newest.set_len(whole)?;
+            size = whole;
+        }
+        let number = (0..FILES).find_map(|age| last_number(&file(directory, age))).unwrap_or_default();
+        Ok(Self { directory: directory.to_owned(), file: newest, size, number, most })
+    }
+
+    fn run(mut self, mut inbox: mpsc::Receiver<Job>, tell: &watch::Sender<u64>, failures: &AtomicU64) {
+        while let Some(first) = inbox.blocking_recv() {
+            let mut jobs = vec![first];
+            while jobs.len() < TOGETHER
+                && let Ok(job) = inbox.try_recv()
+            {
+                jobs.push(job);
+            }
+            let count = jobs.len() as u64;
+            let (lines, waiting): (Vec<_>, Vec<_>) =
+                jobs.into_iter().map(|job| (job.line, job.written)).unzip();
+            match self.write(&lines) {
+                Ok(()) => drop(tell.send_replace(self.number)),
+                Err(error) => {
+                    failures.fetch_add(count, Ordering::Relaxed);
+                    for line in &lines {
+                        tracing::error!(%error, who = line.who, from = line.from, what = line.what, about = line.about,
+                            outcome = ?line.outcome, revision = line.revision.map(|it| it.0),
+                            "cannot write the audit log; free space in the data directory");
+                    }
+                }
+            }
+            for written in waiting.into_iter().flatten() {
+                // Whoever asked may be gone.
+                let _ = written.send(());
+            }
+        }
+    }
+
+    /// All of the lines or none.
+    fn write(&mut self, lines: &[Line]) -> io::Result<()> {
+        if self.size >= self.most {
+            self.rotate()?;
+        }
+        let mut text = Vec::new();
+        for (line, number) in lines.iter().zip(self.number + 1..) {
+            serde_json::to_writer(&mut text, &line.clone().numbered(number))?;
+            text.push(b'\n');
+        }
+        let outcome = self.file.write_all(&text).and_then(|()| self.file.sync_data());
+        if outcome.is_err() {
+            // What was written of it would be half a line.
+            let _ = self.file.set_len(self.size);
+            return outcome;
+        }
+        self.size += text.len() as u64;
+        self.number += lines.len() as u64;
+        Ok(())
+    }
+
+    fn rotate(&mut self) -> io::Result<()> {
+        for age in (0..FILES - 1).rev() {
+            match fs::rename(file(&self.directory, age), file(&self.directory, age + 1)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(()) | Err(_) => {}
+            }
+        }
+        let newest = file(&self.directory, 0);
+        self.file = OpenOptions::new().create(true).append(true).mode(0o600).open(newest)?;
+        File::open(&self.directory)?.sync_all()?;
+        self.size = 0;
+        Ok(())
+    }
+}
+
+/// Where the last line that ends with a newline ends.
+fn end_of_last_line(file: &mut File, size: u64) -> io::Result<u64> {
+    let mut end = size;
+    let mut piece = [0; 4096];
+    while end > 0 {
+        let begin = end.saturating_sub(piece.len() as u64);
+        let piece = &mut piece[..(end - begin) as usize];
+        file.seek(SeekFrom::Start(begin))?;
+        file.read_exact(piece)?;
+        if let Some(at) = piece.iter().rposition(|byte| *byte == b'\n') {
+            return Ok(begin + at as u64 + 1);
+        }
+        end = begin;
+    }
+    Ok(0)
+}
+
+/// What of a line is looked at to choose it.
+#[derive(Deserialize)]
+struct Head {
+    number: u64,
+    at: UnixMillis,
+}
+
+fn last_number(path: &Path) -> Option<u64> {
+    let mut file = File::open(path).ok()?;
+    let size = file.metadata().ok()?.len();
+    // No line is longer than the path, the names and the ids in it.
+    file.seek(SeekFrom::Start(size.saturating_sub(64 << 10))).ok()?;
+    let mut end = Vec::new();
+    file.read_to_end(&mut end).ok()?;
+    let heads =
+        end.rsplit(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Head>(line).ok());
+    heads.map(|head| head.number).next()
+}
+
+/// Reads lines in order; the newest, and then what comes, where asked to.
+pub(crate) struct Reader {
+    directory: PathBuf,
+    written: watch::Receiver<u64>,
+    since: UnixMillis,
+    open: Option<BufReader<File>>,
+    /// The number of the last line read.
+    told: u64,
+}
+
+impl Reader {
+    /// The next lines, some at a time; none at the end of what is there. It reads files: call it where that may block.
+    pub(crate) fn read(&mut self) -> io::Result<Vec<u8>> {
+        let mut lines = Vec::new();
+        while lines.len() < 64 << 10 {
+            if self.open.is_none() {
+                self.open = self.next_file()?.map(BufReader::new);
+            }
+            let Some(open) = &mut self.open else { break };
+            let mut line = Vec::new();
+            open.read_until(b'\n', &mut line)?;
+            if line.last() != Some(&b'\n') {
+                // Half a line is being written: it is read again when it is whole.
+                let back = i64::try_from(line.len()).map_err(io::Error::other)?;
+                open.seek_relative(-back)?;
+                if self.is_newest()? {
+                    break;
+                }
+                // It was rotated away after its last line; that may have come since it was read.
+                let mut rest = Vec::new();
+                if let Some(open) = &mut self.open {
+                    open.read_until(b'\n', &mut rest)?;
+                }
+                if rest.last() != Some(&b'\n') {
+                    self.open = None;
+                    continue;
+                }
+                line = rest;
+            }
+            if let Ok(head) = serde_json::from_slice::<Head>(&line)
+                && head.number > self.told
+            {
+                self.told = head.number;
+                if head.at >= self.since {
+                    lines.extend(line);
+                }
+            }
+        }
+        Ok(lines)
+    }
+
+    /// Ready when lines were written that were not read; false when none will come any more.
+    pub(crate) async fn more(&mut self) -> bool {
+        let told = self.told;
+        self.written.wait_for(|written| *written > told).await.is_ok()
+    }
+
+    /// The oldest file with lines after the last one read.
+    fn next_file(&self) -> io::Result<Option<File>> {
+        for age in (0..FILES).rev() {
+            let path = file(&self.directory, age);
+            let newer = age == 0 || last_number(&path).is_some_and(|last| last > self.told);
+            match File::open(&path) {
+                Ok(file) if newer => return Ok(Some(file)),
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_newest(&self) -> io::Result<bool> {
+        let Some(open) = &self.open else { return Ok(false) };
+        let (open, newest) = (open.get_ref().metadata()?, fs::metadata(file(&self.directory, 0))?);
+        Ok((open.dev(), open.ino()) == (newest.dev(), newest.ino()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(about: u64) -> Line {
+        Line {
+            at: about,
+            request: "r".into(),
+            who: "key admin".into(),
+            from: "127.0.0.1:1".into(),
+            what: "POST /networks".into(),
+            about: Some(about.to_string()),
+            outcome: Outcome::Done,
+            code: None,
+            revision: Some(Revision(about)),
+        }
+    }
+
+    fn numbers(lines: &[u8]) -> Vec<u64> {
+        let lines = lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        lines.map(|line| serde_json::from_slice::<AuditEntry>(line).unwrap().number).collect()
+    }
+
+    fn all(reader: &mut Reader) -> Vec<u64> {
+        let mut found = Vec::new();
+        loop {
+            let lines = reader.read().unwrap();
+            if lines.is_empty() {
+                return found;
+            }
+            found.extend(numbers(&lines));
+        }
+    }
+
+    #[tokio::test]
+    async fn lines_are_read_back_in_order_also_after_a_restart_and_half_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(dir.path()).unwrap();
+        for n in 1..=5 {
+            audit.write(line(n), true).await;
+        }
+        assert_eq!(all(&mut audit.reader(0)), [1, 2, 3, 4, 5]);
+        assert_eq!(all(&mut audit.reader(4)), [4, 5]);
+        drop(audit);
+        let path = file(dir.path(), 0);
+        let whole = fs::metadata(&path).unwrap().len();
+        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"number\":6,\"a").unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        let audit = Audit::open(dir.path()).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), whole);
+        audit.write(line(6), true).await;
+        assert_eq!(all(&mut audit.reader(0)), [1, 2, 3, 4, 5, 6]);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_follows_gets_what_comes_each_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let audit = Audit::open(dir.path()).unwrap();
+        audit.write(line(1), true).await;
+        let mut reader = audit.reader(0);
+        assert_eq!(all(&mut reader), [1]);
+        audit.write(line(2), true).await;
+        assert!(reader.more().await);
+        assert_eq!(all(&mut reader), [2]);
+        drop(audit);
+        assert!(!reader.more().await);
+    }
+
+    #[test]
+    fn the_log_is_bounded_and_a_reader_passes_from_file_to_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), 400).unwrap();
+        let (_tell, written) = watch::channel(0);
+        let reader = || Reader {
+            directory: dir.path().to_owned(),
+            written: written.clone(),
+            since: 0,
+            open: None,
+            told: 0,
+        };
+        writer.write(&[line(1)]).unwrap();
+        let mut early = reader();
+        assert_eq!(all(&mut early), [1]);
+        for n in 2..=100 {
+            writer.write(&[line(n)]).unwrap();
+        }
+        let files = fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(files, FILES);
+        let kept = all(&mut reader());
+        assert_eq!(*kept.last().unwrap(), 100);
+        assert!(kept.windows(2).all(|pair| pair[1] == pair[0] + 1), "{kept:?}");
+        // The early reader lost what was dropped, and nothing else.
+        let later = all(&mut early);
+        assert!(
+            later.windows(2).all(|pair| pair[1] > pair[0]) && later.ends_with(&kept),
+            "{later:?} {kept:?}"
+        );
+        drop(writer);
+        assert_eq!(Writer::open(dir.path(), 400).unwrap().number, 100);
+    }
+}

@@ -1,0 +1,213 @@
+//! What is known of the request that is being answered: its id, who asks, and what it came to.
+//!
+//! The layer [`around`] every handler gives each request an id, counts and times it, and has changes written to the audit
+//! log. Handlers and extractors tell it what they find by [`about`], [`by`] and [`made`], without being handed anything.
+//!
+//! Invariant: no answer leaves without an id, and no change that somebody asked for goes unwritten.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use axum::extract::{MatchedPath, Request, State};
+use axum::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
+use axum::http::{HeaderMap, Method};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use model::Revision;
+use model::api::{ApiError, ErrorCode, Outcome, REQUEST_ID};
+use tokio::time::Instant;
+use tracing::Instrument;
+
+use crate::app::{App, now};
+use crate::audit::Line;
+use crate::secret;
+use crate::serve::Peer;
+
+/// The longest id that is taken over from who asks.
+const ID_MAX: usize = 64;
+/// What requests are counted under that no route takes.
+const UNMATCHED: &str = "unmatched";
+
+tokio::task_local! {
+    static CALL: Arc<Call>;
+}
+
+/// One request.
+#[derive(Debug)]
+struct Call {
+    id: String,
+    who: OnceLock<Who>,
+    about: OnceLock<String>,
+    /// The revision that it made; 0 if none.
+    revision: AtomicU64,
+}
+
+/// Who asks, once it is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Who {
+    /// A person, by the name of the key.
+    Key(String),
+    /// An agent, by its host's name and id.
+    Host(String, String),
+    /// Whoever has the secret of that token.
+    Token(String),
+}
+
+impl std::fmt::Display for Who {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Key(name) => write!(f, "key {name}"),
+            Self::Host(name, id) => write!(f, "host {name} ({id})"),
+            Self::Token(id) => write!(f, "token {id}"),
+        }
+    }
+}
+
+/// Tells who asks: credentials were checked.
+pub(crate) fn by(who: Who) {
+    // A request outside the layer has nobody to tell; the first to say is right.
+    let _ = CALL.try_with(|call| call.who.set(who));
+}
+
+/// Tells what a change is about, where the path does not say it. Never a secret.
+pub(crate) fn about(what: impl FnOnce() -> String) {
+    let _ = CALL.try_with(|call| call.about.set(what()));
+}
+
+/// Tells that the request made a revision.
+pub(crate) fn made(revision: Revision) {
+    let _ = CALL.try_with(|call| call.revision.store(revision.0, Ordering::Relaxed));
+}
+
+/// The id of the request that is being answered.
+pub(crate) fn id() -> Option<String> {
+    CALL.try_with(|call| call.id.clone()).ok()
+}
+
+/// Why a request was refused, for the layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Refused(pub(crate) ErrorCode);
+
+/// The layer.
+pub(crate) async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
+    let begun = Instant::now();
+    let id = given(request.headers()).unwrap_or_else(fresh);
+    let call =
+        Arc::new(Call { id, who: OnceLock::new(), about: OnceLock::new(), revision: AtomicU64::new(0) });
+    let method = request.method().clone();
+    let path = request.uri().path().to_owned();
+    let route = request.extensions().get::<MatchedPath>().map_or(UNMATCHED, MatchedPath::as_str).to_owned();
+    let peer = request.extensions().get::<Peer>().cloned();
+    // People and hosts are counted when it is known who they are, all others by where they come from.
+    let stranger =
+        peer.as_ref().filter(|peer| !peer.is_known() && !request.headers().contains_key(AUTHORIZATION));
+    let refused = stranger.and_then(|peer| app.upkeep.rates.stranger(peer.address.ip()).err());
+    let span = tracing::info_span!("request", id = call.id);
+    let answer = CALL.scope(call.clone(), async {
+        match refused {
+            Some(error) => response(error),
+            None => next.run(request).await,
+        }
+    });
+    let mut answer = answer.instrument(span.clone()).await;
+    if let Ok(id) = HeaderValue::from_str(&call.id) {
+        answer.headers_mut().insert(REQUEST_ID, id);
+    }
+    let status = answer.status();
+    app.upkeep.metrics.answered(&method, &route, status, begun.elapsed());
+    let who = call.who.get();
+    let refusal = answer.extensions().get::<Refused>().map(|refused| refused.0);
+    span.in_scope(|| {
+        tracing::debug!(%method, path, status = status.as_u16(), who = who.map(tracing::field::display),
+            took_ms = begun.elapsed().as_secs_f64() * 1e3, "answered");
+    });
+    let revision = Some(Revision(call.revision.load(Ordering::Relaxed))).filter(|revision| revision.0 > 0);
+    if let Some(who) = who.filter(|who| is_kept(&method, who, revision, refusal)) {
+        let line = Line {
+            at: now(),
+            request: call.id.clone(),
+            who: who.to_string(),
+            from: peer.map(|peer| peer.address.to_string()).unwrap_or_default(),
+            what: format!("{method} {path}"),
+            about: call.about.get().cloned(),
+            outcome: match refusal {
+                None => Outcome::Done,
+                Some(ErrorCode::Internal | ErrorCode::Unavailable) => Outcome::Failed,
+                Some(_) => Outcome::Refused,
+            },
+            code: refusal,
+            revision,
+        };
+        // What agents tell is what containers do: it is written in order, and nobody waits for the disk.
+        app.upkeep.audit.write(line, !matches!(who, Who::Host(..))).await;
+    }
+    answer
+}
+
+/// Whether a request belongs into the audit log: each that asks for a change. What an agent tells again and again is left
+/// out where it changes nothing.
+fn is_kept(method: &Method, who: &Who, revision: Option<Revision>, refusal: Option<ErrorCode>) -> bool {
+    let asks = !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
+    let idle = matches!(who, Who::Host(..)) && revision.is_none() && refusal.is_none();
+    // Who asks too often would fill the log with it.
+    asks && !idle && refusal != Some(ErrorCode::TooMany)
+}
+
+/// The id that who asks gave the request.
+fn given(headers: &HeaderMap) -> Option<String> {
+    let id = headers.get(REQUEST_ID)?.to_str().ok()?;
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.".contains(&b);
+    ((1..=ID_MAX).contains(&id.len()) && id.bytes().all(plain)).then(|| id.to_owned())
+}
+
+fn fresh() -> String {
+    let random = secret::random::<8>().unwrap_or_default();
+    format!("{:016x}", u64::from_be_bytes(random))
+}
+
+/// An error as a response.
+pub(crate) fn response(mut error: ApiError) -> Response {
+    tracing::debug!(code = ?error.code, message = error.message, "refused");
+    error.request = id();
+    let status = axum::http::StatusCode::from_u16(error.code.status())
+        .unwrap_or(axum::http::StatusCode::INTERNAL_SERVER_ERROR);
+    let (code, retry_after) = (error.code, error.retry_after);
+    let mut response = (status, axum::Json(error)).into_response();
+    if let Some(seconds) = retry_after {
+        response.headers_mut().insert(RETRY_AFTER, seconds.into());
+    }
+    response.extensions_mut().insert(Refused(code));
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_taken_over_if_it_is_plain_and_short() {
+        let of = |text: &'static str| {
+            given(&HeaderMap::from_iter([(
+                axum::http::HeaderName::from_static(REQUEST_ID),
+                HeaderValue::from_static(text),
+            )]))
+        };
+        assert_eq!(of("deploy-7.a_B"), Some("deploy-7.a_B".to_owned()));
+        for bad in ["", "a b", "a\"b", "x{}"] {
+            assert_eq!(of(bad), None, "{bad}");
+        }
+        assert_eq!(given(&HeaderMap::new()), None);
+        assert!(fresh().len() == 16 && fresh() != fresh());
+    }
+
+    #[test]
+    fn changes_are_kept_and_looks_and_idle_reports_are_not() {
+        let (person, host) = (Who::Key("admin".into()), Who::Host("h1".into(), "h-1".into()));
+        assert!(is_kept(&Method::DELETE, &person, None, Some(ErrorCode::NotFound)));
+        assert!(is_kept(&Method::PATCH, &person, None, None));
+        assert!(is_kept(&Method::PUT, &host, Some(Revision(7)), None));
+        assert!(!is_kept(&Method::PUT, &host, None, None));
+        assert!(!is_kept(&Method::GET, &person, None, None));
+        assert!(!is_kept(&Method::POST, &person, None, Some(ErrorCode::TooMany)));
+    }
+}

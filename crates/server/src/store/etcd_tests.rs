@@ -1,0 +1,205 @@
+//! The store in a real etcd.
+
+use std::time::Duration;
+
+use super::*;
+use crate::store::suite;
+
+#[path = "../../tests/server/etcd.rs"]
+mod etcd;
+
+use etcd::Etcd;
+
+fn epoch(seed: u8) -> Epoch {
+    Epoch::from_random([seed; 8])
+}
+
+fn put(key: &str, value: &str) -> Txn {
+    Txn::new(vec![], vec![Op::Put(key.into(), value.into())])
+}
+
+#[tokio::test]
+async fn etcd_keeps_the_promises_of_every_store() {
+    let etcd = Etcd::start(1);
+    let mut count = 0;
+    suite::run(async || {
+        count += 1;
+        EtcdStore::open(&etcd.config(&format!("/{count}")), epoch(1)).await.unwrap()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn all_servers_on_one_etcd_share_epoch_revisions_and_changes_and_others_keys_are_theirs() {
+    let etcd = Etcd::start(1);
+    let (config, elsewhere) = (etcd.config("/blue"), etcd.config("/red"));
+    let one = EtcdStore::open(&config, epoch(1)).await.unwrap();
+    let two = EtcdStore::open(&config, epoch(2)).await.unwrap();
+    let other = EtcdStore::open(&elsewhere, epoch(3)).await.unwrap();
+    assert_eq!((one.epoch(), two.epoch(), other.epoch()), (epoch(1), epoch(1), epoch(3)));
+    let start = one.range("/").await.unwrap().0;
+    let mut watch = two.watch("/", start).await.unwrap();
+    let made = one.txn(put("/a", "1")).await.unwrap().revision;
+    assert_eq!(watch.next().await.unwrap().revision, made);
+    other.txn(put("/a", "2")).await.unwrap();
+    let (revision, all) = two.range("/").await.unwrap();
+    assert_eq!(
+        (revision, all.len(), &all[0].value[..]),
+        (made, 1, &b"1"[..]),
+        "others' changes are not ours"
+    );
+    let held = two.txn(Txn::new(vec![Compare::Absent("/a".into())], vec![])).await.unwrap();
+    assert_eq!((held.succeeded, held.revision), (false, made));
+    assert_eq!(one.txn(put("/b", "1")).await.unwrap().revision, watch.next().await.unwrap().revision);
+}
+
+#[tokio::test]
+async fn a_state_of_many_pages_and_a_transaction_of_many_keys_come_whole() {
+    let etcd = Etcd::start(1);
+    let store = EtcdStore::open(&etcd.config(""), epoch(1)).await.unwrap();
+    let start = store.range("/").await.unwrap().0;
+    let keys = (0..4000).map(|n| Op::Put(format!("/n/{n:05}"), vec![b'x'; 250]));
+    let mut watch = store.watch("/n/", start).await.unwrap();
+    let made = store.txn(Txn::new(vec![], keys.collect())).await.unwrap();
+    let batch = watch.next().await.unwrap();
+    assert_eq!((batch.revision, batch.events.len()), (made.revision, 4000), "one revision, one batch");
+    let all = store.range("/n/").await.unwrap().1;
+    assert!(all.iter().enumerate().all(|(n, kv)| kv.key == format!("/n/{n:05}")) && all.len() == 4000);
+    store.txn(Txn::new(vec![], vec![Op::DeletePrefix("/n/".into())])).await.unwrap();
+    assert_eq!(watch.next().await.unwrap().events.len(), 4000);
+}
+
+#[tokio::test]
+async fn a_watch_from_before_a_compaction_is_told_so() {
+    let etcd = Etcd::start(1);
+    let store = EtcdStore::open(&etcd.config(""), epoch(1)).await.unwrap();
+    let start = store.range("/").await.unwrap().0;
+    for _ in 0..5 {
+        store.txn(put("/a", "1")).await.unwrap();
+    }
+    let compact = start.0 + 3;
+    etcd.ask(0, "/v3/kv/compaction", json!({ "revision": compact.to_string(), "physical": true })).await;
+    let mut watch = store.watch("/", start).await.unwrap();
+    let error = watch.next().await.unwrap_err();
+    assert_eq!(error, StoreError::Compacted { asked: start, oldest: Revision(compact - 1) });
+    let mut watch = store.watch("/", Revision(compact)).await.unwrap();
+    assert_eq!(watch.next().await.unwrap().revision.0, compact + 1);
+}
+
+#[tokio::test]
+async fn an_etcd_that_takes_small_transactions_only_is_refused_with_the_remedy() {
+    let etcd = Etcd::start_with(1, &["--max-txn-ops=128"]);
+    let Err(error) = EtcdStore::open(&etcd.config(""), epoch(1)).await else { panic!("opened") };
+    assert!(error.to_string().contains("--max-txn-ops=10000"), "{error}");
+    let looked = etcd.ask(0, "/v3/kv/range", json!({ "key": "AA==", "range_end": "AA==" })).await;
+    assert!(looked["kvs"].is_null(), "nothing was written: {looked}");
+}
+
+#[tokio::test]
+async fn keys_without_a_life_are_not_taken_for_a_store() {
+    let etcd = Etcd::start(1);
+    let config = etcd.config("/x");
+    let half = EtcdStore::begin(&config, epoch(2), Revision(1000), false).await.unwrap().unwrap();
+    half.txn(put("/droveway/default/environment", "{}")).await.unwrap();
+    let Err(error) = EtcdStore::open(&config, epoch(1)).await else { panic!("opened") };
+    assert!(error.to_string().contains("cut short"), "{error}");
+    assert!(
+        EtcdStore::begin(&config, epoch(3), Revision(0), false).await.unwrap().is_none(),
+        "not without force"
+    );
+    half.finish().await.unwrap();
+    let store = EtcdStore::open(&config, epoch(1)).await.unwrap();
+    assert_eq!(store.epoch(), epoch(2));
+    let (revision, all) = store.range("/").await.unwrap();
+    assert!(
+        revision > Revision(1000) && all[0].created > Revision(1000),
+        "above the revisions of the life before"
+    );
+    let next = Txn::new(
+        vec![
+            Compare::Modified(all[0].key.clone(), all[0].modified),
+            Compare::NonePutSince("/".into(), revision),
+        ],
+        vec![Op::Delete(all[0].key.clone())],
+    );
+    assert!(store.txn(next).await.unwrap().succeeded);
+    // A store that is replaced under a server ends it.
+    let mut watch = store.watch("/droveway/", revision).await.unwrap();
+    EtcdStore::begin(&config, epoch(4), Revision(0), true).await.unwrap().unwrap();
+    let error = loop {
+        match watch.next().await {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error, StoreError::Closed);
+}
+
+#[tokio::test]
+async fn the_death_of_etcds_leader_loses_nothing_that_was_answered_and_does_nothing_twice() {
+    let mut etcd = Etcd::start(3);
+    let store = EtcdStore::open(&etcd.config(""), epoch(1)).await.unwrap();
+    let start = store.range("/").await.unwrap().0;
+    let status = etcd.ask(0, "/v3/maintenance/status", json!({})).await;
+    let mut leader = 0;
+    for n in 0..3 {
+        let own = etcd.ask(n, "/v3/maintenance/status", json!({})).await;
+        if own["header"]["member_id"] == status["leader"] {
+            leader = n;
+        }
+    }
+    // The one that is spoken to is the one that dies.
+    store.inner.gateway.use_member(leader);
+    let mut watch = store.watch("/", start).await.unwrap();
+    let mut known = Vec::new();
+    for n in 0..60u32 {
+        if n == 20 {
+            etcd.kill(leader);
+        }
+        let key = format!("/n/{n}");
+        loop {
+            let once = Txn::new(vec![Compare::Absent(key.clone())], vec![Op::Put(key.clone(), vec![1])]);
+            match store.txn(once).await {
+                Ok(outcome) => {
+                    known.push((key, outcome.succeeded));
+                    break;
+                }
+                Err(StoreError::Unknown(_) | StoreError::Unreachable(_)) => {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+    let all = store.range("/n/").await.unwrap().1;
+    assert_eq!(all.len(), 60);
+    assert!(all.iter().all(|kv| kv.version == 1), "done once each");
+    assert!(known.iter().filter(|(_, first)| !first).count() <= 1, "one request at most was in the air");
+    // The watch goes on at another member from where it was.
+    let mut at = start;
+    let mut seen = 0;
+    while seen < 60 {
+        match watch.next().await {
+            Ok(batch) => {
+                assert!(batch.revision > at);
+                at = batch.revision;
+                seen += batch.events.len();
+            }
+            Err(StoreError::Lagged) => watch = store.watch("/", at).await.unwrap(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert_eq!(seen, 60);
+}
+
+#[tokio::test]
+async fn an_etcd_that_nobody_serves_is_said() {
+    let mut etcd = Etcd::start(1);
+    let store = EtcdStore::open(&etcd.config(""), epoch(1)).await.unwrap();
+    etcd.kill(0);
+    // The first request may have been on its way when the connection broke.
+    let first = store.txn(put("/a", "1")).await.unwrap_err();
+    assert!(matches!(&first, StoreError::Unknown(_) | StoreError::Unreachable(_)), "{first}");
+    let error = store.txn(put("/a", "1")).await.unwrap_err();
+    assert!(matches!(&error, StoreError::Unreachable(why) if why.contains("refused")), "{error}");
+}

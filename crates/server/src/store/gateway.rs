@@ -1,0 +1,403 @@
+//! What etcd says over HTTP: its JSON gateway (`/v3/…`), several members, TLS, user and password.
+//!
+//! Invariant: a transaction is sent to another member only if the first one certainly did not take it. What may have
+//! been done is told as such ([`StoreError::Unknown`]).
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use reqwest::{Client, Response};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::StoreError;
+use crate::{EtcdConfig, EtcdUrl, OpenEtcdError};
+
+const CONNECT: Duration = Duration::from_secs(2);
+const REQUEST: Duration = Duration::from_secs(10);
+/// How often all members are asked for what can be asked twice.
+const ROUNDS: usize = 3;
+const PAUSE: Duration = Duration::from_millis(200);
+/// A machine that is gone says nothing: its connections are found dead after three of these.
+const KEEPALIVE: Duration = Duration::from_secs(3);
+
+/// A way to the members of an etcd.
+pub(crate) struct Gateway {
+    client: Client,
+    members: Vec<String>,
+    /// The member that answered last.
+    current: AtomicUsize,
+    login: Option<Login>,
+    token: RwLock<Option<String>>,
+}
+
+struct Login {
+    user: String,
+    password: String,
+}
+
+impl Gateway {
+    /// Reads certificates and password; talks to nobody yet.
+    pub(crate) fn new(config: &EtcdConfig) -> Result<Self, OpenEtcdError> {
+        let scheme = if config.ca.is_some() { "https" } else { "http" };
+        let login = match (&config.user, &config.password_file) {
+            (None, _) => None,
+            (Some(_), None) => return Err(OpenEtcdError::NoPassword),
+            (Some(user), Some(file)) => {
+                let password = read(file)?.trim_end_matches(['\r', '\n']).to_owned();
+                Some(Login { user: user.clone(), password })
+            }
+        };
+        let mut builder = Client::builder()
+            .connect_timeout(CONNECT)
+            .tcp_keepalive(KEEPALIVE)
+            .tcp_keepalive_interval(KEEPALIVE)
+            .tcp_keepalive_retries(3)
+            .tcp_user_timeout(KEEPALIVE * 3)
+            .no_proxy();
+        builder = builder.tls_backend_preconfigured(tls(config)?);
+        let client = builder.build().map_err(|error| OpenEtcdError::Tls(error.to_string()))?;
+        let EtcdUrl { members, .. } = &config.url;
+        Ok(Self {
+            client,
+            members: members.iter().map(|member| format!("{scheme}://{member}")).collect(),
+            current: AtomicUsize::new(0),
+            login,
+            token: RwLock::new(None),
+        })
+    }
+
+    /// Asks what may be asked twice.
+    pub(crate) async fn read<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, StoreError> {
+        let mut last = StoreError::Closed;
+        for round in 0..ROUNDS * self.members.len() {
+            if round > 0 && round % self.members.len() == 0 {
+                tokio::time::sleep(PAUSE).await;
+            }
+            match self.once(path, body).await {
+                Ok(answer) => return Ok(answer),
+                Err(Trouble::Refused(why)) => return Err(StoreError::Refused(why)),
+                Err(Trouble::NotTaken(why) | Trouble::Unknown(why)) => {
+                    last = StoreError::Unreachable(why);
+                    self.next();
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// Sends what must be done once at most.
+    pub(crate) async fn write<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, StoreError> {
+        let mut last = StoreError::Closed;
+        for round in 0..ROUNDS * self.members.len() {
+            if round > 0 && round % self.members.len() == 0 {
+                tokio::time::sleep(PAUSE).await;
+            }
+            match self.once(path, body).await {
+                Ok(answer) => return Ok(answer),
+                Err(Trouble::Refused(why)) => return Err(StoreError::Refused(why)),
+                Err(Trouble::Unknown(why)) => {
+                    self.next();
+                    return Err(StoreError::Unknown(why));
+                }
+                Err(Trouble::NotTaken(why)) => {
+                    last = StoreError::Unreachable(why);
+                    self.next();
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// Opens a stream of answers.
+    pub(crate) async fn stream(&self, path: &str, body: &Value) -> Result<Stream, StoreError> {
+        let mut last = StoreError::Closed;
+        for _ in 0..self.members.len() {
+            match self.send(path, body, None).await {
+                Ok(response) => return Ok(Stream { response, buffer: Vec::new(), searched: 0 }),
+                Err(Trouble::Refused(why)) => return Err(StoreError::Refused(why)),
+                Err(Trouble::NotTaken(why) | Trouble::Unknown(why)) => {
+                    last = StoreError::Unreachable(why);
+                    self.next();
+                }
+            }
+        }
+        Err(last)
+    }
+
+    /// Turns to another member.
+    pub(crate) fn next(&self) {
+        self.current.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn use_member(&self, n: usize) {
+        self.current.store(n, Ordering::Relaxed);
+    }
+
+    fn member(&self) -> &str {
+        let at = self.current.load(Ordering::Relaxed) % self.members.len().max(1);
+        self.members.get(at).map_or("", String::as_str)
+    }
+
+    async fn once<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, Trouble> {
+        let response = self.send(path, body, Some(REQUEST)).await?;
+        let member = response.url().origin().ascii_serialization();
+        response.json().await.map_err(|error| Trouble::Unknown(format!("{member}: {}", cause(&error))))
+    }
+
+    /// One request to one member; one more where its session had run out.
+    async fn send(&self, path: &str, body: &Value, limit: Option<Duration>) -> Result<Response, Trouble> {
+        match self.attempt(path, body, limit).await {
+            Err(Trouble::Refused(why)) if why.contains("invalid auth token") && self.login.is_some() => {
+                self.forget_token();
+                self.attempt(path, body, limit).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn attempt(&self, path: &str, body: &Value, limit: Option<Duration>) -> Result<Response, Trouble> {
+        let member = self.member().to_owned();
+        // A member that lost its cluster must not go on as if nothing happened.
+        let mut request =
+            self.client.post(format!("{member}{path}")).header("Grpc-Metadata-hasleader", "true").json(body);
+        if let Some(limit) = limit {
+            request = request.timeout(limit);
+        }
+        if let Some(token) = self.token(&member).await? {
+            request = request.header("Authorization", token);
+        }
+        // A stream's first answer comes at once; its later ones may take their time.
+        let sent = tokio::time::timeout(REQUEST, request.send()).await;
+        let response = sent
+            .map_err(|_| Trouble::Unknown(format!("{member}: no answer in {} s", REQUEST.as_secs())))?
+            .map_err(|error| {
+                let why = format!("{member}: {}", cause(&error));
+                if error.is_connect() { Trouble::NotTaken(why) } else { Trouble::Unknown(why) }
+            })?;
+        if response.status().is_success() {
+            return Ok(response);
+        }
+        let status = response.status();
+        let text = response.text().await.unwrap_or_default();
+        let message = serde_json::from_str(&text)
+            .map_or_else(|_| format!("HTTP {status}"), |refusal: Refusal| refusal.message());
+        Err(trouble(&format!("{member}: {message}")))
+    }
+
+    async fn token(&self, member: &str) -> Result<Option<String>, Trouble> {
+        let Some(login) = &self.login else { return Ok(None) };
+        if let Some(token) = self.token.read().unwrap_or_else(PoisonError::into_inner).clone() {
+            return Ok(Some(token));
+        }
+        let request = self.client.post(format!("{member}/v3/auth/authenticate")).timeout(REQUEST);
+        let request = request.json(&json!({ "name": login.user, "password": login.password }));
+        let response = request
+            .send()
+            .await
+            .map_err(|error| Trouble::NotTaken(format!("{member}: {}", cause(&error))))?;
+        if !response.status().is_success() {
+            let why = format!(
+                "{member}: user {:?} cannot log in; check --store-user and the password's file",
+                login.user
+            );
+            return Err(Trouble::Refused(why));
+        }
+        let session: Session = response
+            .json()
+            .await
+            .map_err(|error| Trouble::NotTaken(format!("{member}: {}", cause(&error))))?;
+        *self.token.write().unwrap_or_else(PoisonError::into_inner) = Some(session.token.clone());
+        Ok(Some(session.token))
+    }
+
+    fn forget_token(&self) {
+        *self.token.write().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Why one member gave no answer.
+enum Trouble {
+    /// It certainly did nothing.
+    NotTaken(String),
+    /// It may have done it.
+    Unknown(String),
+    /// It says no, and so would the others.
+    Refused(String),
+}
+
+/// What etcd's message means for the request.
+fn trouble(message: &str) -> Trouble {
+    let says = |text: &str| message.contains(text);
+    let why = message.to_owned();
+    if says("no leader") || says("too many requests") || says("not a leader") || says("is stopping") {
+        Trouble::NotTaken(why)
+    } else if says("database space exceeded") {
+        Trouble::Refused(format!(
+            "{why}; compact and defragment etcd, then clear its alarm with `etcdctl alarm disarm`"
+        ))
+    } else if says("too many operations") {
+        Trouble::Refused(format!("{why}; start etcd with --max-txn-ops=10000"))
+    } else if says("timed out") || says("leader changed") || says("code = Unavailable") || says("HTTP 5") {
+        Trouble::Unknown(why)
+    } else {
+        Trouble::Refused(why)
+    }
+}
+
+#[derive(Deserialize)]
+struct Session {
+    token: String,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    #[serde(default)]
+    message: String,
+    #[serde(default)]
+    error: Value,
+}
+
+impl Refusal {
+    fn message(self) -> String {
+        if self.message.is_empty() { self.error.to_string() } else { self.message }
+    }
+}
+
+/// A stream of answers, one per line.
+pub(crate) struct Stream {
+    response: Response,
+    buffer: Vec<u8>,
+    searched: usize,
+}
+
+impl Stream {
+    /// The next answer.
+    pub(crate) async fn next<T: DeserializeOwned>(&mut self) -> Result<T, StoreError> {
+        #[derive(Deserialize)]
+        struct Line<T> {
+            result: Option<T>,
+            error: Option<Value>,
+        }
+        let lost = |why: String| StoreError::Unreachable(format!("the watch ended: {why}"));
+        loop {
+            if let Some(end) = self.buffer[self.searched..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=self.searched + end).collect();
+                self.searched = 0;
+                let line: Line<T> = serde_json::from_slice(&line)
+                    .map_err(|error| lost(format!("it is not understood: {error}")))?;
+                return match line {
+                    Line { result: Some(result), .. } => Ok(result),
+                    Line { error, .. } => {
+                        Err(lost(error.map_or_else(String::new, |error| error.to_string())))
+                    }
+                };
+            }
+            self.searched = self.buffer.len();
+            match self.response.chunk().await {
+                Ok(Some(chunk)) => self.buffer.extend_from_slice(&chunk),
+                Ok(None) => return Err(lost("etcd closed it".into())),
+                Err(error) => return Err(lost(cause(&error))),
+            }
+        }
+    }
+}
+
+/// Bytes as the gateway has them.
+pub(crate) fn encode(bytes: impl AsRef<[u8]>) -> String {
+    BASE64_STANDARD.encode(bytes)
+}
+
+/// Bytes from the gateway.
+pub(crate) fn decode(text: &str) -> Result<Vec<u8>, StoreError> {
+    BASE64_STANDARD.decode(text).map_err(|_| StoreError::Refused("etcd answers what is not base64".into()))
+}
+
+/// A number as the gateway has it: text, and left out where it is zero.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Number(pub(crate) u64);
+
+impl<'de> Deserialize<'de> for Number {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+impl Serialize for Number {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0.to_string())
+    }
+}
+
+/// The innermost cause says most.
+fn cause(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
+}
+
+fn read(file: &Path) -> Result<String, OpenEtcdError> {
+    std::fs::read_to_string(file).map_err(|error| OpenEtcdError::File(file.to_owned(), error.to_string()))
+}
+
+fn tls(config: &EtcdConfig) -> Result<rustls::ClientConfig, OpenEtcdError> {
+    let unreadable =
+        |file: &PathBuf| OpenEtcdError::File(file.clone(), "it holds no such thing in PEM".into());
+    let failed = |error: rustls::Error| OpenEtcdError::Tls(error.to_string());
+    let mut roots = rustls::RootCertStore::empty();
+    if let Some(file) = &config.ca {
+        for certificate in CertificateDer::pem_slice_iter(read(file)?.as_bytes()) {
+            roots.add(certificate.map_err(|_| unreadable(file))?).map_err(failed)?;
+        }
+        if roots.is_empty() {
+            return Err(unreadable(file));
+        }
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(failed)?
+        .with_root_certificates(roots);
+    match (&config.certificate, &config.key) {
+        (None, None) => Ok(builder.with_no_client_auth()),
+        (Some(certificate), Some(key)) => {
+            let chain = CertificateDer::pem_slice_iter(read(certificate)?.as_bytes())
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|_| unreadable(certificate))?;
+            let key_der =
+                PrivateKeyDer::from_pem_slice(read(key)?.as_bytes()).map_err(|_| unreadable(key))?;
+            builder.with_client_auth_cert(chain, key_der).map_err(failed)
+        }
+        _ => Err(OpenEtcdError::HalfIdentity),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_was_certainly_not_done_is_sent_again() {
+        let kind = |message: &str| match trouble(message) {
+            Trouble::NotTaken(_) => "again",
+            Trouble::Unknown(_) => "unknown",
+            Trouble::Refused(_) => "refused",
+        };
+        assert_eq!(kind("m: etcdserver: no leader"), "again");
+        assert_eq!(kind("m: etcdserver: request timed out"), "unknown");
+        assert_eq!(kind("m: etcdserver: leader changed"), "unknown");
+        assert_eq!(kind("m: etcdserver: mvcc: database space exceeded"), "refused");
+        assert_eq!(kind("m: etcdserver: duplicate key given in txn request"), "refused");
+    }
+}

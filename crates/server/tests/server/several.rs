@@ -1,0 +1,163 @@
+//! Two servers on one etcd.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use model::api::{ErrorCode, ServerInfo, TokenRequest};
+use model::{Catalog, Change, Object, Watch};
+use serde_json::json;
+use server::{Config, Error, StoreChoice};
+use tempfile::TempDir;
+
+use crate::etcd::Etcd;
+use crate::harness::{DEFAULT, Server};
+
+async fn server_on(etcd: &Etcd, dir: TempDir, url: &str) -> Result<Server, Error> {
+    let store = StoreChoice::Etcd(etcd.config("/several"));
+    Server::start_with(dir, |config| Config { store, urls: vec![url.to_owned()], ..config }).await
+}
+
+/// The second of two: it was given the CA's key by its operator, and nothing else.
+async fn second(etcd: &Etcd, first: &Server) -> Server {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("data")).unwrap();
+    std::fs::write(dir.path().join("data/ca.key"), first.file("ca.key")).unwrap();
+    server_on(etcd, dir, "https://two:7443").await.unwrap()
+}
+
+async fn info(server: &Server) -> ServerInfo {
+    server.nobody().get("/v1/info").await.unwrap()
+}
+
+/// Until the server has heard of what the other one did.
+async fn heard(of: &Server, at: &Server) {
+    let wanted = info(of).await.revision;
+    while info(at).await.revision < wanted {
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_second_server_needs_the_cas_key_and_then_serves_the_same_environment() {
+    let etcd = Etcd::start(1);
+    let one = server_on(&etcd, tempfile::tempdir().unwrap(), "https://one:7443").await.unwrap();
+    let Err(error) = server_on(&etcd, tempfile::tempdir().unwrap(), "https://two:7443").await else {
+        panic!("started without the CA's key")
+    };
+    assert!(matches!(&error, Error::NoCaKey(_)) && error.to_string().contains("copy ca.key"), "{error}");
+    let two = second(&etcd, &one).await;
+    let (first, other) = (info(&one).await, info(&two).await);
+    assert_eq!((first.ca, first.epoch), (other.ca, other.epoch));
+    assert!(
+        !two.dir.path().join("data/admin.key").exists(),
+        "the admin key is one, and stays where it was made"
+    );
+
+    // A person and a host of the one are known to the other.
+    let token = one.token(&TokenRequest { uses: Some(1), ttl_seconds: None }).await.token;
+    heard(&one, &two).await;
+    let host = two.join("h1", &token, &[]).await.unwrap();
+    heard(&two, &one).await;
+    let error = one.join("h2", &token, &[]).await.err().unwrap();
+    assert_eq!(error.code, ErrorCode::Unauthenticated, "used up at the other: {error}");
+    one.agent(&host).lease("managed", 0).await.unwrap();
+    let admin = crate::harness::Client { key: one.admin().key, ..two.nobody() };
+    heard(&one, &two).await;
+    let blocks: Vec<model::Block> = admin.get(&format!("{DEFAULT}/blocks")).await.unwrap();
+    assert_eq!(blocks.len(), 1);
+
+    // Agents learn of both.
+    let mut watch = one.agent(&host).watch().await;
+    let Some(Watch::Servers { urls }) = watch.next().await else { panic!("not told of the servers") };
+    assert_eq!(urls.iter().collect::<BTreeSet<_>>().len(), 2, "{urls:?}");
+
+    // One that lost its CA's key may not make another.
+    let dir = two.stop().await;
+    std::fs::remove_file(dir.path().join("data/ca.key")).unwrap();
+    let Err(error) = server_on(&etcd, dir, "https://two:7443").await else { panic!("started") };
+    assert!(matches!(error, Error::Missing(_)), "{error}");
+}
+
+#[tokio::test]
+async fn a_watch_goes_on_at_the_other_server_where_it_was_with_the_changes_alone() {
+    let etcd = Etcd::start(1);
+    let one = server_on(&etcd, tempfile::tempdir().unwrap(), "https://one:7443").await.unwrap();
+    let two = second(&etcd, &one).await;
+    let (host, other) = (one.host("h1").await, one.host("h2").await);
+    host.lease("managed", 0).await.unwrap();
+    heard(&one, &two).await;
+    let mut watch = one.agent(&host).watch().await;
+    watch.next().await;
+    let Some(Watch::Snapshot { epoch, revision, objects, .. }) = watch.next().await else {
+        panic!("no snapshot")
+    };
+    let mut catalog = Catalog::from_objects(objects);
+    // The first dies; what happens now it never tells.
+    let block = two.agent(&other).lease("managed", 0).await.unwrap();
+    let endpoint = other.endpoint(&block, "db", 5);
+    two.agent(&other).put(&endpoint).await.unwrap();
+    one.crash().await;
+    let mut watch = two.agent(&host).watch_from(Some((&epoch, revision))).await;
+    watch.next().await;
+    let changes = watch.delta().await;
+    assert_eq!(changes.len(), 3, "the other host, its block and its endpoint: {changes:?}");
+    for change in changes {
+        catalog.apply(change);
+    }
+    let mut fresh = two.agent(&host).watch().await;
+    fresh.next().await;
+    assert_eq!(catalog, Catalog::from_objects(fresh.snapshot().await));
+    // And life goes on.
+    let renamed = model::Endpoint { healthy: false, ..endpoint };
+    two.agent(&other).put(&renamed).await.unwrap();
+    assert_eq!(watch.delta().await, [Change::Put(Object::Endpoint(renamed))]);
+}
+
+#[tokio::test]
+async fn leases_and_claims_at_both_servers_at_once_give_nothing_twice_while_one_is_killed() {
+    let etcd = Etcd::start(1);
+    let one = server_on(&etcd, tempfile::tempdir().unwrap(), "https://one:7443").await.unwrap();
+    let two = second(&etcd, &one).await;
+    // A pool that is used up: the last blocks are fought for.
+    one.admin().make_network(json!({ "name": "tight", "cidrs": ["10.60.0.0/22"] })).await.unwrap();
+    let mut hosts = Vec::new();
+    for n in 0..6 {
+        hosts.push(one.host(&format!("h{n}")).await);
+    }
+    heard(&one, &two).await;
+    let mut tasks = Vec::new();
+    for host in &hosts {
+        for server in [&one, &two] {
+            let agent = server.agent(host);
+            tasks.push(tokio::spawn(async move {
+                let mut got = Vec::new();
+                for held in 0..4 {
+                    match agent.lease("tight", held).await {
+                        Ok(block) => got.push((held, block.cidr, block.host)),
+                        Err(error) if error.code == ErrorCode::Exhausted => {}
+                        Err(error) if error.code == ErrorCode::Unavailable => {}
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+                got
+            }));
+        }
+    }
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    let admin = one.admin();
+    one.crash().await;
+    let mut given: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for task in tasks {
+        for (held, cidr, host) in task.await.unwrap() {
+            given.entry(cidr).or_default().insert((host, held));
+        }
+    }
+    assert!(given.len() > 8, "{given:?}");
+    assert!(given.values().all(|holders| holders.len() == 1), "a block was given twice: {given:?}");
+    // All that was answered is there, at the one that is left.
+    let admin = crate::harness::Client { key: admin.key, ..two.nobody() };
+    let blocks: Vec<model::Block> = admin.get(&format!("{DEFAULT}/blocks")).await.unwrap();
+    for (cidr, holders) in &given {
+        let (host, _) = holders.first().unwrap();
+        assert!(blocks.iter().any(|block| block.cidr == *cidr && block.host == *host), "{cidr} is lost");
+    }
+}
