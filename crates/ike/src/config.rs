@@ -125,7 +125,8 @@ pub struct Limits {
     /// Unprotected answers (cookies, refusals, `INVALID_IKE_SPI`) a second, to all.
     pub unprotected_per_second: u32,
     /// `CHILD_SA`s that one IKE SA may have for each that is wanted with the peer, those about to be replaced or deleted
-    /// counted too. Beyond it the peer is told `NO_ADDITIONAL_SAS` (RFC 7296 §1.3).
+    /// counted too. Beyond it the peer is told `NO_ADDITIONAL_SAS` (RFC 7296 §1.3). A peer may have many more workers than we,
+    /// each with a child of its own (RFC 9611), and all of them may be about to be replaced.
     pub children_per_wanted: usize,
 }
 
@@ -136,7 +137,7 @@ impl Default for Limits {
             half_open_per_source: 16,
             cookie_threshold: 64,
             unprotected_per_second: 200,
-            children_per_wanted: 32,
+            children_per_wanted: 256,
         }
     }
 }
