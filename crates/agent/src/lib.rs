@@ -28,6 +28,7 @@ pub mod tls;
 pub mod tunnels;
 pub mod underlay;
 pub mod view;
+mod vital;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};

@@ -112,7 +112,7 @@ pub struct ChildConfig {
     pub esp: EspOffer,
 }
 
-/// Bounds on what unauthenticated sources may make us hold or compute.
+/// Bounds on what strangers, and peers that are not well, may make us hold or compute.
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Half-open IKE SAs in all. Beyond it, requests are dropped.
@@ -124,11 +124,21 @@ pub struct Limits {
     pub cookie_threshold: usize,
     /// Unprotected answers (cookies, refusals, `INVALID_IKE_SPI`) a second, to all.
     pub unprotected_per_second: u32,
+    /// `CHILD_SA`s that one IKE SA may have for each that is wanted with the peer, those about to be replaced or deleted
+    /// counted too. Beyond it the peer is told `NO_ADDITIONAL_SAS` (RFC 7296 §1.3). A peer may have many more workers than we,
+    /// each with a child of its own (RFC 9611), and all of them may be about to be replaced.
+    pub children_per_wanted: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { half_open: 1024, half_open_per_source: 16, cookie_threshold: 64, unprotected_per_second: 200 }
+        Self {
+            half_open: 1024,
+            half_open_per_source: 16,
+            cookie_threshold: 64,
+            unprotected_per_second: 200,
+            children_per_wanted: 256,
+        }
     }
 }
 

@@ -19,25 +19,34 @@ pub trait Random {
 }
 
 /// HMAC-SHA-256 in counter mode over a seed: the same seed gives the same bytes.
+///
+/// After each use the key is replaced by one made of it. Private values of key exchanges come from here, so a key that stayed
+/// would give whoever reads this memory later every key that was ever agreed.
 pub struct Seeded {
     key: hmac::Key,
-    counter: u64,
 }
+
+/// What the next key is made of; blocks that are given out count from 1.
+const NEXT_KEY: u64 = 0;
 
 impl Seeded {
     /// A source that is as unpredictable as `seed` is.
     pub fn new(seed: &[u8]) -> Self {
-        Seeded { key: hmac::Key::new(hmac::HMAC_SHA256, seed), counter: 0 }
+        Seeded { key: hmac::Key::new(hmac::HMAC_SHA256, seed) }
+    }
+
+    fn block(&self, number: u64) -> hmac::Tag {
+        hmac::sign(&self.key, &number.to_be_bytes())
     }
 }
 
 impl Random for Seeded {
     fn fill(&mut self, out: &mut [u8]) {
-        for chunk in out.chunks_mut(32) {
-            let block = hmac::sign(&self.key, &self.counter.to_be_bytes());
-            self.counter += 1;
-            chunk.copy_from_slice(&block.as_ref()[..chunk.len()]);
+        for (number, chunk) in (NEXT_KEY + 1..).zip(out.chunks_mut(32)) {
+            chunk.copy_from_slice(&self.block(number).as_ref()[..chunk.len()]);
         }
+        // The library wipes the old one.
+        self.key = hmac::Key::new(hmac::HMAC_SHA256, self.block(NEXT_KEY).as_ref());
     }
 }
 
@@ -52,5 +61,15 @@ mod tests {
         assert_eq!(first, b.bytes::<48>());
         assert_ne!(first, c.bytes::<48>());
         assert_ne!(first, a.bytes::<48>(), "the stream moves on");
+    }
+
+    #[test]
+    fn what_was_given_out_cannot_be_made_again_of_what_is_left() {
+        let mut source = Seeded::new(b"seed");
+        let given: [u8; 96] = source.bytes();
+        for number in 0..10 {
+            let block = source.block(number);
+            assert!(given.chunks(32).all(|it| it != block.as_ref()), "block {number}");
+        }
     }
 }

@@ -437,7 +437,7 @@ impl World {
         let free = |claim: &&Claim| {
             claim.host == agent.host
                 && !agent.used.contains_key(&claim.address)
-                && !(Some(claim.address) == router && !agent.used.is_empty())
+                && (Some(claim.address) != router || agent.used.is_empty())
         };
         let claim = agent.catalog.claims.values().find(free).cloned().map(Object::Claim);
         let empty = |block: &&Block| {

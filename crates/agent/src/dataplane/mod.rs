@@ -204,7 +204,7 @@ impl Dataplane {
     }
 
     fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(run);
+        let thread = crate::vital::spawn(name, run);
         self.threads.push(thread.map_err(|error| Error::Kernel { attempted: "start a thread", error })?);
         Ok(())
     }
@@ -435,7 +435,7 @@ impl Drop for Dataplane {
         self.stop.store(true, Ordering::Relaxed);
         self.wake();
         for thread in self.threads.drain(..) {
-            // A panic was told on standard error; there is nothing to add.
+            // A panic would have ended the process.
             let _ = thread.join();
         }
     }

@@ -156,8 +156,7 @@ pub(crate) fn start(
     let dataplane =
         Dataplane::start(sockets, inputs.clone(), settings.tuning.clone()).map_err(crate::internal)?;
     let engine = Engine::new(own, settings, dataplane, inbox, views);
-    let thread = std::thread::Builder::new().name("tunnels".to_owned()).spawn(move || engine.run());
-    let thread = thread.map_err(crate::internal)?;
+    let thread = crate::vital::spawn("tunnels", move || engine.run()).map_err(crate::internal)?;
     Ok((Tunnels { inputs: inputs.clone() }, Running { inputs, thread }))
 }
 
@@ -176,9 +175,8 @@ impl Running {
     pub(crate) fn stop(self) {
         // An engine that has ended takes nothing more.
         drop(self.inputs.send(Input::Stop));
-        if self.thread.join().is_err() {
-            tracing::error!("the thread of the tunnels ended by a fault; its message is above");
-        }
+        // A panic would have ended the process.
+        let _ = self.thread.join();
     }
 }
 

@@ -14,7 +14,7 @@ use super::body::need;
 use super::child::{Life, Narrowed};
 use super::{Body, Child, Cx, Effect, Sa, Stage, Task};
 use crate::chance;
-use crate::config::{ChildConfig, PeerConfig};
+use crate::config::{ChildConfig, PeerConfig, PeerKind};
 use crate::crypto::{ChildKeys, Group, KeyPair, Secret};
 use crate::error::{Error, Incompatible, Misbehaved, Misuse};
 use crate::event::{Event, Failure, Slot};
@@ -29,6 +29,9 @@ const SOON: Duration = Duration::from_millis(1500);
 const LATE: Duration = Duration::from_secs(20);
 /// How often a peer may ask for another group in one go.
 const GROUPS: u32 = 3;
+/// How often another host may refuse a network that it has perhaps not heard of yet, before that is a failure: with waits that
+/// double from a tenth of [`SOON`], for about five seconds.
+const UNHEARD_OF: u32 = 5;
 
 /// What we asked for.
 #[derive(Debug)]
@@ -49,6 +52,8 @@ pub(crate) struct CreateChild {
     pub(crate) rekeys: Option<EspSpi>,
     group: Option<Group>,
     retries: u32,
+    /// How often the peer, one of ours, did not want it (yet).
+    unheard_of: u32,
     made: Option<Made>,
     /// The lowest nonce of what the peer made in the same place while we asked.
     collision: Option<Vec<u8>>,
@@ -66,7 +71,16 @@ struct Made {
 impl CreateChild {
     /// A child where there is none.
     pub(crate) fn new(slot: Slot) -> Self {
-        Self { slot, rekeys: None, group: None, retries: 0, made: None, collision: None, deleted: Vec::new() }
+        Self {
+            slot,
+            rekeys: None,
+            group: None,
+            retries: 0,
+            unheard_of: 0,
+            made: None,
+            collision: None,
+            deleted: Vec::new(),
+        }
     }
 
     pub(super) fn offer(&self) -> Option<&Offer> {
@@ -241,6 +255,16 @@ impl Sa {
                 let wait = SOON / 10 + chance::within(&mut cx.shared.random, SOON);
                 self.push_later(wait, Task::Create(task), cx.now);
             }
+            // Two hosts hear of a network at different moments; see also `early`.
+            (NotifyType::TsUnacceptable, _)
+                if config.kind == PeerKind::Native
+                    && task.rekeys.is_none()
+                    && task.unheard_of < UNHEARD_OF =>
+            {
+                let wait = SOON / 10 * (1 << task.unheard_of);
+                task.unheard_of += 1;
+                self.push_later(wait, Task::Create(task), cx.now);
+            }
             (NotifyType::ChildSaNotFound, _) => {
                 // It is gone there: forget it here, and make a new one (RFC 7296 §2.25).
                 if let Some(old) = task.rekeys {
@@ -333,6 +357,11 @@ impl Sa {
             }
         };
         let config = self.config(cx).ok_or(Incompatible::NoAdditionalSas)?.clone();
+        // Also in the place of another: the peer may never delete that.
+        let most = config.children.len().max(1).saturating_mul(cx.config.limits.children_per_wanted);
+        if self.children.len() >= most {
+            return Err(Incompatible::NoAdditionalSas.into());
+        }
         let ni = need(body.nonce.clone(), PayloadType::Nonce)?;
         let nr = Nonce::random(&mut cx.shared.random);
         let exchange = ChildExchange::Create(body.ke.as_ref().map(|ke| ke.group));

@@ -571,7 +571,7 @@ mod tests {
         for path in [&short, &newer] {
             let store = SqliteStore::open(path, epoch(1)).unwrap();
             for n in 0..200 {
-                let value = vec![n as u8; 500];
+                let value = vec![b'v'; 500];
                 store.txn(Txn::new(vec![], vec![Op::Put(format!("/{n}"), value)])).await.unwrap();
             }
         }
