@@ -182,7 +182,7 @@ fn unreported(hosts: &[UnreportedHost]) -> Table {
 /// Where the state is.
 #[derive(Debug, Args)]
 pub(super) struct StoreArgs {
-    /// An etcd in place of the file in the data directory, for several servers: etcd://HOST:PORT[,HOST:PORT]…[/PREFIX]
+    /// An etcd in place of the file in the data directory, for several servers: `etcd://HOST:PORT,HOST:PORT/PREFIX`; one member is enough, and no prefix too
     #[arg(long = "store", value_name = "URL", help_heading = "Store")]
     url: Option<EtcdUrl>,
     /// The CA of etcd's certificates, PEM; without it, TLS is not used
