@@ -63,9 +63,9 @@ fn a_copied_machine_is_refused_and_an_old_backup_too_while_the_original_goes_on(
     assert_eq!(sent, received, "pings of the original");
     let said = view(&lab, "h1");
     let copied = said.copy.unwrap();
-    assert_eq!((copied.from.to_string().as_str(), copied.times), ("10.0.0.5", 1));
+    assert_eq!((copied.from.to_string().as_str(), copied.times), ("10.0.0.7", 1));
     let ls = says(&lab, SERVER, &["droveway", "host", "ls"]);
-    assert!(ls.contains("h1: an agent with a copy of its state directory came from 10.0.0.5"), "{ls}");
+    assert!(ls.contains("h1: an agent with a copy of its state directory came from 10.0.0.7"), "{ls}");
     let text = says(&lab, SERVER, &["droveway", "audit", "ls", "--since", "1h", "-o", "json"]);
     let entries: Vec<AuditEntry> = serde_json::from_str(&text).unwrap();
     let about = Some("a copy of the state directory of host \"h1\"");
