@@ -62,8 +62,9 @@ fn two_servers_on_etcd_take_over_from_an_old_backup_and_one_of_them_from_the_oth
     lab.check("server", &["install", "-D", "-m", "600", &path("one/ca.key"), &path("two/ca.key")]).unwrap();
     let (_one, _two) = (server(&lab, "one", 7443), server(&lab, "two", 7444));
     // They have waited for a server for a while, and pause for longer and longer.
-    until(LIMIT * 4, "both agents are back", || connected(&lab, 7443));
-    until(LIMIT, "another life", || lab.agent_status("h1").unwrap().epoch != before);
+    until(LIMIT * 4, "both agents are back, in another life", || {
+        connected(&lab, 7443) && lab.agent_status("h1").unwrap().epoch != before
+    });
     let adopted = lab.check("server", &["droveway", "server", "adopt"]).unwrap();
     assert!(!adopted.contains("h1") && !adopted.contains("h2"), "still waited for: {adopted}");
     let blocks = lab.agent_status("h2").unwrap().routers[0].blocks.clone();
