@@ -229,7 +229,7 @@ mod tests {
                 }
             }
             // Its disk is copied, at any moment, and all go on as they like.
-            for _ in 0..1 + random.below(3) {
+            for _ in 0..=random.below(3) {
                 let disk = machines[0].disk.clone();
                 machines.push(Machine { disk, ..Machine::default() });
             }

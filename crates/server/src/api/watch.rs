@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use super::extract::{Agent, Asked};
 use super::{Reply, Shared, adopt, hosts, refuse};
 use crate::app::App;
+use crate::incarnation::Life;
 use crate::lines::Piece;
 use crate::presence::Watching;
 use crate::state;
@@ -232,7 +233,12 @@ impl Open {
             self.revisions.borrow_and_update();
             let (line, urls, contest) = {
                 let state = self.app.shared.read();
-                let contest = self.contested(&state)?;
+                let life = self.life(&state);
+                if life.is_some_and(|life| Some(&life.current) != self.agent.incarnation.as_ref()) {
+                    return None;
+                }
+                let contest = life.and_then(|life| life.contest.as_ref());
+                let contest = contest.map(|contest| contest.challenge.clone());
                 let line = match self.cursor.advance(&state) {
                     Step::Delta(touched) => {
                         let write = || {
@@ -272,12 +278,9 @@ impl Open {
         }
     }
 
-    /// What the agent has to prove, if anything; `None` where another life of its host's ledger counts by now.
-    fn contested(&self, state: &state::State) -> Option<Option<String>> {
-        let life = state.environments.get(&self.agent.environment)?.lives.get(&self.agent.host);
-        let Some(life) = life else { return Some(None) };
-        let counts = Some(&life.current) == self.agent.incarnation.as_ref();
-        counts.then(|| life.contest.as_ref().map(|contest| contest.challenge.clone()))
+    /// Which life of the host's ledger counts.
+    fn life<'a>(&self, state: &'a state::State) -> Option<&'a Life> {
+        state.environments.get(&self.agent.environment)?.lives.get(&self.agent.host)
     }
 
     /// Asks the agent to prove that it lives, once for each time that another comes.
