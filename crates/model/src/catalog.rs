@@ -48,6 +48,11 @@ pub enum Watch {
         /// Their URLs.
         urls: Vec<String>,
     },
+    /// Another agent came with this host's incarnation: the holder shows by a [`crate::Step`] that it lives.
+    Prove {
+        /// What to send along.
+        challenge: String,
+    },
     /// Nothing changed for a while; the connection lives.
     Heartbeat {
         /// The state's number.
@@ -144,6 +149,17 @@ pub struct Catalog {
 }
 
 impl Catalog {
+    /// As if no other host and no foreign peer were there.
+    #[must_use]
+    pub fn alone(&self, host: &HostId) -> Self {
+        let mut alone = self.clone();
+        alone.hosts.retain(|id, _| id == host);
+        alone.blocks.retain(|_, block| block.host == *host);
+        alone.claims.retain(|_, claim| claim.host == *host);
+        alone.peers.clear();
+        alone
+    }
+
     /// A catalog of these objects.
     pub fn from_objects(objects: impl IntoIterator<Item = Object>) -> Self {
         let mut catalog = Self::default();

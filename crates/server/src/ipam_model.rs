@@ -747,6 +747,8 @@ fn plan(
                 endpoint: endpoint.clone(),
                 asked: false,
                 router: *router,
+                retained: None,
+                wanted: None,
             };
             match ipam::claim(keys, env, revision, network, &wanted)? {
                 Grant::Held(txn, claim) => (Some(txn), Answer::Claim(claim)),

@@ -23,7 +23,7 @@ use crate::state::{Shared, State, feed};
 use crate::store::{Compare, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
 use crate::upkeep::Upkeep;
-use crate::{Config, Error, Ready, StoreChoice, secret, serve, tls};
+use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls};
 
 /// The admin key's name in the store.
 pub(crate) const ADMIN: &str = "admin";
@@ -72,7 +72,9 @@ pub async fn run(
     let shared = Arc::new(Shared::new(State::load(&*store).await.map_err(fault)?));
     let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
-    let app = Arc::new(App::new(store, shared, ca, config.domain, upkeep));
+    let shares_store = matches!(config.store, StoreChoice::Etcd(_));
+    let name = (server.get(..16).unwrap_or_default().to_owned(), shares_store);
+    let app = Arc::new(App::new(store, shared, ca, (config.domain, config.retain), name, upkeep));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
     let mut store_ended = false;
@@ -86,6 +88,10 @@ pub async fn run(
     tokio::select! {
         () = serve::serve(listener, tls, app.clone(), end) => {}
         never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
+        never = presence::keep(&app, &environment) => match never {},
+    }
+    if !store_ended {
+        presence::note(&app, &environment).await;
     }
     drop(app);
     if store_ended {

@@ -15,7 +15,9 @@ use model::{
 };
 use tokio::sync::watch;
 
+use crate::incarnation::Life;
 use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
+use crate::presence::Noted;
 use crate::store::{Batch, Event, KeyValue, Store, StoreError};
 
 /// How many changes of objects are remembered for watches that are behind.
@@ -44,6 +46,10 @@ pub(crate) struct Environment {
     servers: BTreeMap<String, Vec<String>>,
     /// Hosts that have not said what they hold since the store was restored.
     pub(crate) unreported: BTreeMap<HostId, Unreported>,
+    /// Which start of each host's agent counts.
+    pub(crate) lives: BTreeMap<HostId, Life>,
+    /// Who was there, as each server saw it.
+    pub(crate) noted: BTreeMap<String, Noted>,
     /// Hosts by the SHA-256 of their key.
     pub(crate) by_key: HashMap<String, HostId>,
     /// How many blocks and claims each host has in each network, and how many foreign peers it speaks to there.
@@ -168,6 +174,14 @@ impl Environment {
                 self.unreported.insert(id, unreported);
                 None
             }
+            Record::Life(id, life) => {
+                self.lives.insert(id, life);
+                None
+            }
+            Record::Presence(id, noted) => {
+                self.noted.insert(id, noted);
+                None
+            }
             Record::Report(id, report) => {
                 self.reports.insert(id, report);
                 None
@@ -204,6 +218,14 @@ impl Environment {
             }
             Slot::Unreported(id) => {
                 self.unreported.remove(id);
+                return None;
+            }
+            Slot::Life(id) => {
+                self.lives.remove(id);
+                return None;
+            }
+            Slot::Presence(id) => {
+                self.noted.remove(id);
                 return None;
             }
             Slot::Report(id) => {

@@ -57,6 +57,10 @@ impl Lessor for NoLessor {
     ) -> BoxFuture<Result<model::Claim, ApiError>> {
         Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
     }
+
+    fn retained(&self, _: NetworkId, _: String, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
+        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
+    }
 }
 
 /// A control whose other side is `world`, and the sender of its views.
@@ -175,6 +179,11 @@ impl World {
             | Command::Watch(_)
             | Command::Underlay(_)
             | Command::Certified { .. }
+            | Command::Begin { .. }
+            | Command::Begun { .. }
+            | Command::Settled
+            | Command::Counts { .. }
+            | Command::Copied { .. }
             | Command::EngineStarted
             | Command::LetGo { .. }
             | Command::Consent { .. }

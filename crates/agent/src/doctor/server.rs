@@ -82,7 +82,9 @@ pub fn addresses(view: &View) -> Vec<Finding> {
             findings.push(Finding::new(Kind::LeaseDiffers, place, "its host is not there"));
         }
     }
-    for claim in view.ipam.claims.iter().filter(|claim| !claim.router && !claim.asked) {
+    for claim in
+        view.ipam.claims.iter().filter(|claim| !claim.router && !claim.asked && claim.retained.is_none())
+    {
         if !seen.contains_key(&(&claim.network, claim.address)) {
             let place = format!("address {} of {}", claim.address, name_of(&catalog, &claim.network));
             let what = format!("it is claimed for {} on {}", claim.endpoint, view.host(&claim.host));

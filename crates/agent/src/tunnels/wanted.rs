@@ -279,6 +279,39 @@ mod tests {
     }
 
     #[test]
+    fn what_the_server_takes_for_an_identity_this_agent_does_too() {
+        for text in [
+            "192.0.2.1",
+            "2001:db8::1",
+            "gw.example",
+            "@gw",
+            "me@gw",
+            "me@",
+            "@",
+            "two words",
+            "keyid:a b",
+            "keyid:",
+            "keyid:0x",
+            "keyid:0x0a",
+            "keyid:0x0",
+            "keyid:0xzz",
+            "CN=gw",
+            "CN=",
+            "=gw",
+            "C=CH, CN=a\\, b",
+            "C=CH,",
+            "X=y",
+            "cn = gw , emailaddress=me@gw",
+            "CN=a=b",
+            "CN=\\,",
+            "CN=a\\\\,O=b",
+            "DC=a,DC=b,UID=c",
+        ] {
+            assert_eq!(model::Peer::is_identity(text), text.parse::<Identity>().is_ok(), "{text}");
+        }
+    }
+
+    #[test]
     fn another_host_is_believed_for_the_key_of_the_snapshot_alone() {
         let far = Far::Host(HostId::from_random([2; 8]));
         let found = who(&own(), &far, &tunnel(Proof::Key("ab".repeat(32))), None).unwrap();

@@ -67,7 +67,9 @@ impl Exit {
             ErrorCode::TooSlow | ErrorCode::TooMany => Self::Unreachable,
             ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Denied,
             ErrorCode::NotFound => Self::NotFound,
-            ErrorCode::Conflict | ErrorCode::InUse | ErrorCode::Unreported => Self::Conflict,
+            ErrorCode::Conflict | ErrorCode::InUse | ErrorCode::Unreported | ErrorCode::Copied => {
+                Self::Conflict
+            }
             ErrorCode::Exhausted => Self::Exhausted,
             ErrorCode::Unavailable => Self::Unreachable,
             ErrorCode::Compacted | ErrorCode::Internal => Self::Internal,
@@ -148,6 +150,7 @@ impl From<ApiError> for Failure {
             | ErrorCode::TooMany
             | ErrorCode::Exhausted
             | ErrorCode::Unreported
+            | ErrorCode::Copied
             | ErrorCode::Compacted => failure,
         }
     }
@@ -221,6 +224,7 @@ mod tests {
             (ErrorCode::TooMany, 6),
             (ErrorCode::Exhausted, 7),
             (ErrorCode::Unreported, 4),
+            (ErrorCode::Copied, 4),
             (ErrorCode::Compacted, 1),
             (ErrorCode::Internal, 1),
             (ErrorCode::Unavailable, 6),

@@ -1,7 +1,7 @@
 //! `droveway host`: ls, inspect, label, rm.
 
 use clap::{Args, Subcommand};
-use model::api::{HostPatch, HostView};
+use model::api::{HostPatch, HostView, RefusedCopy};
 use model::{Candidate, Host, Source};
 
 use super::connection::Connection;
@@ -14,6 +14,8 @@ use crate::client::{Client, Error};
 
 /// How long before its end the CA's is remarked: three years, in milliseconds.
 const CA_REMARK: u64 = 3 * 365 * 86_400_000;
+/// For how long a refused copy is remarked: a week, in milliseconds.
+const COPY_REMARK: u64 = 7 * 86_400_000;
 
 /// Hosts: the machines that run the agent
 #[derive(Debug, Args)]
@@ -36,7 +38,8 @@ enum Verb {
 ADDRESS is where other hosts reach it. \"behind NAT (A)\": the server sees it come from A, which is none of its own
 addresses. It then begins its tunnels itself; networks of --driver vxlan do not reach it.
 
-STATE is whether the host's agent is connected to the server. What runs on a host that is away goes on."
+STATE is whether the host's agent is connected to the server, or to another that shares its store. What runs on a host that
+is away goes on. SEEN is when it was last heard of: to two minutes, if the server itself was killed meanwhile."
     )]
     Ls,
     /// Show all that is known of hosts
@@ -84,6 +87,9 @@ impl HostArgs {
                     table,
                     "There is no host yet; `droveway token create` prints how to join one.",
                 )?;
+                for remark in hosts.iter().filter_map(|view| copied(view, text::now())) {
+                    output.remark(&remark);
+                }
                 if let Some(remark) = ca_ends(client.info().await?.ca_expires, text::now()) {
                     output.remark(&remark);
                 }
@@ -135,6 +141,16 @@ fn ca_ends(expires: model::UnixMillis, now: model::UnixMillis) -> Option<String>
             text::utc(expires)
         )
     })
+}
+
+/// That somebody came with a copy of the host's state directory, lately.
+fn copied(view: &HostView, now: model::UnixMillis) -> Option<String> {
+    let copy = view.copy.as_ref().filter(|copy| now.saturating_sub(copy.at) < COPY_REMARK)?;
+    let (host, from, age) = (&view.host.name, copy.from, text::age(copy.at, now));
+    Some(format!(
+        "{host}: an agent with a copy of its state directory came from {from} {age} ago, and was refused. Look for a machine \
+         that was copied, or put back from a backup: see docs/operations.md."
+    ))
 }
 
 fn labelled(view: &HostView) -> String {
@@ -202,6 +218,8 @@ fn details(view: &HostView) -> Details {
         .add("Seen", view.seen.map(text::utc).unwrap_or_default())
         .add("Agent", view.version.clone().unwrap_or_default())
         .add("Certificate", view.certificate_expires.map(certificate).unwrap_or_default())
+        .add("Starts", view.incarnation.map(|number| number.to_string()).unwrap_or_default())
+        .add("Copies", view.copy.as_ref().map(refused).unwrap_or_default())
         .add("Addresses", addresses(&host.candidates))
         .add(
             "Reached",
@@ -213,6 +231,12 @@ fn details(view: &HostView) -> Details {
         .add("Blocks", if blocks.is_empty() { "none leased".to_owned() } else { blocks.join("\n") })
         .add("Endpoints", view.endpoints.to_string());
     details
+}
+
+/// That copies of its state directory came.
+fn refused(copy: &RefusedCopy) -> String {
+    let times = if copy.times == 1 { "once".to_owned() } else { format!("{} times", copy.times) };
+    format!("refused {times}, last on {} from {}", text::utc(copy.at), copy.from)
 }
 
 /// Underlay addresses, one a line, best first.
@@ -247,6 +271,20 @@ mod tests {
         assert_eq!(row, ["h1", "up", "now", "10.0.0.6", "0", "3", "0.1.0", "zone=a"]);
         assert!(details(&view).render().contains("10.0.0.6, MTU 1500, on the route to the server"));
         assert_eq!(labelled(&view), "h1: zone=a\n");
+    }
+
+    #[test]
+    fn a_copy_that_was_refused_is_remarked_for_a_week_and_shown_for_ever() {
+        let view: HostView = serde_json::from_value(serde_json::json!({
+            "id": "h-aaaaaaaaaa", "name": "h1", "key": "00", "joined": 0, "connected": true, "blocks": [],
+            "endpoints": 0, "incarnation": 7, "copy": {"at": 0, "from": "10.0.0.9", "times": 2}
+        }))
+        .unwrap();
+        let remark = copied(&view, 60_000).unwrap();
+        assert!(remark.contains("h1") && remark.contains("from 10.0.0.9"), "{remark}");
+        assert_eq!(copied(&view, 8 * 86_400_000), None);
+        let inspect = details(&view).render();
+        assert!(inspect.contains("refused 2 times, last on 1970-01-01"), "{inspect}");
     }
 
     #[test]

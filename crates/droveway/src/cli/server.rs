@@ -47,6 +47,9 @@ pub(super) struct ServerArgs {
     /// The domain under which containers have names
     #[arg(long, value_name = "DOMAIN", default_value = model::DEFAULT_DOMAIN)]
     pub(super) domain: String,
+    /// For how long an address is kept for a container of label droveway.retain=true that is gone
+    #[arg(long, value_name = "TIME", default_value = "30d", value_parser = parse::ttl)]
+    pub(super) retain: u64,
     /// How agents reach this server, where there are several: each agent learns the URLs of all; may be repeated
     #[arg(long = "url", value_name = "URL", value_parser = parse::server_url)]
     pub(super) urls: Vec<Url>,

@@ -7,6 +7,7 @@
 mod api;
 mod away;
 mod charon;
+mod copied;
 mod docker;
 mod docker_label;
 mod doctor;
@@ -33,6 +34,7 @@ mod probe;
 mod red;
 mod refused;
 mod rekeys;
+mod retained;
 mod servers;
 mod several;
 mod spoof;
