@@ -122,8 +122,11 @@ pub struct Limits {
     pub half_open_per_source: usize,
     /// From this many half-open IKE SAs on, a cookie is asked for (RFC 7296 §2.6).
     pub cookie_threshold: usize,
-    /// Unprotected answers (cookies, refusals, `INVALID_IKE_SPI`) a second, to all.
+    /// Unprotected answers (cookies, refusals, `INVALID_IKE_SPI`) a second, to all strangers.
     pub unprotected_per_second: u32,
+    /// The same to all addresses where peers are expected ([`Endpoint::expect`](crate::Endpoint::expect)): a flood from elsewhere
+    /// leaves them theirs.
+    pub unprotected_to_expected: u32,
     /// `CHILD_SA`s that one IKE SA may have for each that is wanted with the peer, those about to be replaced or deleted
     /// counted too. Beyond it the peer is told `NO_ADDITIONAL_SAS` (RFC 7296 §1.3). A peer may have many more workers than we,
     /// each with a child of its own (RFC 9611), and all of them may be about to be replaced.
@@ -137,6 +140,7 @@ impl Default for Limits {
             half_open_per_source: 16,
             cookie_threshold: 64,
             unprotected_per_second: 200,
+            unprotected_to_expected: 1000,
             children_per_wanted: 256,
         }
     }

@@ -5,7 +5,7 @@
 //! (RFC 4301 §5.2). Two peers never have the same address.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use model::{
@@ -49,6 +49,17 @@ pub struct Tunnel {
     pub inside: BTreeMap<NetworkId, Inside>,
 }
 
+impl Tunnel {
+    /// Where the peer may come from, as far as that is known.
+    pub fn sources(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let observed = match &self.begins {
+            Begins::PeerOnly { from, .. } => *from,
+            Begins::We | Begins::PeerFirst | Begins::Nobody { .. } => None,
+        };
+        self.addresses.iter().map(SocketAddr::ip).chain(observed)
+    }
+}
+
 /// Who sends the first message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Begins {
@@ -60,6 +71,8 @@ pub enum Begins {
     PeerOnly {
         /// Why, for people.
         why: String,
+        /// Where it comes from, as the server sees it.
+        from: Option<IpAddr>,
     },
     /// Nobody can.
     Nobody {
@@ -172,7 +185,7 @@ fn reach(own: &Host, far: &Host) -> (Vec<SocketAddr>, Begins) {
         (true, false) => (addresses(&not_observed), Begins::We),
         (false, true) => {
             let why = format!("host {} is behind a NAT and begins itself", far.name);
-            (Vec::new(), Begins::PeerOnly { why })
+            (Vec::new(), Begins::PeerOnly { why, from: far.outside().map(|candidate| candidate.address) })
         }
         (true, true) => {
             let outside = |host: &Host| host.outside().map(|candidate| candidate.address);
@@ -269,6 +282,7 @@ mod tests {
         let pair = |own: &Host, far: &Host| only(&catalog(&[own, far], "ipsec"), own);
         assert_eq!(pair(&inside, &public).begins, Begins::We);
         assert!(matches!(pair(&public, &inside).begins, Begins::PeerOnly { .. }));
+        assert!(pair(&public, &inside).sources().eq(["198.51.100.1".parse::<IpAddr>().unwrap()]));
         assert_ne!(pair(&inside, &beside).begins, pair(&beside, &inside).begins);
         assert_eq!(pair(&inside, &beside).addresses, ["10.0.0.2:4500".parse().unwrap()]);
         let Begins::Nobody { why } = pair(&inside, &elsewhere).begins else { panic!() };

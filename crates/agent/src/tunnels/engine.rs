@@ -334,11 +334,13 @@ impl Engine {
             self.follow_addresses(now);
         }
         let mut closely = !self.devices_open;
+        let every = probe::every(self.peers.len());
         for (far, peer) in &mut self.peers {
             let foreign = matches!(far, Far::Peer(_));
             closely |= count(peer, &mut self.endpoint, self.timing.child_bytes, now);
             take_note(peer, &self.endpoint, now);
-            closely |= ping((peer, foreign), &mut self.endpoint, &self.dataplane, &mut self.last_ping, now);
+            let last = &mut self.last_ping;
+            closely |= ping((peer, foreign), every, &mut self.endpoint, &self.dataplane, last, now);
             let mtus = &self.view.routers;
             closely |= measure(peer, &self.dataplane, mtus, &mut self.last_ping, now);
         }
@@ -418,6 +420,7 @@ fn take_note(peer: &mut Peer, endpoint: &Endpoint, now: Instant) {
 /// Pings what is due, and acts on what is not answered; a foreign peer is not pinged, but asked by IKE. True: something is not well, look closely.
 fn ping(
     (peer, foreign): (&mut Peer, bool),
+    every: Duration,
     endpoint: &mut Endpoint,
     dataplane: &Dataplane,
     last: &mut u32,
@@ -429,7 +432,7 @@ fn ping(
     let mut reset = false;
     for slot in peer.slots.values_mut() {
         let (Some((ours, theirs)), Some(probes)) = (slot.ends, &mut slot.probes) else { continue };
-        let due = probes.due(now);
+        let due = probes.due(every, now);
         if due.ping {
             *last = last.wrapping_add(1);
             dataplane.inject(index, slot.device, &probe::ping(ours, theirs, &magic, *last, 0));

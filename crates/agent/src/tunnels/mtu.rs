@@ -176,9 +176,10 @@ impl Search {
         self.good > 0 && self.bad.is_some() && self.next().is_none()
     }
 
-    /// Whether the next ping is due within moments.
+    /// Whether the next ping is due within moments. What is known and tried again is not: of a thousand peers one is always.
     pub(super) fn busy(&self) -> bool {
-        self.settled.is_none()
+        let known = |attempt: &Try| attempt.size <= self.good && attempt.numbers.len() <= 1;
+        self.settled.is_none() && !self.trying.as_ref().is_some_and(known)
     }
 }
 
@@ -274,9 +275,11 @@ mod tests {
             }
         };
         story.search.sent(900, story.now);
+        assert!(!story.search.busy(), "what is known is tried again without a hurry");
         story.now += Duration::from_secs(1);
         assert_eq!(story.search.due(story.now), Some(size));
         story.search.sent(901, story.now);
+        assert!(story.search.busy(), "unless that is lost");
         assert!(story.search.answered(900), "late, and good enough");
         assert_eq!(story.search.limit(), None);
     }

@@ -9,8 +9,12 @@ use std::time::{Duration, Instant};
 
 use packet::{checksum, ipv4, protocol};
 
-/// Between two pings while all is well.
+/// Between two pings to a peer while all is well and there are few peers.
 const EVERY: Duration = Duration::from_secs(2);
+/// And while there are many: less than the silence after which IKE asks, which costs more than a ping.
+const EVERY_MAX: Duration = Duration::from_secs(8);
+/// Between two pings to any of many peers.
+const EACH: Duration = Duration::from_millis(20);
 /// Between two after one was not answered.
 const HURRY: Duration = Duration::from_millis(500);
 /// Without an answer for so long, a ping counts as lost. An answer that comes later still counts as one.
@@ -56,6 +60,11 @@ enum State {
     Answered(Duration),
 }
 
+/// How often each of so many peers is pinged.
+pub(super) fn every(peers: usize) -> Duration {
+    EACH.saturating_mul(u32::try_from(peers).unwrap_or(u32::MAX)).clamp(EVERY, EVERY_MAX)
+}
+
 /// What is to be done now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Due {
@@ -77,7 +86,8 @@ impl Probes {
         self.next = now;
     }
 
-    pub(super) fn due(&mut self, now: Instant) -> Due {
+    /// `every` is how often a peer that answers is pinged.
+    pub(super) fn due(&mut self, every: Duration, now: Instant) -> Due {
         let mut due = Due::default();
         for ping in &mut self.sent {
             if ping.state == State::Waiting && now.saturating_duration_since(ping.at) >= WAIT {
@@ -93,7 +103,7 @@ impl Probes {
         }
         if self.next <= now {
             due.ping = true;
-            self.next = now + if self.lost > 0 { HURRY } else { EVERY };
+            self.next = now + if self.lost > 0 { HURRY } else { every };
         } else if self.lost > 0 {
             self.next = self.next.min(now + HURRY);
         }
@@ -224,7 +234,7 @@ mod tests {
         fn run(&mut self, span: Duration, answers: bool) {
             let end = self.now + span;
             while self.now < end {
-                let due = self.probes.due(self.now);
+                let due = self.probes.due(every(1), self.now);
                 self.doubts += u32::from(due.doubt);
                 self.resets += u32::from(due.reset);
                 if due.ping {
@@ -249,6 +259,13 @@ mod tests {
         assert_eq!(story.probes.loss_permille(), Some(0));
         assert!(story.probes.alive());
         assert_eq!(story.probes.silent(), None);
+    }
+
+    #[test]
+    fn many_peers_are_pinged_less_often_each_but_before_ike_asks() {
+        assert_eq!([0, 1, 100].map(every), [2 * SECOND; 3]);
+        assert_eq!([200, 400, 1000, usize::MAX].map(every), [4 * SECOND, 8 * SECOND, 8 * SECOND, 8 * SECOND]);
+        assert!(EVERY_MAX + WAIT < ike::Timing::default().liveness);
     }
 
     #[test]
@@ -286,7 +303,7 @@ mod tests {
         let mut probes = Probes::new(now);
         probes.sent(6, now);
         probes.sent(7, now);
-        probes.due(now + 2 * SECOND);
+        probes.due(every(1), now + 2 * SECOND);
         assert_eq!(probes.loss_permille(), Some(1000));
         assert!(probes.answered(7, now + 3 * SECOND), "and what came before the first answer is no loss");
         assert_eq!((probes.loss_permille(), probes.rtt()), (Some(0), Some(3 * SECOND)));

@@ -171,7 +171,7 @@ impl Looking<'_> {
 fn why_waiting(peer: &Peer) -> String {
     let name = &peer.tunnel.name;
     match &peer.tunnel.begins {
-        Begins::PeerOnly { why } | Begins::Nobody { why } => why.clone(),
+        Begins::PeerOnly { why, .. } | Begins::Nobody { why } => why.clone(),
         Begins::We | Begins::PeerFirst if peer.paths.is_empty() => {
             let addresses: Vec<String> = peer.tunnel.addresses.iter().map(ToString::to_string).collect();
             if addresses.is_empty() {
@@ -232,7 +232,7 @@ mod tests {
             probes[number as usize].answered(number, now + Duration::from_millis(millis));
         }
         probes[2].sent(2, now);
-        probes[2].due(now + Duration::from_secs(2));
+        probes[2].due(crate::tunnels::probe::every(1), now + Duration::from_secs(2));
         assert_eq!(measured(probes.iter()), (Some(Duration::from_millis(4)), Some(1000)));
         assert_eq!(measured(std::iter::empty()), (None, None));
     }

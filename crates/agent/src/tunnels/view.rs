@@ -42,6 +42,7 @@ impl Engine {
                 self.configure(far, tunnel, now);
             }
         }
+        self.endpoint.expect(wanted.values().flat_map(Tunnel::sources).collect());
         self.routes = self.find_routes();
         self.open_port_500();
     }

@@ -6,6 +6,7 @@
 
 mod api;
 mod away;
+mod bogus;
 mod charon;
 mod copied;
 mod docker;

@@ -6,7 +6,8 @@ use std::process::Child;
 use droveway::lab::{Lab, LabSpec, boxes};
 
 use crate::probe;
-use crate::support::{idle_in, spec, succeeds};
+use crate::red::{ask, tunnel};
+use crate::support::{LIMIT, idle, idle_in, meet, spec, succeeds, until};
 
 /// A process that is ended with the test.
 struct Running(Child);
@@ -111,9 +112,26 @@ fn a_host_that_moved_is_at_its_new_address_only_and_cuts_follow_it() {
     assert!(pings(&lab, "h1", "10.0.0.6"), "switched on, it is where it began");
 }
 
+/// Only the host behind the NAT can begin, and the other has to hear it among ten thousand strangers a second. The underlay is
+/// not watched: that is more than a capture holds.
+fn a_tunnel_comes_up_in_a_flood(lab: &Lab) {
+    let (near, far) = (lab.run("h1", &idle("near")).unwrap(), lab.run("h2", &idle("far")).unwrap());
+    meet(lab, &near, &far);
+    let begun = || tunnel(lab, "h2", "h1").ike.map(|ike| ike.initiator_spi);
+    let before = begun();
+    let at = SocketAddr::from((Ipv4Addr::new(10, 0, 0, 5), 4500));
+    let mut flood = Running(probe::flood_from(lab, "stranger", "h1", at, 10_000));
+    assert_eq!(ask(lab, "h2", "POST", "/v1/tunnels/h1/reset").0, 204);
+    let took = until(LIMIT, "there is another tunnel", || begun().is_some_and(|spi| Some(spi) != before));
+    meet(lab, &far, &near);
+    println!("in a flood: a new tunnel after {took:?}");
+    assert!(flood.0.try_wait().unwrap().is_none(), "it went on until then");
+}
+
 #[test]
-fn an_agent_behind_a_nat_joins_and_connects_again_after_the_box_was_off() {
-    let lab = Lab::up(behind("h2", 2)).unwrap();
+fn an_agent_behind_a_nat_joins_connects_again_after_the_box_was_off_and_has_its_tunnel_in_a_flood() {
+    let others = vec!["stranger".parse().unwrap()];
+    let lab = Lab::up(LabSpec { others, ..behind("h2", 2) }).unwrap();
     lab.wait_connected("h2").unwrap();
     lab.kill("nat1").unwrap();
     lab.start("nat1").unwrap();
@@ -122,6 +140,7 @@ fn an_agent_behind_a_nat_joins_and_connects_again_after_the_box_was_off() {
     lab.wait_connected("h2").unwrap();
     let (dir, hosts) = (lab.dir().to_owned(), lab.check("server", &["droveway", "host", "ls"]).unwrap());
     assert!(hosts.contains("h2"), "{hosts}");
+    a_tunnel_comes_up_in_a_flood(&lab);
     lab.down().unwrap();
     assert!(!dir.exists());
 }

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Child;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use droveway::lab::Lab;
@@ -14,7 +15,7 @@ use nix::sys::socket::{
     AddressFamily, LinkAddr, MsgFlags, SockFlag, SockProtocol, SockType, recvfrom, sendto, socket,
 };
 
-use crate::{api, load};
+use crate::{api, bogus, load};
 
 const ROLE: &str = "DROVEWAY_TEST_PROBE";
 
@@ -39,6 +40,10 @@ fn a_probe() {
         ["resolver", at] => resolver(&UdpSocket::bind(at).unwrap()),
         ["mirror", at] => mirror(&UdpSocket::bind(at).unwrap()),
         ["look", from, to] => look(from, to),
+        ["flood", to, rate] => {
+            let (to, rate) = (to.parse().unwrap(), rate.parse().unwrap());
+            bogus::flood(to, rate, &AtomicBool::new(false), || println!("FLOODS"));
+        }
         ["sink", at] => load::sink(at),
         ["source", to, tcp, udp, millis, canary] => load::source(to, tcp, udp, millis, canary),
         _ => panic!("no such role: {role}"),
@@ -108,6 +113,19 @@ pub fn mirror_at(lab: &Lab, target: &str, at: SocketAddr) -> Child {
     let mut child = lab.spawn(target, &words(&format!("mirror {at}"))).unwrap();
     let lines = BufReader::new(child.stdout.take().unwrap()).lines();
     assert!(lines.map_while(Result::ok).any(|line| line.contains("LISTENS")), "the mirror ended");
+    child
+}
+
+/// Has a node send bogus requests to begin IKE to a host, so many a second, until the child is killed. Comes back when it has
+/// begun. The host answers to where they seem to come from.
+pub fn flood_from(lab: &Lab, node: &str, host: &str, to: SocketAddr, rate: u32) -> Child {
+    let sources = bogus::SOURCES;
+    let via = lab.check(node, &["sh", "-c", "hostname -I"]).unwrap();
+    lab.check(node, &["ip", "route", "add", "local", sources, "dev", "lo"]).unwrap();
+    lab.check(host, &["ip", "route", "add", sources, "via", via.split_whitespace().next().unwrap()]).unwrap();
+    let mut child = lab.spawn(node, &words(&format!("flood {to} {rate}"))).unwrap();
+    let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.map_while(Result::ok).any(|line| line.contains("FLOODS")), "the flood ended");
     child
 }
 

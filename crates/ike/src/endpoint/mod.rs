@@ -13,7 +13,7 @@ mod peers;
 mod strangers;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -188,6 +188,11 @@ impl Endpoint {
             });
         }
         self.settle(now);
+    }
+
+    /// Where peers may come from, as far as that is known: strangers who ask for answers in great number leave them theirs.
+    pub fn expect(&mut self, addresses: BTreeSet<IpAddr>) {
+        self.strangers.expect(addresses);
     }
 
     fn change(&mut self, peer: PeerId, now: Instant, how: impl FnOnce(&mut PeerConfig)) {
@@ -413,7 +418,7 @@ impl Endpoint {
     /// An answer that nothing protects, never longer than what asked for it, and not more often than allowed. Says
     /// whether it was allowed.
     fn answer_in_clear(&mut self, request: &Header, notify: Notify, path: Path, now: Instant) -> bool {
-        if !self.strangers.may_answer(&self.config.limits, now) {
+        if !self.strangers.may_answer(&self.config.limits, path.remote, now) {
             return false;
         }
         let flags = Flags { initiator: !request.flags.initiator, version: false, response: true };
@@ -461,7 +466,10 @@ impl Endpoint {
 
     /// The IKE SAs with a peer.
     pub fn sas(&self, peer: PeerId) -> Vec<SaView> {
-        let all = self.sas.values().filter(|sa| sa.peer == Some(peer) && sa.phase != Phase::Gone);
+        // Not all SAs of all peers: there may be a thousand of them, and each is asked for.
+        let of_peer = self.peers.get(&peer).into_iter().flat_map(|state| &state.sas);
+        let of_peer = of_peer.filter_map(|spi| self.sas.get(spi));
+        let all = of_peer.filter(|sa| sa.peer == Some(peer) && sa.phase != Phase::Gone);
         all.map(|sa| SaView {
             spis: sa.spis,
             initiator: sa.opener,

@@ -1,10 +1,10 @@
 //! What strangers may cost us (RFC 7296 §2.6): half-open IKE SAs counted in all and by source, cookies once there are
-//! many, and a bound on unprotected answers.
+//! many, and a bound on unprotected answers, with one of its own for addresses where peers are expected.
 //!
 //! Invariant: before a cookie proves that a source receives what we send to it, and while many are half-open, a
 //! request costs one hash and leaves nothing behind.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,10 @@ pub(super) struct Strangers {
     half_open: BTreeMap<u64, HalfOpen>,
     by_source: BTreeMap<IpAddr, usize>,
     secrets: [Secret; 2],
-    tokens: u32,
+    /// Where peers are expected.
+    expected: BTreeSet<IpAddr>,
+    /// Unprotected answers of this second: to strangers, and to where peers are expected.
+    answers: [u32; 2],
     refilled: Instant,
 }
 
@@ -74,7 +77,8 @@ impl Strangers {
             half_open: BTreeMap::new(),
             by_source: BTreeMap::new(),
             secrets: [Secret::new(1, rng, now), Secret::new(0, rng, now)],
-            tokens: 0,
+            expected: BTreeSet::new(),
+            answers: [0, 0],
             refilled: now,
         }
     }
@@ -126,14 +130,21 @@ impl Strangers {
         }
     }
 
-    /// Whether one more unprotected answer may go out this second.
-    pub(super) fn may_answer(&mut self, limits: &Limits, now: Instant) -> bool {
+    /// Where peers are expected from now on.
+    pub(super) fn expect(&mut self, addresses: BTreeSet<IpAddr>) {
+        self.expected = addresses;
+    }
+
+    /// Whether one more unprotected answer may go there this second.
+    pub(super) fn may_answer(&mut self, limits: &Limits, to: SocketAddr, now: Instant) -> bool {
         if now.saturating_duration_since(self.refilled) >= Duration::from_secs(1) {
             self.refilled = now;
-            self.tokens = 0;
+            self.answers = [0, 0];
         }
-        self.tokens += 1;
-        self.tokens <= limits.unprotected_per_second
+        let limit = [limits.unprotected_per_second, limits.unprotected_to_expected];
+        let kind = usize::from(self.expected.contains(&to.ip().to_canonical()));
+        self.answers[kind] = self.answers[kind].saturating_add(1);
+        self.answers[kind] <= limit[kind]
     }
 
     /// How many are half-open.
@@ -246,13 +257,19 @@ mod tests {
     }
 
     #[test]
-    fn unprotected_answers_are_bounded_in_every_second() {
+    fn unprotected_answers_are_bounded_in_every_second_and_a_flood_leaves_peers_theirs() {
         let mut rig = Rig::new();
-        rig.limits.unprotected_per_second = 2;
-        let allowed =
-            |rig: &mut Rig| (0..5).filter(|_| rig.strangers.may_answer(&rig.limits, rig.now)).count();
-        assert_eq!(allowed(&mut rig), 2);
+        (rig.limits.unprotected_per_second, rig.limits.unprotected_to_expected) = (2, 3);
+        rig.strangers.expect(["192.0.2.1".parse().unwrap()].into());
+        let allowed = |rig: &mut Rig, to: &str| {
+            let to = to.parse().unwrap();
+            (0..5).filter(|_| rig.strangers.may_answer(&rig.limits, to, rig.now)).count()
+        };
+        assert_eq!(allowed(&mut rig, "198.51.100.1:500"), 2);
+        assert_eq!(allowed(&mut rig, "198.51.100.2:500"), 0, "whoever they are");
+        assert_eq!(allowed(&mut rig, "192.0.2.1:500"), 3);
         rig.now += Duration::from_secs(1);
-        assert_eq!(allowed(&mut rig), 2);
+        assert_eq!(allowed(&mut rig, "[::ffff:192.0.2.1]:500"), 3);
+        assert_eq!(allowed(&mut rig, "198.51.100.1:500"), 2);
     }
 }
