@@ -29,9 +29,15 @@ soak:            ## the long form: many seeds, fault storms, an install under sy
 	@scripts/deps.sh build test soak
 	@scripts/soak.sh
 
-bench:           ## ratios against kernel VXLAN by hand, attach latency, memory
+bench:           ## speed beside kernel VXLAN and other implementations, latencies, memory, many peers, floods
 	@scripts/deps.sh build bench
+	@scripts/peers.sh
 	@scripts/bench.sh
+
+bench-quick:     ## the same of the encrypted path alone, in two minutes
+	@scripts/deps.sh build bench
+	@scripts/peers.sh
+	@scripts/bench.sh --quick stream peers
 
 ci:              ## everything CI does
 	@.ci/run
@@ -41,4 +47,4 @@ install: build   ## to /usr/local/bin, with systemd units
 	install -D -m 0644 contrib/systemd/droveway-server.service $(DESTDIR)/etc/systemd/system/droveway-server.service
 	install -D -m 0644 contrib/systemd/droveway-agent.service $(DESTDIR)/etc/systemd/system/droveway-agent.service
 
-.PHONY: help build demo demo-down test soak bench ci install
+.PHONY: help build demo demo-down test soak bench bench-quick ci install

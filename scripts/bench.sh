@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Ratios against kernel VXLAN by hand, attach latency, memory: crates/droveway/benches/system. Words are passed on:
-# scripts/bench.sh --quick stream
+# Ratios against kernel VXLAN by hand and other implementations, latencies, memory, many peers: crates/droveway/benches/system.
+# Words are passed on: scripts/bench.sh --quick stream peers
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -11,7 +11,8 @@ declare -A packages=(
     arping libfaketime strongswan-swanctl charon-systemd libstrongswan-standard-plugins libstrongswan-extra-plugins libcharon-extra-plugins etcd-server"
   [demo]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq"
   [soak]="debootstrap systemd-container"
-  [bench]="nftables iproute2 iptables iputils-ping iperf3 busybox-static util-linux procps jq"
+  [bench]="nftables iproute2 iptables iputils-ping iperf3 busybox-static util-linux procps jq wireguard-go wireguard-tools
+    strongswan-swanctl charon-systemd libstrongswan-standard-plugins libstrongswan-extra-plugins libcharon-extra-plugins"
 )
 
 wanted=()

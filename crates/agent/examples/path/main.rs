@@ -13,6 +13,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a measurement that fails has no result")]
 #![allow(clippy::cast_precision_loss, clippy::cast_sign_loss, reason = "figures")]
 
+mod layout;
+#[allow(dead_code, reason = "shared with a bench")]
 mod measure;
 #[allow(dead_code, reason = "shared with the tests")]
 #[path = "../../tests/dataplane/rig.rs"]
@@ -21,9 +23,7 @@ mod rig;
 #[path = "../../../linux/tests/sandbox/mod.rs"]
 mod sandbox;
 
-use std::path::Path;
-
-use measure::{MEASURES, Rig};
+use measure::{Ends, MEASURES};
 use rig::{Pair, tuned};
 
 /// What the command line asks for.
@@ -101,7 +101,7 @@ fn main() {
                 let dir = dir.join(format!("pair{number}"));
                 std::fs::create_dir(&dir).unwrap();
                 let pair = tuned(&dir, &tuning.parse().unwrap());
-                vxlan(&pair, &dir);
+                layout::vxlan(&pair, &dir);
                 for host in [&pair.a, &pair.b] {
                     host.sh(&format!("ip link set tun0 txqueuelen {}", wanted.queue));
                 }
@@ -118,30 +118,28 @@ fn main() {
             }
             println!("{count} peers on both sides: all there in {:.2?}", begun.elapsed());
             println!("  {:.1} KB each", (resident() - before) / 2.0 / f64::from(count));
-            let spent = measure::seconds_of("/proc/self/stat");
+            let spent = measure::seconds_of("self");
             std::thread::sleep(std::time::Duration::from_secs(5));
-            let spent = measure::seconds_of("/proc/self/stat") - spent;
+            let spent = measure::seconds_of("self") - spent;
             println!("  {:.2} % of a processor while nothing is sent", spent / 5.0 * 100.0);
             pair
         });
         let pairs: Vec<(&str, Pair)> =
             pairs.into_iter().chain(crowded.map(|pair| ("with other peers", pair))).collect();
-        let rigs: Vec<(&str, Rig<'_>)> =
-            pairs.iter().map(|(tuning, pair)| (*tuning, Rig::new(pair))).collect();
-        // VXLAN is measured between the hosts of the first.
-        let mut ways: Vec<(&str, &Rig<'_>, &str)> =
-            rigs.iter().map(|(tuning, rig)| (*tuning, rig, "10.42.2.1")).collect();
+        let mut ways: Vec<(&str, Ends<'_>)> =
+            pairs.iter().map(|(tuning, pair)| (*tuning, layout::by_path(pair))).collect();
         if wanted.vxlan {
-            ways.push(("vxlan", &rigs[0].1, "10.43.2.1"));
+            // Between the hosts of the first.
+            ways.push(("vxlan", layout::by_vxlan(&pairs[0].1)));
         }
         for measure in MEASURES.iter().filter(|it| it.name.contains(&wanted.measure)) {
             let mut figures = vec![Vec::new(); ways.len()];
             for _ in 0..wanted.rounds {
-                for ((_, rig, to), figures) in ways.iter().zip(&mut figures) {
-                    figures.push((measure.run)(rig, to, wanted.seconds));
+                for ((_, ends), figures) in ways.iter().zip(&mut figures) {
+                    figures.push((measure.run)(ends, wanted.seconds).unwrap());
                 }
             }
-            println!("{}, {} (of VXLAN's {})", measure.name, measure.unit, measure.bar);
+            println!("{}, {}, and of the last", measure.name, measure.unit);
             let last = figures.last().unwrap();
             for ((way, ..), figures) in ways.iter().zip(&figures) {
                 let way = if way.is_empty() { "as it is" } else { way };
@@ -154,23 +152,6 @@ fn main() {
             println!("drops {tuning}: {:?} {:?}", pair.a.path.total_drops(), pair.b.path.total_drops());
         }
     });
-}
-
-/// The kernel's VXLAN between the same routers, over the same underlay.
-fn vxlan(pair: &Pair, dir: &Path) {
-    for host in [&pair.a, &pair.b] {
-        let (side, other) = (host.side, 3 - host.side);
-        host.host
-            .run(|| {
-                sandbox::sh(&format!(
-                    "ip link add vxlan0 type vxlan id 7 remote 192.0.2.{other} dstport 4789 dev und{side}; \
-                     ip link set vxlan0 netns {}",
-                    dir.join(format!("router{side}")).display()
-                ))
-            })
-            .unwrap();
-        host.sh(&format!("ip link set vxlan0 mtu 1450 up; ip addr add 10.43.{side}.1/16 dev vxlan0"));
-    }
 }
 
 /// Memory of this program, KB.

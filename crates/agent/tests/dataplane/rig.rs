@@ -28,6 +28,8 @@ pub struct Host {
     pub host: Netns,
     pub router: Netns,
     pub path: Dataplane,
+    /// Of all keys that are given from now on.
+    pub suite: Suite,
     signals: Mutex<Receiver<Signal>>,
     inbound: Mutex<BTreeMap<u8, Arc<Inbound>>>,
 }
@@ -44,6 +46,12 @@ pub fn strangers(dir: &Path) -> Pair {
 
 /// As [`strangers`], with settings of the path on each.
 pub fn strangers_tuned(dir: &Path, tunings: [&Tuning; 2]) -> Pair {
+    let [a, b] = hosts(dir);
+    Pair { a: start(1, a, tunings[0]), b: start(2, b, tunings[1]) }
+}
+
+/// Two hosts, each with a namespace for a router, and the underlay between them.
+pub fn hosts(dir: &Path) -> [(Netns, Netns); 2] {
     let name = |side: u8, kind: &str| format!("{kind}{side}");
     let make = |side| {
         let host = Netns::create_bound(dir, &name(side, "host")).unwrap();
@@ -72,7 +80,7 @@ pub fn strangers_tuned(dir: &Path, tunings: [&Tuning; 2]) -> Pair {
         );
         host.run(|| sh(&commands)).unwrap();
     }
-    Pair { a: start(1, a, tunings[0]), b: start(2, b, tunings[1]) }
+    [a, b]
 }
 
 /// Two hosts with a security association each way, over IPv4.
@@ -104,7 +112,8 @@ fn start(side: u8, (host, router): (Netns, Netns), tuning: &Tuning) -> Host {
             path
         })
         .unwrap();
-    let host = Host { side, host, router, path, signals: Mutex::new(signals), inbound: Mutex::default() };
+    let (signals, inbound, suite) = (Mutex::new(signals), Mutex::default(), Suite::Aes256Gcm16);
+    let host = Host { side, host, router, path, suite, signals, inbound };
     host.make_device();
     host.add_device();
     host
@@ -141,7 +150,7 @@ impl Host {
         let policy = Arc::new(InnerPolicy::new(nets(from.side), nets(self.side)));
         for worker in (0..from.path.workers()).rev() {
             let spi = spi_for(from.side, salt, worker, self.path.workers());
-            let key = key_for(from.side, salt, worker);
+            let key = key_for(self.suite, from.side, salt, worker);
             let sa = Arc::new(Inbound::new(spi, &key, Sequence::Extended).unwrap());
             self.path.add_inbound(Arc::clone(&sa), Arc::clone(&policy), PEER, DEVICE);
             self.inbound.lock().unwrap().insert(salt, sa);
@@ -152,7 +161,7 @@ impl Host {
     pub fn sends(&self, to: &Host, salt: u8, path: udp::Path) {
         for worker in 0..self.path.workers() {
             let spi = spi_for(self.side, salt, worker, to.path.workers());
-            let sa = sealing(spi, &key_for(self.side, salt, worker));
+            let sa = sealing(spi, &key_for(self.suite, self.side, salt, worker));
             self.path.set_outbound(PEER, (DEVICE, worker), sa, path);
         }
     }
@@ -187,7 +196,7 @@ impl Host {
         let mut routes: Vec<_> = nets(3 - self.side).into_iter().map(|net| (net, PEER)).collect();
         for n in 0..count {
             let (peer, spi) = (PeerIndex(1000 + u64::from(n)), Spi::new(0x0100_0000 + n).unwrap());
-            let key = key_for(self.side, (n >> 8) as u8, n as usize);
+            let key = key_for(self.suite, self.side, (n >> 8) as u8, n as usize);
             let policy = Arc::new(InnerPolicy::new([net(n)], ours));
             let sa = Arc::new(Inbound::new(spi, &key, Sequence::Extended).unwrap());
             self.path.add_inbound(sa, policy, peer, DEVICE);
@@ -252,15 +261,14 @@ fn spi_for(from: u8, salt: u8, worker: usize, receivers: usize) -> Spi {
     Spi::new(any - any % receivers + worker % receivers).unwrap()
 }
 
-fn key_for(from: u8, salt: u8, worker: usize) -> KeyMaterial {
-    let suite = Suite::Aes256Gcm16;
+fn key_for(suite: Suite, from: u8, salt: u8, worker: usize) -> KeyMaterial {
     let mut bytes = vec![from ^ (salt << 2); suite.key_material_len()];
     bytes[1] = bytes[1].wrapping_add(worker as u8);
     KeyMaterial::new(suite, &bytes).unwrap()
 }
 
 pub fn outbound(from: u8, salt: u8) -> Arc<Outbound> {
-    sealing(spi(from, salt), &key_for(from, salt, 0))
+    sealing(spi(from, salt), &key_for(Suite::Aes256Gcm16, from, salt, 0))
 }
 
 fn sealing(spi: Spi, key: &KeyMaterial) -> Arc<Outbound> {

@@ -1,5 +1,6 @@
 //! Figures: samples with their spread, rows of the final table, and the raw results on disk.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -52,15 +53,25 @@ impl fmt::Display for Samples {
 /// A row of the final table.
 #[derive(Debug, Serialize)]
 pub struct Row {
-    measure: &'static str,
+    measure: Cow<'static, str>,
     figure: String,
-    target: &'static str,
+    target: Cow<'static, str>,
     verdict: Verdict,
+}
+
+/// What a figure must reach, and is hoped to.
+#[derive(Debug, Clone, Copy)]
+pub struct Bar {
+    pub must: f64,
+    pub aim: f64,
+    /// Whether more is better.
+    pub more: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Verdict {
+    Aim,
     Ok,
     Miss,
     NotMeasured,
@@ -82,35 +93,47 @@ impl Report {
 
     /// A figure that has a target.
     pub fn judged(&mut self, measure: &'static str, figure: String, target: &'static str, ok: bool) {
-        self.rows.push(Row {
-            measure,
-            figure,
-            target,
-            verdict: if ok { Verdict::Ok } else { Verdict::Miss },
-        });
+        let verdict = if ok { Verdict::Ok } else { Verdict::Miss };
+        self.rows.push(Row { measure: measure.into(), figure, target: target.into(), verdict });
+    }
+
+    /// A figure that must reach something, and is hoped to reach more.
+    pub fn barred(&mut self, measure: impl Into<Cow<'static, str>>, figure: String, value: f64, bar: Bar) {
+        let Bar { must, aim, more } = bar;
+        let reaches = |least: f64| if more { value >= least } else { value <= least };
+        let verdict = match (reaches(must), reaches(aim)) {
+            (true, true) => Verdict::Aim,
+            (true, false) => Verdict::Ok,
+            (false, _) => Verdict::Miss,
+        };
+        let sign = if more { ">=" } else { "<=" };
+        let target = format!("{sign} {must}, aim {aim}").into();
+        self.rows.push(Row { measure: measure.into(), figure, target, verdict });
     }
 
     /// A figure for which no target was set.
-    pub fn told(&mut self, measure: &'static str, figure: String) {
-        self.rows.push(Row { measure, figure, target: "-", verdict: Verdict::Told });
+    pub fn told(&mut self, measure: impl Into<Cow<'static, str>>, figure: String) {
+        let (measure, target) = (measure.into(), "-".into());
+        self.rows.push(Row { measure, figure, target, verdict: Verdict::Told });
     }
 
     /// A measure that could not be taken.
-    pub fn failed(&mut self, measure: &'static str, why: &anyhow::Error) {
+    pub fn failed(&mut self, measure: impl Into<Cow<'static, str>>, why: &anyhow::Error) {
+        let measure = measure.into();
         eprintln!("bench: {measure}: {why:#}");
-        self.rows.push(Row {
-            measure,
-            figure: "not measured".to_owned(),
-            target: "",
-            verdict: Verdict::NotMeasured,
-        });
+        let (figure, target) = ("not measured".to_owned(), "".into());
+        self.rows.push(Row { measure, figure, target, verdict: Verdict::NotMeasured });
     }
 
     /// Keeps raw results as `NAME.json`.
     pub fn keep(&self, name: &str, raw: &impl Serialize) -> Result<()> {
-        let path = self.dir.join(format!("{name}.json"));
-        fs::write(&path, serde_json::to_vec_pretty(raw)?)
-            .with_context(|| format!("cannot write {}", path.display()))
+        self.keep_text(&format!("{name}.json"), &serde_json::to_string_pretty(raw)?)
+    }
+
+    /// Keeps a file beside them.
+    pub fn keep_text(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// The table, on standard output and as `summary.json`.
@@ -118,21 +141,25 @@ impl Report {
         self.keep("summary", &self.rows)?;
         let row = |cells: [&str; 4]| {
             let [measure, figure, target, verdict] = cells;
-            println!("{measure:<44} {figure:<40} {target:<12} {verdict}");
+            println!("{measure:<52} {figure:<50} {target:<18} {verdict}");
         };
         println!();
         row(["measure", "figure", "target", "verdict"]);
         for Row { measure, figure, target, verdict } in &self.rows {
             let verdict = match verdict {
-                Verdict::Ok => "ok",
-                Verdict::Miss => "MISS",
+                Verdict::Aim => "met, and the aim",
+                Verdict::Ok => "met",
+                Verdict::Miss => "MISSED",
                 Verdict::NotMeasured => "NOT MEASURED",
                 Verdict::Told => "",
             };
             row([measure, figure, target, verdict]);
         }
         let judged = self.rows.iter().filter(|row| row.verdict != Verdict::Told);
-        let (all, met) = (judged.clone().count(), judged.filter(|row| row.verdict == Verdict::Ok).count());
+        let (all, met) = (
+            judged.clone().count(),
+            judged.filter(|row| matches!(row.verdict, Verdict::Aim | Verdict::Ok)).count(),
+        );
         println!();
         match all - met {
             0 => println!("All {all} targets are met."),

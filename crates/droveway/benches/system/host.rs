@@ -36,6 +36,11 @@ impl<'a> Host<'a> {
         Ok(Self { lab, name: name.to_owned(), socket, fresh, attached })
     }
 
+    /// What it is called in the lab.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// How many endpoints there are.
     pub fn attached(&self) -> usize {
         self.attached.len()
@@ -102,6 +107,11 @@ impl<'a> Host<'a> {
         let start = Instant::now();
         self.exchange("DELETE", &path::ENDPOINT.replace("{id}", id.as_str()), &[])?;
         Ok(start.elapsed())
+    }
+
+    /// A request without a body; what the agent answers.
+    pub fn ask(&self, method: &str, path: &str) -> Result<Vec<u8>> {
+        self.exchange(method, path, &[])
     }
 
     fn exchange(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>> {

@@ -3,15 +3,38 @@
 //! A lab of three hosts is brought up; what is compared with it is made by hand beside it. A figure that misses its target is
 //! said plainly and is no failure: a timing is never a test. Needs root, `iperf3` and `ping` (`scripts/deps.sh bench`).
 //!
-//! `cargo bench -p droveway --bench system -- [--quick] [stream] [attach] [ping] [memory] [scale] [agents]`
+//! `cargo bench -p droveway --bench system -- [--quick] [--rounds N] [--seconds N] [stream] [peers] [many] [flood] [attach]
+//! [ping] [memory] [scale] [agents]`
 
 mod agents;
 mod attach;
+#[allow(clippy::unwrap_used, reason = "shared with the tests")]
+#[path = "../../tests/main/bogus.rs"]
+mod bogus;
+mod crowd;
 mod figures;
+mod flood;
 mod host;
+#[allow(clippy::unwrap_used, reason = "shared with an example, where what fails has no result")]
+#[path = "../../../agent/examples/path/layout.rs"]
+mod layout;
+mod many;
+#[allow(clippy::cast_precision_loss, reason = "figures")]
+#[path = "../../../agent/examples/path/measure.rs"]
+mod measure;
 mod memory;
+mod peers;
+mod plain;
+mod plot;
 mod probe;
+#[allow(dead_code, clippy::unwrap_used, clippy::expect_used, reason = "shared with the tests")]
+#[path = "../../../agent/tests/dataplane/rig.rs"]
+mod rig;
+#[allow(dead_code, clippy::unwrap_used, clippy::expect_used, reason = "shared with the tests")]
+#[path = "../../../linux/tests/sandbox/mod.rs"]
+mod sandbox;
 mod stream;
+mod turns;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -25,12 +48,20 @@ use probe::Probe;
 
 /// Measured, unless `DROVEWAY_PROGRAM` names another build to compare.
 const PROGRAM: &str = env!("CARGO_BIN_EXE_droveway");
-const PHASES: [&str; 6] = ["stream", "attach", "ping", "memory", "scale", "agents"];
+const PHASES: [&str; 9] = ["stream", "peers", "many", "flood", "attach", "ping", "memory", "scale", "agents"];
+/// These have no use for the lab that the others share.
+const APART: [&str; 4] = ["peers", "many", "flood", "agents"];
 
 /// How much of everything.
 struct Size {
+    /// Leaves out what takes long and is seldom looked at.
+    short: bool,
     rounds: u32,
     seconds: u32,
+    /// Other hosts that one has tunnels to.
+    peers: u32,
+    /// Seconds of doing nothing, before a look at what that costs, and for it.
+    rest: u64,
     attaches: usize,
     endpoints: usize,
     counts: &'static [usize],
@@ -39,8 +70,11 @@ struct Size {
 }
 
 const FULL: Size = Size {
-    rounds: 15,
-    seconds: 3,
+    short: false,
+    rounds: 5,
+    seconds: 2,
+    peers: 1000,
+    rest: 20,
     attaches: 200,
     endpoints: 500,
     counts: &[1, 10, 100, 500, 1000],
@@ -48,8 +82,11 @@ const FULL: Size = Size {
     changing: 60,
 };
 const QUICK: Size = Size {
-    rounds: 3,
-    seconds: 2,
+    short: true,
+    rounds: 2,
+    seconds: 1,
+    peers: 200,
+    rest: 5,
     attaches: 50,
     endpoints: 60,
     counts: &[1, 50, 100],
@@ -70,8 +107,26 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     // Cargo adds `--bench`.
     let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
-    let size = if words.iter().any(|word| word == "--quick") { &QUICK } else { &FULL };
-    let wanted: Vec<&str> = words.iter().map(String::as_str).filter(|word| *word != "--quick").collect();
+    let mut size = if words.iter().any(|word| word == "--quick") { QUICK } else { FULL };
+    let mut wanted = Vec::new();
+    let mut words = words.iter().map(String::as_str);
+    while let Some(word) = words.next() {
+        let mut number = || -> Result<u32> {
+            let number = words.next().with_context(|| format!("{word} wants a number"))?;
+            number
+                .parse()
+                .ok()
+                .filter(|it| *it > 0)
+                .with_context(|| format!("{word} {number}: not a number above 0"))
+        };
+        match word {
+            "--quick" => {}
+            "--rounds" => size.rounds = number()?,
+            "--seconds" => size.seconds = number()?,
+            phase => wanted.push(phase),
+        }
+    }
+    let size = &size;
     if let Some(unknown) = wanted.iter().find(|word| !PHASES.contains(word)) {
         anyhow::bail!("{unknown:?} is nothing to measure; choose of {}", PHASES.join(", "));
     }
@@ -80,30 +135,42 @@ fn run() -> Result<()> {
 
     let target = Path::new(PROGRAM).ancestors().nth(2).context("the program has no target directory")?;
     let mut report = Report::new(target.join("bench"))?;
-    machine();
+    println!("machine: {}", machine());
     let program = std::env::var_os("DROVEWAY_PROGRAM").unwrap_or_else(|| PROGRAM.into());
     if does("agents") {
         println!("{} simulated agents on one server, {} s of changes", size.agents, size.changing);
         let outcome = agents::measure(Path::new(&program), size.agents, size.changing, &mut report);
         outcome.unwrap_or_else(|error| report.failed("agents", &error));
     }
-    if wanted == ["agents"] {
-        return report.print();
-    }
     let spec = |suffix: &str| -> Result<LabSpec> {
         let spec = LabSpec::new(&format!("bench{}{suffix}", std::process::id()))?;
         Ok(LabSpec { hosts: 3, program: PathBuf::from(&program), ..spec })
     };
+    if does("peers") {
+        println!("beside other implementations, without containers");
+        let outcome = plain::measure(&target.join("tools/bin"), size, &mut report);
+        outcome.unwrap_or_else(|error| report.failed("peers", &error));
+    }
+    if does("many") {
+        println!("one agent with {} peers", size.peers);
+        let outcome = many::measure(&spec, size, &mut report);
+        outcome.unwrap_or_else(|error| report.failed("many", &error));
+    }
+    if does("flood") {
+        println!("a flood of bogus requests to begin IKE");
+        let outcome = flood::measure(&spec, size, &mut report);
+        outcome.unwrap_or_else(|error| report.failed("flood", &error));
+    }
+    if !wanted.is_empty() && wanted.iter().all(|phase| APART.contains(phase)) {
+        return report.print();
+    }
     println!("bringing up a lab of three hosts");
     let lab = Lab::up(spec("")?)?;
 
     if does("stream") {
-        println!(
-            "one TCP stream, container to container, two hosts ({} rounds of {} s each)",
-            size.rounds, size.seconds
-        );
-        let outcome = stream::measure(&lab, spec("x")?, size.rounds, size.seconds, &mut report);
-        outcome.unwrap_or_else(|error| report.failed("VXLAN stream", &error));
+        println!("container to container, two hosts ({} rounds of {} s each)", size.rounds, size.seconds);
+        let outcome = stream::measure(&lab, &spec, size, &mut report);
+        outcome.unwrap_or_else(|error| report.failed("stream", &error));
     }
     let outcome = endpoints(&lab, size, &does, &mut report);
     outcome.unwrap_or_else(|error| report.failed("the rest", &error));
@@ -146,11 +213,11 @@ fn endpoints(lab: &Lab, size: &Size, does: &impl Fn(&str) -> bool, report: &mut 
     Ok(())
 }
 
-/// On what the figures were taken.
-fn machine() {
+/// On what figures are taken.
+fn machine() -> String {
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let (kernel, load) = (read("/proc/sys/kernel/osrelease"), read("/proc/loadavg"));
     let load = load.split(' ').next().unwrap_or("?").to_owned();
-    println!("machine: {cores} cores, Linux {}, load {load} at the start", kernel.trim());
+    format!("{cores} cores, Linux {}, load {load}", kernel.trim())
 }
