@@ -50,23 +50,27 @@ impl Pool<'_> {
         best.map(|(_, address)| address)
     }
 
-    /// Whether so little is left that another block should be fetched before it is needed: less than half of one. Other
-    /// hosts hear of it some 75 ms later, in which many containers may be started.
-    pub fn is_low(&self) -> bool {
-        !self.has(1, 2)
+    /// Whether so little can be given at `now` that another block should be fetched before it is needed: less than half of
+    /// one. Other hosts hear of it some 75 ms later, in which many containers may be started.
+    pub fn is_low(&self, now: i64) -> bool {
+        !self.has((1, 2), now)
     }
 
     /// Whether so much is there that a block of it is not missed: three quarters of one, so that what was fetched early is
     /// not given back when the next container ends.
-    pub fn is_plenty(&self) -> bool {
-        !self.blocks.is_empty() && self.has(3, 4)
+    pub fn is_plenty(&self, now: i64) -> bool {
+        !self.blocks.is_empty() && self.has((3, 4), now)
     }
 
-    /// Whether a part of a block is free, or there is none to speak of.
-    fn has(&self, part: usize, of: usize) -> bool {
+    /// Whether that part of a block could be given, or there is no block to speak of.
+    fn has(&self, (part, of): (usize, usize), now: i64) -> bool {
         let Some(block) = self.blocks.first() else { return true };
         let enough = (self.geometry.addresses(*block).count() * part).div_ceil(of);
-        self.free().take(enough).count() == enough
+        let resting = |address: &IpAddr| {
+            let released = self.released.get(&(self.network.clone(), *address));
+            released.is_some_and(|at| rests(*at, now))
+        };
+        self.free().filter(|address| !resting(address)).take(enough).count() == enough
     }
 
     fn free(&self) -> impl Iterator<Item = IpAddr> + '_ {
@@ -172,10 +176,21 @@ mod tests {
         let free = |scene: &Scene| scene.pool().free().count();
         while free(&scene) > 0 {
             let pool = scene.pool();
-            assert_eq!(pool.is_low(), free(&scene) * 2 < size, "{} of {size}", free(&scene));
-            assert_eq!(pool.is_plenty(), free(&scene) * 4 >= size * 3, "{} of {size}", free(&scene));
+            assert_eq!(pool.is_low(0), free(&scene) * 2 < size, "{} of {size}", free(&scene));
+            assert_eq!(pool.is_plenty(0), free(&scene) * 4 >= size * 3, "{} of {size}", free(&scene));
             scene.give(0);
         }
-        assert!(scene.pool().is_low() && !scene.pool().is_plenty());
+        assert!(scene.pool().is_low(0) && !scene.pool().is_plenty(0));
+    }
+
+    #[test]
+    fn addresses_that_rest_are_not_counted_on() {
+        let mut scene = Scene::new();
+        let given: Vec<IpAddr> = std::iter::from_fn(|| scene.give(0)).collect();
+        for address in given {
+            scene.take_back(address, 1_000);
+        }
+        assert!(scene.pool().is_low(2_000) && !scene.pool().is_plenty(2_000));
+        assert!(!scene.pool().is_low(1_000 + QUARANTINE) && scene.pool().is_plenty(1_000 + QUARANTINE));
     }
 }

@@ -178,7 +178,7 @@ impl Book {
     fn plenty_without(&self, network: &NetworkId, cidr: IpNet) -> bool {
         let Some(network) = self.catalog.networks.get(network) else { return false };
         let blocks: Vec<IpNet> = self.own_blocks(&network.id).into_iter().filter(|it| *it != cidr).collect();
-        self.pool(network, &blocks, None).is_plenty()
+        self.pool(network, &blocks, None).is_plenty(self.clock())
     }
 
     /// The blocks of a network that this host holds, and keeps.
@@ -211,7 +211,7 @@ impl Book {
         let blocks = self.own_blocks(&network.id);
         // Nothing is fetched early where single addresses have to do.
         let single = self.catalog.claims_of(&network.id).any(|claim| claim.router && claim.host == self.host);
-        (!single && self.pool(network, &blocks, None).is_low()).then_some(blocks.len())
+        (!single && self.pool(network, &blocks, None).is_low(self.clock())).then_some(blocks.len())
     }
 
     fn pool<'a>(&'a self, network: &'a Network, blocks: &'a [IpNet], router: Option<IpAddr>) -> Pool<'a> {
