@@ -161,8 +161,8 @@ pub(crate) enum Command {
     Watch(Box<model::Watch>),
     /// The host's own addresses or settings changed.
     Underlay(Vec<model::Candidate>),
-    /// Docker's engine has started: it may have changed the host's firewall.
-    EngineStarted,
+    /// Docker's engine has started, or has another bridge: it may have changed the host's firewall.
+    EngineFirewall,
     /// End the thread; the kernel stays as it is.
     Stop,
 }
