@@ -61,7 +61,8 @@ impl Chores {
             }
         }
         let leaving = |claim: &Claim| {
-            book.leaving().any(|object| matches!(object, Object::Claim(other) if other == claim))
+            let claim = Object::Claim(claim.clone());
+            book.leaving().any(|object| object.is_same_grant(&claim))
         };
         let release = catalog
             .claims

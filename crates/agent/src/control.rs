@@ -161,8 +161,8 @@ pub(crate) enum Command {
     Watch(Box<model::Watch>),
     /// The host's own addresses or settings changed.
     Underlay(Vec<model::Candidate>),
-    /// Docker's engine has started: it may have changed the host's firewall.
-    EngineStarted,
+    /// Docker's engine has started, or has another bridge: it may have changed the host's firewall.
+    EngineFirewall,
     /// End the thread; the kernel stays as it is.
     Stop,
 }
@@ -414,7 +414,7 @@ impl Control {
                 }
                 Err(Refusal::NeedBlock { network, held }) => {
                     // What is on its way back counts as held at the server.
-                    for object in self.ask(|reply| Command::Leaving { reply }).await? {
+                    for object in self.going_back().await? {
                         self.lessor.give_back(object).await?;
                     }
                     match self.lessor.lease(network.clone(), held).await {
@@ -429,7 +429,7 @@ impl Control {
                     let key = |claim: &model::Claim| {
                         claim.retained.as_ref().is_some_and(|retained| retained.owner == owner)
                     };
-                    for object in self.ask(|reply| Command::Leaving { reply }).await? {
+                    for object in self.going_back().await? {
                         if matches!(&object, model::Object::Claim(claim) if key(claim)) {
                             self.lessor.give_back(object).await.map_err(Lacking::Retained)?;
                         }
@@ -446,6 +446,13 @@ impl Control {
         }
         let message = "addresses were taken by others faster than they could be leased; try again";
         Err(ApiError::new(ErrorCode::Unavailable, message).into())
+    }
+
+    /// What is on its way back to the server. What goes to another host goes by consent alone.
+    async fn going_back(&self) -> Result<Vec<model::Object>, ApiError> {
+        let mut all = self.ask(|reply| Command::Leaving { reply }).await?;
+        all.retain(|object| !matches!(object, model::Object::Claim(claim) if claim.wanted.is_some()));
+        Ok(all)
     }
 
     /// Where no block is free: one address for the endpoint, and one for the router if this host has no block at all.

@@ -372,7 +372,7 @@ async fn follow_docker(
     let watch_engine = async move {
         while states.changed().await.is_ok() {
             if matches!(*states.borrow_and_update(), DockerStatus::Up { .. }) {
-                watcher.send(Command::EngineStarted);
+                watcher.send(Command::EngineFirewall);
             }
         }
     };

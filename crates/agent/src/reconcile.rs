@@ -268,7 +268,7 @@ impl Reconciler {
                 self.stale |= self.book.candidates != candidates;
                 self.book.candidates = candidates;
             }
-            Command::EngineStarted => self.open_forwarding(),
+            Command::EngineFirewall => self.open_forwarding(),
             Command::Stop => {}
         }
     }
@@ -560,10 +560,25 @@ impl Reconciler {
                 Some((id.clone(), router))
             })
             .collect();
-        let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
+        let stranded = stranded(book);
+        let troubles = self.troubles.iter().chain(&self.refused).cloned().chain(stranded).collect();
         let (tunnels, moves) = (self.tunnels.clone(), self.moves);
         View { routers, tunnels, troubles, moves, ..View::from_book(book) }
     }
+}
+
+/// Endpoints of networks that were removed while the server knew nothing of them.
+fn stranded(book: &Book) -> impl Iterator<Item = String> {
+    let gone = |network: &NetworkId| book.epoch.is_some() && !book.catalog.networks.contains_key(network);
+    book.records().filter(move |record| gone(&record.endpoint.network)).map(|record| {
+        let endpoint = &record.endpoint;
+        format!(
+            "{} ({}) is cut off: its network {} was removed while this host was away; stop it, or start it on another",
+            endpoint.name.as_ref().map_or("an endpoint", model::Name::as_str),
+            endpoint.id,
+            endpoint.network
+        )
+    })
 }
 
 /// Whether the plan can come out otherwise: it does not look at endpoints of other hosts, and has this host's from the

@@ -26,7 +26,7 @@ pub use id::{
 };
 pub use incarnation::{Incarnation, InvalidIncarnation, Lineage, Step};
 pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET, Retained, Wanted, Withdrawn};
-pub use mtu::{MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
+pub use mtu::{IKE_PORT, MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
 pub use network::{
     BLOCK_PREFIX_DEFAULT, DRIVER_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network,
     NetworkSpec, VXLAN_PORT,

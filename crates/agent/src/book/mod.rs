@@ -311,7 +311,7 @@ impl Book {
         let settled: Vec<Key> = self
             .leaving
             .iter()
-            .filter(|(key, object)| catalog.get(key).as_ref() != Some(object))
+            .filter(|(key, object)| !object.is_on_its_way(catalog.get(key).as_ref()))
             .map(|(key, _)| key.clone())
             .collect();
         for key in settled {
@@ -333,7 +333,7 @@ impl Book {
     /// Takes in what the server answered to a lease or claim: addresses may be given from it at once.
     pub(crate) fn granted(&mut self, object: Object) -> Result<(), LedgerError> {
         let key = object.key();
-        if self.leaving.get(&key) == Some(&object) {
+        if self.leaving.get(&key).is_some_and(|left| left.is_same_grant(&object)) {
             // As it was, from before the server had it back.
             return Ok(());
         }

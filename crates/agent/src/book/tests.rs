@@ -246,3 +246,24 @@ fn a_ledger_that_does_not_count_draws_its_host_alone_and_refuses_what_attaches()
     book.ledger.refuse_writes(true);
     assert_eq!(book.begin().unwrap().0, told, "it is written down already");
 }
+
+#[test]
+fn an_address_that_goes_back_stays_let_go_of_when_what_was_asked_for_it_is_granted_meanwhile() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let granted = Claim { retained: None, ..retained(0) };
+    let asked = Claim { asked: true, ..granted.clone() };
+    let delta = |revision, change| Watch::Delta { revision: Revision(revision), changes: vec![change] };
+    book.watch(delta(2, Change::Put(Object::Claim(asked.clone())))).unwrap();
+    let key = Key::Claim(asked.network.clone(), asked.address);
+    assert!(book.let_go(&key).unwrap());
+    book.watch(delta(3, Change::Put(Object::Claim(granted.clone())))).unwrap();
+    book.granted(Object::Claim(granted.clone())).unwrap();
+    for mut book in [open_copy(directory.path()), book] {
+        let given = book.reserve(&granted.network, Some(granted.address));
+        assert!(
+            matches!(given, Err(Refusal::NeedClaim { .. })),
+            "that it goes back may come late: {given:?}"
+        );
+    }
+}

@@ -184,7 +184,7 @@ impl World {
             | Command::Settled
             | Command::Counts { .. }
             | Command::Copied { .. }
-            | Command::EngineStarted
+            | Command::EngineFirewall
             | Command::LetGo { .. }
             | Command::Consent { .. }
             | Command::Leaving { .. }

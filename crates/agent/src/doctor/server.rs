@@ -115,7 +115,7 @@ pub fn host(books: &Books, view: &View) -> Vec<Finding> {
         .map(|endpoint| (&endpoint.id, endpoint))
         .collect();
     let place = |name: String| format!("{}, endpoint {name}", books.name);
-    for record in &books.records {
+    for record in books.records.iter().filter(|record| !books.is_stranded(record)) {
         let what = match of_host.get(&record.endpoint.id) {
             Some(known) if **known == *record.endpoint => continue,
             Some(_) => "the server knows it otherwise",

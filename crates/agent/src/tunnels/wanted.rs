@@ -12,6 +12,7 @@ use ike::crypto::Secret;
 use ike::proposal::{EspOffer, IkeOffer};
 use ike::wire::{IpSelector, SecurityLabel};
 use ike::{ChildConfig, ChildId, Initiate, Path, PeerConfig, PeerKind};
+pub(super) use model::IKE_PORT;
 use model::{HostId, Peer, PeerProof};
 use plan::{Begins, Far, Inside, Proof, Tunnel};
 use rustls_pki_types::pem::PemObject;
@@ -19,9 +20,6 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::peer::Slot;
 use crate::ledger;
-
-/// IKE's own port (RFC 7296 §2), where foreign peers begin.
-pub(super) const IKE_PORT: u16 = 500;
 
 /// Who we are.
 pub(super) struct Own {

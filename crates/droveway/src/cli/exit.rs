@@ -51,7 +51,7 @@ impl Exit {
             Self::Ok => "done",
             Self::Internal => "a fault of Droveway or of the machine",
             Self::Usage => "the request is wrong: an option, a value, a combination",
-            Self::NotFound => "no such network, host, endpoint, peer, tunnel, token or key",
+            Self::NotFound => "no such network, host, endpoint, peer, tunnel, token, key or lab",
             Self::Conflict => "it exists already, overlaps, or is in use",
             Self::Denied => "no valid key or certificate, or not allowed",
             Self::Unreachable => "the server or the agent does not answer",
@@ -158,6 +158,10 @@ impl From<ApiError> for Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
+        let error = match error.downcast::<Self>() {
+            Ok(failure) => return failure,
+            Err(error) => error,
+        };
         match error.downcast::<client::Error>() {
             Ok(error) => error.into(),
             Err(error) => Self::new(Exit::Internal, format!("{error:#}")),

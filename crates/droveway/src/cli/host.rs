@@ -6,7 +6,8 @@ use model::{Candidate, Host, Source};
 
 use super::connection::Connection;
 use super::exit::Failure;
-use super::kind::{Kind, explained, inspect, remove};
+use super::kind::{Inspect, Kind, explained, inspect, remove};
+use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
@@ -35,10 +36,10 @@ enum Verb {
   droveway host ls
   droveway host ls -o json | jq -r '.[] | select(.connected | not) | .name'
 
-ADDRESS is where other hosts reach it. \"behind NAT (A)\": the server sees it come from A, which is none of its own
+ADDRESS is where other hosts reach it. \"behind NAT (A)\": the server sees it come from A, which is none of its own \
 addresses. It then begins its tunnels itself; networks of --driver vxlan do not reach it.
 
-STATE is whether the host's agent is connected to the server, or to another that shares its store. What runs on a host that
+STATE is whether the host's agent is connected to the server, or to another that shares its store. What runs on a host that \
 is away goes on. SEEN is when it was last heard of: to two minutes, if the server itself was killed meanwhile."
     )]
     Ls,
@@ -64,7 +65,7 @@ is away goes on. SEEN is when it was last heard of: to two minutes, if the serve
         changes: Vec<(String, Option<String>)>,
     },
     /// Remove hosts: their certificates, blocks and endpoints are no longer good
-    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host. Refused while it is the
+    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host. Refused while it is the \
 gateway of foreign peers: `droveway peer ls`.
 
 Examples:
@@ -96,7 +97,11 @@ impl HostArgs {
                 Ok(())
             }
             Verb::Inspect { names } => {
-                inspect::<Hosts, _>(&client, output, &names, async || Ok(details)).await
+                let described = async || {
+                    let known = Names::fetch(&client).await?;
+                    Ok(move |view: &HostView| details(view, &known))
+                };
+                inspect::<Hosts, _>(&client, output, &names, described).await
             }
             Verb::Label { name, changes } => {
                 let patch = HostPatch { labels: changes.into_iter().collect() };
@@ -120,16 +125,18 @@ impl Kind for Hosts {
         client.hosts().await
     }
 
-    async fn one(client: &Client, name: &str) -> Result<HostView, Error> {
-        client.host(name).await
-    }
-
     async fn remove(client: &Client, name: &str) -> Result<(), Error> {
         client.remove_host(name).await
     }
 
     fn name(view: &HostView) -> String {
         view.host.name.to_string()
+    }
+}
+
+impl Inspect for Hosts {
+    async fn one(client: &Client, name: &str) -> Result<HostView, Error> {
+        client.host(name).await
     }
 }
 
@@ -206,10 +213,13 @@ fn state(view: &HostView) -> &'static str {
     if view.connected { "up" } else { "away" }
 }
 
-fn details(view: &HostView) -> Details {
+fn details(view: &HostView, names: &Names) -> Details {
     let host = &view.host;
-    let blocks: Vec<String> =
-        view.blocks.iter().map(|block| format!("{} of {}", block.cidr, block.network)).collect();
+    let blocks: Vec<String> = view
+        .blocks
+        .iter()
+        .map(|block| format!("{} of {}", block.cidr, names.network(&block.network)))
+        .collect();
     let mut details = Details::default();
     details
         .add("Name", host.name.to_string())
@@ -269,7 +279,11 @@ mod tests {
         let ls = table(std::slice::from_ref(&view)).render(None);
         let row: Vec<&str> = ls.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!(row, ["h1", "up", "now", "10.0.0.6", "0", "3", "0.1.0", "zone=a"]);
-        assert!(details(&view).render().contains("10.0.0.6, MTU 1500, on the route to the server"));
+        assert!(
+            details(&view, &Names::default())
+                .render()
+                .contains("10.0.0.6, MTU 1500, on the route to the server")
+        );
         assert_eq!(labelled(&view), "h1: zone=a\n");
     }
 
@@ -283,7 +297,7 @@ mod tests {
         let remark = copied(&view, 60_000).unwrap();
         assert!(remark.contains("h1") && remark.contains("from 10.0.0.9"), "{remark}");
         assert_eq!(copied(&view, 8 * 86_400_000), None);
-        let inspect = details(&view).render();
+        let inspect = details(&view, &Names::default()).render();
         assert!(inspect.contains("refused 2 times, last on 1970-01-01"), "{inspect}");
     }
 
@@ -307,7 +321,7 @@ mod tests {
         .unwrap();
         let ls = table(std::slice::from_ref(&view)).render(Some(80));
         assert!(ls.contains("behind NAT (203.0.113.7)"), "{ls}");
-        let inspect = details(&view).render();
+        let inspect = details(&view, &Names::default()).render();
         assert!(inspect.contains("behind NAT (203.0.113.7): it begins its tunnels itself"), "{inspect}");
         assert!(inspect.contains("203.0.113.7, MTU 1500, where the server sees it come from"), "{inspect}");
     }

@@ -43,14 +43,14 @@ enum Verb {
   droveway ipam ls
   droveway ipam ls -o json | jq '.[] | select(.kind == \"withdrawn\")'
 
-USED counts endpoints, as the server knows them. RESTING, addresses that were released a moment ago, is known of this
-machine's own blocks only. A withdrawn block was given back, and is leased to another host when those named have heard of
+USED counts endpoints, as the server knows them. RESTING, addresses that were released a moment ago, is known of this \
+machine's own blocks only. A withdrawn block was given back, and is leased to another host when those named have heard of \
 it."
     )]
     Ls,
     /// Give up addresses that are retained for containers that are gone
     #[command(
-        after_help = "An address is retained where its container has the label droveway.retain=true: the next one of that name gets it, on
+        after_help = "An address is retained where its container has the label droveway.retain=true: the next one of that name gets it, on \
 whichever host. `droveway ipam ls` shows those that are, and for whom. A container that has it keeps it.
 
 Examples:

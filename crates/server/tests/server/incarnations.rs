@@ -4,49 +4,53 @@ use model::api::{ApiError, AuditEntry, ErrorCode, Held, HeldAnswer, HostView, Ou
 use model::{Incarnation, Lineage, Step, Watch};
 use server::{StoreChoice, backup, restore};
 
-use crate::harness::{Agent, DEFAULT, Server};
+use crate::harness::{Agent, Client, DEFAULT, Server};
 
 /// The agent of a host, with its ledger.
-struct Ledger<'a> {
-    agent: &'a Agent,
-    lineage: Lineage,
-    seed: u8,
+pub struct Ledger<'a> {
+    pub agent: &'a Agent,
+    pub lineage: Lineage,
+    pub seed: u8,
 }
 
 impl Ledger<'_> {
-    fn copy(&self, seed: u8) -> Self {
+    pub fn copy(&self, seed: u8) -> Self {
         Self { agent: self.agent, lineage: self.lineage.clone(), seed }
     }
 
-    fn next(&mut self) -> Step {
+    pub fn next(&mut self) -> Step {
         self.lineage.begin([self.seed; 8])
     }
 
-    async fn tell(&self, step: &Step) -> Result<(), ApiError> {
+    pub async fn tell(&self, step: &Step) -> Result<(), ApiError> {
         self.agent.client.put(&format!("{DEFAULT}/hosts/self/incarnation"), step).await
     }
 
     /// A start: what follows from it is asked by what comes back.
-    async fn start(&mut self) -> Result<Agent, ApiError> {
+    pub async fn start(&mut self) -> Result<Agent, ApiError> {
         let step = self.next();
         self.tell(&step).await?;
         self.lineage.taken(&step.to);
         Ok(self.by(Some(step.to)))
     }
 
-    fn by(&self, incarnation: Option<Incarnation>) -> Agent {
-        let client = crate::harness::Client { incarnation, ..self.agent.client.clone() };
+    pub fn by(&self, incarnation: Option<Incarnation>) -> Agent {
+        let client = Client { incarnation, ..self.agent.client.clone() };
         let key = rcgen::KeyPair::from_pem(&self.agent.key.serialize_pem()).unwrap();
         Agent { id: self.agent.id.clone(), client, key, answer: self.agent.answer.clone() }
     }
 }
 
-fn ledger(agent: &Agent) -> Ledger<'_> {
+pub fn ledger(agent: &Agent) -> Ledger<'_> {
     Ledger { agent, lineage: Lineage::default(), seed: 1 }
 }
 
 async fn view(server: &Server) -> HostView {
-    server.admin().get(&format!("{DEFAULT}/hosts/h1")).await.unwrap()
+    view_as(&server.admin()).await
+}
+
+pub async fn view_as(person: &Client) -> HostView {
+    person.get(&format!("{DEFAULT}/hosts/h1")).await.unwrap()
 }
 
 #[tokio::test]
