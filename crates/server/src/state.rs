@@ -16,6 +16,7 @@ use model::{
 use tokio::sync::watch;
 
 use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
+use crate::outbox::Entry;
 use crate::store::{Batch, Event, KeyValue, Store, StoreError};
 
 /// How many changes of objects are remembered for watches that are behind.
@@ -44,6 +45,8 @@ pub(crate) struct Environment {
     servers: BTreeMap<String, Vec<String>>,
     /// Hosts that have not said what they hold since the store was restored.
     pub(crate) unreported: BTreeMap<HostId, Unreported>,
+    /// Changes on their way into audit logs, by server and id, with the revision that each made.
+    pub(crate) audit: BTreeMap<(String, String), (Revision, Entry)>,
     /// Hosts by the SHA-256 of their key.
     pub(crate) by_key: HashMap<String, HostId>,
     /// How many blocks and claims each host has in each network, and how many foreign peers it speaks to there.
@@ -168,6 +171,10 @@ impl Environment {
                 self.unreported.insert(id, unreported);
                 None
             }
+            Record::Audit(server, id, entry) => {
+                self.audit.insert((server, id), (kv.modified, entry));
+                None
+            }
             Record::Report(id, report) => {
                 self.reports.insert(id, report);
                 None
@@ -204,6 +211,10 @@ impl Environment {
             }
             Slot::Unreported(id) => {
                 self.unreported.remove(id);
+                return None;
+            }
+            Slot::Audit(server, id) => {
+                self.audit.remove(&(server.clone(), id.clone()));
                 return None;
             }
             Slot::Report(id) => {

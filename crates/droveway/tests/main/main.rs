@@ -7,6 +7,7 @@
 mod api;
 mod away;
 mod charon;
+mod clock;
 mod docker;
 mod docker_label;
 mod doctor;

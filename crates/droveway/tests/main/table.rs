@@ -308,7 +308,7 @@ fn a_host_that_loses_its_power_comes_back_with_its_name_and_without_what_ran_on_
 }
 
 /// Where libfaketime is, on Debian.
-const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+pub const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
 
 #[test]
 fn a_clock_that_jumps_an_hour_either_way_disturbs_nothing() {

@@ -68,6 +68,7 @@ pub(super) async fn lease(
                 Grant::New(txn, block) => {
                     adopt::all_reported(env)?;
                     passes_nat(env, network, &agent)?;
+                    request::about(|| format!("block {} of network {:?}", block.cidr, name.as_str()));
                     Plan::Commit(txn, (block, name))
                 }
             })
@@ -77,7 +78,6 @@ pub(super) async fn lease(
     if block.leased == Revision::default() {
         block.leased = revision;
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("block {} of network {:?}", block.cidr, name.as_str()));
         tracing::info!(%environment, %host, network = %name, block = %block.cidr, "block leased");
     }
     Ok((StatusCode::CREATED, Json(block)))
@@ -118,6 +118,7 @@ pub(super) async fn give_back(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
+            request::about(|| format!("block {} of network {:?}", given.cidr, network.name.as_str()));
             let txn = ipam::give_back(keys, env, revision, network, &agent.host, given.cidr, given.leased)?;
             Ok(txn.map_or(Plan::Nothing(None), |txn| Plan::Commit(txn, Some(network.name.clone()))))
         })
@@ -125,7 +126,6 @@ pub(super) async fn give_back(
     drop(turn);
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("block {} of network {:?}", given.cidr, network.as_str()));
         tracing::info!(%environment, %host, %network, block = %given.cidr, "block given back");
     }
     Ok(StatusCode::NO_CONTENT)
@@ -164,6 +164,7 @@ pub(super) async fn claim(
                 Grant::New(txn, claim) => {
                     adopt::all_reported(env)?;
                     passes_nat(env, network, &agent)?;
+                    about_address(claim.address, network);
                     Plan::Commit(txn, (claim, Some(network.name.clone())))
                 }
             })
@@ -172,10 +173,13 @@ pub(super) async fn claim(
     let claim = if claim.asked { granted(&app, &agent, &claim).await? } else { claim };
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("address {} of network {:?}", claim.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %claim.address, endpoint = %claim.endpoint, "address claimed");
     }
     Ok((StatusCode::CREATED, Json(claim)))
+}
+
+fn about_address(address: IpAddr, network: &Network) {
+    request::about(|| format!("address {address} of network {:?}", network.name.as_str()));
 }
 
 /// How long the holder of a block may take to let go of an address.
@@ -255,6 +259,7 @@ pub(super) async fn consent(
     let keys = Keys(&agent.environment);
     app.change(&agent.environment, |env, _| {
         let network = find(env, &said.network)?;
+        about_address(said.address, network);
         let txn =
             ipam::consent(keys, env, network, &agent.host, said.address, &said.endpoint, said.consents)?;
         Ok(txn.map_or(Plan::Nothing(()), |txn| Plan::Commit(txn, ())))
@@ -315,6 +320,7 @@ pub(super) async fn release(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
+            about_address(given.address, network);
             let txn = ipam::release(
                 keys,
                 env,
@@ -329,7 +335,6 @@ pub(super) async fn release(
         .await?;
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("address {} of network {:?}", given.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %given.address, "claim released");
     }
     Ok(StatusCode::NO_CONTENT)

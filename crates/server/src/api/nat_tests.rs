@@ -84,7 +84,14 @@ impl Api {
         tokio::spawn(feed(store.clone(), shared.clone()));
         let certificate = Arc::new(ServerCertificate::new(ca.server(&data, &[], &[]).unwrap()).unwrap());
         let upkeep = Upkeep::open(Limits::default(), dir.path(), None, certificate).unwrap();
-        let app = Arc::new(App::new(store, shared, ca, model::DEFAULT_DOMAIN.to_owned(), upkeep));
+        let app = Arc::new(App::new(
+            store,
+            shared,
+            ca,
+            model::DEFAULT_DOMAIN.to_owned(),
+            upkeep,
+            crate::outbox::Outbox::new("s"),
+        ));
         Self { app, _dir: dir }
     }
 
