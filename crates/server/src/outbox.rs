@@ -205,3 +205,76 @@ impl Outbox {
         self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::keys;
+    use crate::store::{Batch, Event, KeyValue};
+
+    fn entry(n: u64) -> Entry {
+        let text = |what: &str| format!("{what} {n}");
+        let (who, from, what) = (text("key"), text("from"), text("PUT"));
+        Entry { at: n, request: text("request"), who, from, what, about: None }
+    }
+
+    /// A state with so many entries, each of a revision of its own, and one of another server.
+    fn state(count: u64) -> State {
+        let (environment, mut state) = (EnvironmentId::default(), State::default());
+        for n in 1..=count + 1 {
+            let server = if n > count { "other" } else { "this" };
+            let key =
+                Keys(&environment).audit(server, &format!("{:016x}", n.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+            let Op::Put(key, value) = keys::put(key, &entry(n)).unwrap() else { panic!("no put") };
+            let revision = Revision(n);
+            let kv = KeyValue { key, value, created: revision, modified: revision, version: 1 };
+            state.apply(&Batch { revision, events: vec![Event::Put(kv)] });
+        }
+        state
+    }
+
+    #[tokio::test]
+    async fn a_log_that_cannot_be_written_keeps_nobody_waiting_and_loses_no_change() {
+        let (full, good) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::os::unix::fs::symlink("/dev/full", full.path().join("audit.jsonl")).unwrap();
+        let (outbox, shared) = (Outbox::new("this"), Shared::new(state(300)));
+        assert!(!outbox.write(&shared, &Audit::open(full.path()).unwrap()).await);
+        outbox.has(Revision(300)).await;
+        let audit = Audit::open(good.path()).unwrap();
+        assert!(outbox.write(&shared, &audit).await && outbox.write(&shared, &audit).await);
+        outbox.has(Revision(300)).await;
+        let text = std::fs::read_to_string(good.path().join("audit.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<model::api::AuditEntry>(line).unwrap());
+        let written: Vec<u64> = lines.map(|line| line.revision.unwrap().0).collect();
+        assert_eq!(written, (1..=300).collect::<Vec<_>>(), "in order, each once, and none of another server");
+    }
+
+    #[tokio::test]
+    async fn a_transaction_takes_away_what_the_log_has_and_none_is_made_that_could_not_be_written_down() {
+        let (dir, environment) = (tempfile::tempdir().unwrap(), EnvironmentId::default());
+        let (outbox, shared) = (Outbox::new("this"), Shared::new(state(100)));
+        assert!(outbox.write(&shared, &Audit::open(dir.path()).unwrap()).await);
+        let mut txn = Txn::new(vec![], vec![Op::Delete("/a".into())]);
+        let known = shared.read();
+        let env = &known.environments[&environment];
+        request::asked_in_a_test(|| {
+            let taking = outbox.enclose(&environment, env, &mut txn).unwrap();
+            assert_eq!(txn.success.len(), 2 + TAKEN, "its own, an entry, and those that go");
+            let mut other = Txn::new(vec![], vec![Op::Delete("/b".into())]);
+            let rest = outbox.enclose(&environment, env, &mut other).unwrap();
+            assert_eq!(other.success.len(), 2 + 100 - TAKEN, "none by two at once");
+            drop((taking, rest));
+            let mut again = Txn::new(vec![], vec![Op::Delete("/c".into())]);
+            drop(outbox.enclose(&environment, env, &mut again).unwrap());
+            assert_eq!(again.success.len(), 2 + TAKEN, "what was not taken after all");
+            let mut look = Txn::default();
+            drop(outbox.enclose(&environment, env, &mut look).unwrap());
+            assert_eq!(look, Txn::default());
+            let many = state(WAITING as u64);
+            let refused =
+                outbox.enclose(&environment, &many.environments[&environment], &mut txn).err().unwrap();
+            assert_eq!(refused.code, ErrorCode::Unavailable);
+            assert!(refused.message.contains("free space"), "{refused}");
+        });
+    }
+}

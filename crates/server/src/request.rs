@@ -205,6 +205,15 @@ pub(crate) fn response(mut error: ApiError) -> Response {
     response
 }
 
+/// Does it as if a person had asked for it.
+#[cfg(test)]
+pub(crate) fn asked_in_a_test<T>(act: impl FnOnce() -> T) -> T {
+    let who = OnceLock::from(Who::Key("tester".into()));
+    let (id, what, from) = ("test".to_owned(), "PUT /test".to_owned(), "here".to_owned());
+    let call = Call { id, what, from, who, about: Mutex::default(), revision: AtomicU64::new(0) };
+    CALL.sync_scope(Arc::new(call), act)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -110,11 +110,7 @@ fn a_server_whose_store_cannot_be_reached_or_is_half_described_ends_and_says_so(
             1,
             "/nonexistent/password for etcd: No such file",
         ),
-        (
-            &["--store", "etcd://127.0.0.1:9", "--store-cert", none, "--store-key", none],
-            1,
-            "needs --store-ca",
-        ),
+        (&["--store", "etcd://127.0.0.1:9", "--store-cert", none, "--store-key", none], 2, "--store-ca"),
     ] {
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_droveway"));
         command.args(["server", "--listen", "127.0.0.1:0", "--data-dir", &data]).args(words);
