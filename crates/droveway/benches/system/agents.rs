@@ -382,10 +382,8 @@ fn endpoint(block: &Block, n: usize, hosts: usize) -> Result<Endpoint> {
     };
     // Past the network's address and the gateway's, which the first block has.
     let address = Ipv4Addr::from(base + 2 + (n / hosts) as u32);
-    let mut id = [0; 8];
-    id[..4].copy_from_slice(&address.octets());
     Ok(Endpoint {
-        id: EndpointId::from_random(id),
+        id: EndpointId::from_random((n as u64).to_be_bytes()),
         network: block.network.clone(),
         host: block.host.clone(),
         name: Some(format!("c{n}").parse()?),
