@@ -16,7 +16,7 @@ use agent::control::Lessor;
 use agent::server::{Join, Server, WatchStream, join};
 use anyhow::{Context, Result, ensure};
 use droveway::client::{Client, Settings};
-use model::api::TokenRequest;
+use model::api::{ApiError, TokenRequest};
 use model::{
     Block, Change, Endpoint, EndpointId, EndpointKind, EnvironmentId, Epoch, Mac, NetworkSpec, Object,
     Revision, Watch,
@@ -30,6 +30,10 @@ use crate::figures::{Report, Samples};
 const RATE: u64 = 100;
 /// How many endpoints a host may have: each change is one of its own, so that none is told together with a later one.
 const ADDRESSES: usize = 60;
+/// How often an agent asks again before it is given up.
+const TRIES: u64 = 10;
+/// How often agents asked again.
+static AGAIN: AtomicU64 = AtomicU64::new(0);
 /// How many join at a time.
 const JOINING: usize = 32;
 /// How long all may take for one step.
@@ -219,7 +223,11 @@ async fn agents(program: &Path, count: usize, seconds: u64, report: &mut Report)
         let (took, used) = (begun.elapsed().as_secs_f64(), process.cpu()? - cpu);
         report.told(
             name,
-            format!("{took:.2} s{started}, {used:.2} s of CPU, peak {:.0} MiB", process.memory()?.1),
+            format!(
+                "{took:.2} s{started}, {used:.2} s of CPU, peak {:.0} MiB, {} asked again",
+                process.memory()?.1,
+                AGAIN.swap(0, Ordering::Relaxed)
+            ),
         );
     }
     Ok(())
@@ -273,9 +281,24 @@ async fn connect(agents: Vec<Agent>, resume: bool) -> Result<(Vec<Agent>, u64)> 
     for mut agent in agents {
         connecting.spawn(async move {
             let at = agent.at.clone().filter(|_| resume);
-            let mut stream =
-                agent.server.watch(at.as_ref().map(|(epoch, revision)| (epoch, *revision))).await?;
-            match stream.next().await? {
+            let at = at.as_ref().map(|(epoch, revision)| (epoch, *revision));
+            // As agents do: who is not let in at once asks again after a while.
+            let mut tried = 0;
+            let (stream, first) = loop {
+                let attempt = async {
+                    let mut stream = agent.server.watch(at).await?;
+                    let first = stream.next().await?;
+                    Ok::<_, ApiError>((stream, first))
+                };
+                match attempt.await {
+                    Ok(begun) => break begun,
+                    Err(error) if tried == TRIES => return Err(error.into()),
+                    Err(_) => tried += 1,
+                }
+                tokio::time::sleep(Duration::from_millis(100 * tried)).await;
+            };
+            AGAIN.fetch_add(tried, Ordering::Relaxed);
+            match first {
                 Watch::Snapshot { epoch, revision, .. } => agent.at = Some((epoch, revision)),
                 Watch::Delta { revision, .. } => agent.at = agent.at.map(|(epoch, _)| (epoch, revision)),
                 Watch::Servers { .. } | Watch::Heartbeat { .. } => {
