@@ -13,6 +13,7 @@ build:           ## the binary: target/release/droveway
 	cargo build --profile $(PROFILE) --locked
 
 demo:            ## two hosts with Docker, three containers, and the walk of a packet
+	@scripts/demo.sh check
 	@scripts/deps.sh build demo
 	@echo "building droveway (a few minutes the first time)"
 	cargo build --profile $(PROFILE) --locked
@@ -25,7 +26,7 @@ test:            ## what CI runs of tests; installs what they need
 	@scripts/deps.sh build test
 	@scripts/test.sh
 
-soak:            ## the long form: many seeds, fault storms, an install under systemd
+soak:            ## the long form: many seeds, fault storms, installs on fresh machines
 	@scripts/deps.sh build test soak
 	@scripts/soak.sh
 

@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
 # The walk: an app of three containers on two hosts, one network, by name. Everything printed is live output.
+#   scripts/demo.sh up      the walk; what is there of an earlier one goes first
+#   scripts/demo.sh down    takes it away
+#   scripts/demo.sh check   whether it can be made here, before much is built
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,13 +21,17 @@ if [ "${1:-up}" = down ]; then
   exec "$droveway" lab --lab "$lab" down
 fi
 if [ "$(id -u)" -ne 0 ]; then
-  echo "error: the demo starts Docker Engines, which needs root; run: sudo make demo" >&2
+  echo "error: the demo starts Docker Engines, which needs root: run make demo as root (with cargo in its PATH)" >&2
   exit 1
 fi
+[ "${1:-up}" != check ] || exit 0
+# Interrupted, or by an error that stands above.
+trap '[ $? -eq 0 ] || echo "The demo did not come to its end; make demo-down takes away what there is of it." >&2' EXIT
 
 title "A lab of two hosts, each with its own agent and Docker Engine"
-"$droveway" lab --lab "$lab" down 2>/dev/null || true
-"$droveway" lab --lab "$lab" up --hosts 2 --docker
+"$droveway" lab --lab "$lab" down >/dev/null
+"$droveway" lab --lab "$lab" up --hosts 2 --docker >/dev/null
+look "below, 'on HOST -- COMMAND' is short for: $droveway lab --lab $lab exec HOST -- COMMAND"
 
 # An image from what Debian has: busybox, statically linked.
 image() {
@@ -60,7 +67,7 @@ for _ in $(seq 100); do
   on h2 -- docker logs hubot 2>/dev/null | grep -q mongo && break
   sleep 0.2
 done
-show on h2 -- docker logs --tail 1 hubot
+show on h2 -- docker logs --tail 2 hubot
 look "hubot (h2) asked rocketchat (h1), which had asked mongo (h2): each by name, over the overlay"
 
 address() { on "$1" -- docker inspect -f '{{.NetworkSettings.Networks.managed.IPAddress}}' "$2"; }
@@ -74,7 +81,7 @@ for pair in h1/rocketchat h2/mongo h2/hubot; do
   addresses=$(on "$host" -- docker exec "$name" ip -o -4 addr show dev eth0 | sed 's/.*inet \([^ ]*\).*/\1/' | tr '\n' ' ')
   printf '  %-6s %-12s %-18s %s\n' "$host" "$name" "$mac" "$addresses"
 done
-look "one interface and one address each, unique in 10.42.0.0/16; random, locally administered MACs"
+look "one interface and one address each, unique in 10.42.0.0/16; locally administered MACs"
 for host in h1 h2; do
   echo "  router on $host:"
   on $host -- ip netns exec droveway-managed ip -o -4 addr show dev br0 | sed 's/ *\\.*//; s/^/    /'

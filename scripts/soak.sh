@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The long form: the README's install on two machines under real systemd (scripts/machines.sh; as root); tunnels whose keys change
+# The long form: the README's install on two machines under real systemd (scripts/machines.sh; as root), and the demo on a bare
+# Debian (scripts/bare.sh; as root); tunnels whose keys change
 # each second under load, and that are cut off for minutes; then the whole test set again and again with many random cases,
 # and a lab under a storm of attaches, detaches, killed agents, a killed server and lost packets, half of the time each; between
 # them the fault table once, a few minutes.
@@ -26,8 +27,9 @@ cargo test --workspace --locked --no-run --quiet
 if [ "$(id -u)" -eq 0 ]; then
   cargo build --locked --quiet -p droveway
   scripts/machines.sh
+  scripts/bare.sh
 else
-  echo "passed over: an install under systemd needs root"
+  echo "passed over: an install under systemd, and on a bare Debian, needs root"
 fi
 
 echo "tunnels: the program as it is released, nothing beside it"

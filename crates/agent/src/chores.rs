@@ -23,7 +23,7 @@ pub(crate) struct Chores {
     /// Networks of which another block should be fetched before it is needed, or the first for a router that speaks to
     /// foreign peers, with how many there are.
     pub(crate) lease: Vec<(NetworkId, usize)>,
-    /// Addresses in this host's blocks that others ask for.
+    /// Addresses in this host's blocks, or retained here, that others ask for.
     pub(crate) consent: Vec<Claim>,
     /// What was withdrawn is gone from this host's kernel.
     pub(crate) heard: Option<Heard>,
@@ -61,12 +61,15 @@ impl Chores {
             }
         }
         let leaving = |claim: &Claim| {
-            book.leaving().any(|object| matches!(object, Object::Claim(other) if other == claim))
+            let claim = Object::Claim(claim.clone());
+            book.leaving().any(|object| object.is_same_grant(&claim))
         };
         let release = catalog
             .claims
             .values()
             .filter(|claim| claim.host == book.host && !book.is_used(&claim.network, claim.address))
+            // One that another host asks for goes there.
+            .filter(|claim| claim.wanted.is_none() && (leaving(claim) || !book.is_retained(claim)))
             .filter(|claim| leaving(claim) || !book.needs_claim_for_router(&claim.network, claim.address))
             .cloned();
         let gateway: BTreeSet<&NetworkId> = catalog.gateway_of(&book.host).collect();
@@ -102,7 +105,9 @@ impl Chores {
         let lease = low.chain(bare.map(|network| ((*network).clone(), 0))).collect();
         let own = |claim: &&Claim| {
             let mut blocks = catalog.blocks_of(&claim.network).filter(|block| block.host == book.host);
-            claim.asked && claim.host != book.host && blocks.any(|block| block.cidr.contains(&claim.address))
+            let in_block = blocks.any(|block| block.cidr.contains(&claim.address));
+            let retained = claim.host == book.host && claim.wanted.is_some();
+            retained || (claim.asked && claim.host != book.host && in_block)
         };
         let consent = catalog.claims.values().filter(own).cloned().collect();
         let withdrawal = book.withdrawal();

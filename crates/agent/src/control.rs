@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use model::agent_api::{AttachRequest, Attached};
 use model::api::{ApiError, ErrorCode};
@@ -44,6 +45,13 @@ pub trait Lessor: Send + Sync {
         address: Option<IpAddr>,
         endpoint: EndpointId,
         router: bool,
+    ) -> BoxFuture<Result<model::Claim, ApiError>>;
+    /// Gets the address that is retained for a container, or a new one that will be.
+    fn retained(
+        &self,
+        network: NetworkId,
+        owner: String,
+        endpoint: EndpointId,
     ) -> BoxFuture<Result<model::Claim, ApiError>>;
 }
 
@@ -109,8 +117,15 @@ pub(crate) enum Command {
     Publish { foreign: String, ports: Vec<PublishedPort>, reply: Reply<Vec<PublishedPort>> },
     /// Tell what was learned of it.
     Describe { foreign: String, description: Box<Description>, reply: Reply<()> },
-    /// Attach a namespace; for a container's label, whose endpoint is known as `foreign`.
-    Attach { id: EndpointId, request: Box<AttachRequest>, foreign: Option<String>, reply: Reply<Attached> },
+    /// Attach a namespace; for a container's label, whose endpoint is known as `foreign`. With `retain`, at the address that is
+    /// retained for it, if its label asks for that.
+    Attach {
+        id: EndpointId,
+        request: Box<AttachRequest>,
+        foreign: Option<String>,
+        retain: bool,
+        reply: Reply<Attached>,
+    },
     /// Detach it.
     Detach { id: EndpointId, reply: Reply<()> },
     /// Everything the ledger holds of endpoints.
@@ -131,15 +146,29 @@ pub(crate) enum Command {
     LetGo { key: model::Key, reply: Reply<bool> },
     /// This host has a new certificate.
     Certified { identity: Box<Identity>, reply: Reply<()> },
+    /// Another life of the ledger begins: what to tell the server, and whether it is of this start; or what to go by where the
+    /// disk takes nothing.
+    Begin { reply: Reply<Beginning> },
+    /// The server took it.
+    Begun { to: model::Incarnation, reply: Reply<()> },
+    /// The server was asked whether the ledger counts, and answered or could not be reached.
+    Settled,
+    /// Whether the ledger counts.
+    Counts { reply: Reply<()> },
+    /// The ledger does not count any more.
+    Copied { why: String, reply: Reply<()> },
     /// A message of the watch stream.
     Watch(Box<model::Watch>),
     /// The host's own addresses or settings changed.
     Underlay(Vec<model::Candidate>),
-    /// Docker's engine has started: it may have changed the host's firewall.
-    EngineStarted,
+    /// Docker's engine has started, or has another bridge: it may have changed the host's firewall.
+    EngineFirewall,
     /// End the thread; the kernel stays as it is.
     Stop,
 }
+
+/// See [`Command::Begin`].
+pub(crate) type Beginning = Result<(model::Step, bool), Option<model::Incarnation>>;
 
 /// How the reconciler answers.
 pub(crate) type Reply<T> = oneshot::Sender<Result<T, Refusal>>;
@@ -151,8 +180,32 @@ pub(crate) enum Refusal {
     NeedBlock { network: NetworkId, held: usize },
     /// A claim is needed: the address is in none of this host's blocks.
     NeedClaim { network: NetworkId, address: IpAddr },
+    /// What is retained for a container is not held here, if anything is.
+    NeedRetained { network: NetworkId, owner: String },
     /// Anything else.
     Error(ApiError),
+}
+
+/// Why there is no address.
+#[derive(Debug)]
+enum Lacking {
+    /// The one that is retained cannot be had.
+    Retained(ApiError),
+    /// Anything else.
+    Error(ApiError),
+}
+
+impl From<ApiError> for Lacking {
+    fn from(error: ApiError) -> Self {
+        Self::Error(error)
+    }
+}
+
+impl From<Lacking> for ApiError {
+    fn from(lacking: Lacking) -> Self {
+        let (Lacking::Retained(error) | Lacking::Error(error)) = lacking;
+        error
+    }
 }
 
 impl From<ApiError> for Refusal {
@@ -185,12 +238,34 @@ impl Control {
     pub async fn reserve(&self, network: &NetworkId, wish: Option<IpAddr>) -> Result<IpAddr, ApiError> {
         // A claim is made for an endpoint; one that has no id yet gets a random one.
         let id = crate::random_endpoint_id();
-        self.with_addresses(&id, |reply| Command::Reserve { network: network.clone(), wish, reply }).await
+        Ok(self
+            .with_addresses(&id, |reply| Command::Reserve { network: network.clone(), wish, reply })
+            .await?)
     }
 
     /// Keeps this host's new certificate.
     pub(crate) async fn certified(&self, identity: &Identity) -> Result<(), ApiError> {
         self.ask(|reply| Command::Certified { identity: Box::new(identity.clone()), reply }).await
+    }
+
+    /// Begins another life of the ledger: see [`Command::Begin`].
+    pub(crate) async fn begin(&self) -> Result<Beginning, ApiError> {
+        self.ask(|reply| Command::Begin { reply }).await
+    }
+
+    /// The server took it.
+    pub(crate) async fn begun(&self, to: &model::Incarnation) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Begun { to: to.clone(), reply }).await
+    }
+
+    /// Whether the ledger counts; if not, why.
+    pub(crate) async fn counts(&self) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Counts { reply }).await
+    }
+
+    /// The ledger does not count any more: nothing is attached from now on, and no other host is spoken to.
+    pub(crate) async fn copied(&self, why: String) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Copied { why, reply }).await
     }
 
     /// Gives a reserved address back. One that an endpoint has, or nobody, stays as it is.
@@ -259,13 +334,24 @@ impl Control {
 
     async fn attach_as(&self, foreign: Option<String>, request: AttachRequest) -> Result<Attached, ApiError> {
         let id = crate::random_endpoint_id();
-        self.with_addresses(&id, |reply| Command::Attach {
+        let retain = AtomicBool::new(true);
+        let command = |reply| Command::Attach {
             id: id.clone(),
             request: Box::new(request.clone()),
             foreign: foreign.clone(),
+            retain: retain.load(Ordering::Relaxed),
             reply,
-        })
-        .await
+        };
+        match self.with_addresses(&id, command).await {
+            // What runs is worth more than where: it gets another address, as any container.
+            Err(Lacking::Retained(why)) => {
+                let name = request.name.as_ref().map_or("", |name| name.as_str());
+                tracing::warn!("container {name} gets an address that is not retained: {}", why.message);
+                retain.store(false, Ordering::Relaxed);
+                Ok(self.with_addresses(&id, command).await?)
+            }
+            outcome => Ok(outcome?),
+        }
     }
 
     /// Detaches an endpoint that was attached by [`Control::attach`].
@@ -315,18 +401,20 @@ impl Control {
         &self,
         id: &EndpointId,
         command: impl Fn(Reply<T>) -> Command,
-    ) -> Result<T, ApiError> {
+    ) -> Result<T, Lacking> {
         let mut turn = None;
         for _ in 0..5 {
             match self.once(&command).await? {
                 Ok(value) => return Ok(value),
                 // What is missing may be there by then.
-                Err(Refusal::NeedBlock { .. } | Refusal::NeedClaim { .. }) if turn.is_none() => {
+                Err(Refusal::NeedBlock { .. } | Refusal::NeedClaim { .. } | Refusal::NeedRetained { .. })
+                    if turn.is_none() =>
+                {
                     turn = Some(self.turn.lock().await);
                 }
                 Err(Refusal::NeedBlock { network, held }) => {
                     // What is on its way back counts as held at the server.
-                    for object in self.ask(|reply| Command::Leaving { reply }).await? {
+                    for object in self.going_back().await? {
                         self.lessor.give_back(object).await?;
                     }
                     match self.lessor.lease(network.clone(), held).await {
@@ -334,20 +422,37 @@ impl Control {
                         Err(error) if error.code == ErrorCode::Exhausted => {
                             self.singles(&network, held, id).await?;
                         }
-                        Err(error) => return Err(error),
+                        Err(error) => return Err(error.into()),
                     }
+                }
+                Err(Refusal::NeedRetained { network, owner }) => {
+                    let key = |claim: &model::Claim| {
+                        claim.retained.as_ref().is_some_and(|retained| retained.owner == owner)
+                    };
+                    for object in self.going_back().await? {
+                        if matches!(&object, model::Object::Claim(claim) if key(claim)) {
+                            self.lessor.give_back(object).await.map_err(Lacking::Retained)?;
+                        }
+                    }
+                    let claim = self.lessor.retained(network, owner, id.clone()).await;
+                    self.send(Command::Claimed { claim: claim.map_err(Lacking::Retained)? });
                 }
                 Err(Refusal::NeedClaim { network, address }) => {
                     let claim = self.lessor.claim(network, Some(address), id.clone(), false).await?;
                     self.send(Command::Claimed { claim });
                 }
-                Err(Refusal::Error(error)) => return Err(error),
+                Err(Refusal::Error(error)) => return Err(error.into()),
             }
         }
-        Err(ApiError::new(
-            ErrorCode::Unavailable,
-            "addresses were taken by others faster than they could be leased; try again",
-        ))
+        let message = "addresses were taken by others faster than they could be leased; try again";
+        Err(ApiError::new(ErrorCode::Unavailable, message).into())
+    }
+
+    /// What is on its way back to the server. What goes to another host goes by consent alone.
+    async fn going_back(&self) -> Result<Vec<model::Object>, ApiError> {
+        let mut all = self.ask(|reply| Command::Leaving { reply }).await?;
+        all.retain(|object| !matches!(object, model::Object::Claim(claim) if claim.wanted.is_some()));
+        Ok(all)
     }
 
     /// Where no block is free: one address for the endpoint, and one for the router if this host has no block at all.
@@ -367,10 +472,12 @@ impl Control {
         match self.once(command).await? {
             Ok(value) => Ok(value),
             Err(Refusal::Error(error)) => Err(error),
-            Err(Refusal::NeedBlock { .. } | Refusal::NeedClaim { .. }) => Err(ApiError::new(
-                ErrorCode::Internal,
-                "the reconciler asked for addresses where none are needed",
-            )),
+            Err(Refusal::NeedBlock { .. } | Refusal::NeedClaim { .. } | Refusal::NeedRetained { .. }) => {
+                Err(ApiError::new(
+                    ErrorCode::Internal,
+                    "the reconciler asked for addresses where none are needed",
+                ))
+            }
         }
     }
 

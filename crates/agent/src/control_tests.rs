@@ -66,6 +66,10 @@ impl Lessor for Server {
     ) -> BoxFuture<Result<model::Claim, ApiError>> {
         Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody claims here")) })
     }
+
+    fn retained(&self, _: NetworkId, _: String, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
+        Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody claims here")) })
+    }
 }
 
 #[tokio::test]

@@ -50,18 +50,27 @@ impl Pool<'_> {
         best.map(|(_, address)| address)
     }
 
-    /// Whether so little is left that another block should be fetched before it is needed.
-    pub fn is_low(&self) -> bool {
-        let Some(block) = self.blocks.first() else { return false };
-        let size = self.geometry.addresses(*block).count();
-        self.free().take(size / 4).count() < size / 4
+    /// Whether so little can be given at `now` that another block should be fetched before it is needed: less than half of
+    /// one. Other hosts hear of it some 75 ms later, in which many containers may be started.
+    pub fn is_low(&self, now: i64) -> bool {
+        !self.has((1, 2), now)
     }
 
-    /// Whether so much is there that a block of it is not missed: half of one.
-    pub fn is_plenty(&self) -> bool {
-        let Some(block) = self.blocks.first() else { return false };
-        let enough = self.geometry.addresses(*block).count().div_ceil(2);
-        self.free().take(enough).count() == enough
+    /// Whether so much is there that a block of it is not missed: three quarters of one, so that what was fetched early is
+    /// not given back when the next container ends.
+    pub fn is_plenty(&self, now: i64) -> bool {
+        !self.blocks.is_empty() && self.has((3, 4), now)
+    }
+
+    /// Whether that part of a block could be given, or there is no block to speak of.
+    fn has(&self, (part, of): (usize, usize), now: i64) -> bool {
+        let Some(block) = self.blocks.first() else { return true };
+        let enough = (self.geometry.addresses(*block).count() * part).div_ceil(of);
+        let resting = |address: &IpAddr| {
+            let released = self.released.get(&(self.network.clone(), *address));
+            released.is_some_and(|at| rests(*at, now))
+        };
+        self.free().filter(|address| !resting(address)).take(enough).count() == enough
     }
 
     fn free(&self) -> impl Iterator<Item = IpAddr> + '_ {
@@ -161,14 +170,27 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_is_low_when_less_than_a_quarter_of_a_block_is_free() {
+    fn the_pool_is_low_below_half_of_a_block_and_plenty_from_three_quarters() {
         let mut scene = Scene::new();
-        assert!(!scene.pool().is_low());
-        for _ in 0..6 {
+        let size = scene.pool().free().count();
+        let free = |scene: &Scene| scene.pool().free().count();
+        while free(&scene) > 0 {
+            let pool = scene.pool();
+            assert_eq!(pool.is_low(0), free(&scene) * 2 < size, "{} of {size}", free(&scene));
+            assert_eq!(pool.is_plenty(0), free(&scene) * 4 >= size * 3, "{} of {size}", free(&scene));
             scene.give(0);
         }
-        assert!(!scene.pool().is_low());
-        scene.give(0);
-        assert!(scene.pool().is_low());
+        assert!(scene.pool().is_low(0) && !scene.pool().is_plenty(0));
+    }
+
+    #[test]
+    fn addresses_that_rest_are_not_counted_on() {
+        let mut scene = Scene::new();
+        let given: Vec<IpAddr> = std::iter::from_fn(|| scene.give(0)).collect();
+        for address in given {
+            scene.take_back(address, 1_000);
+        }
+        assert!(scene.pool().is_low(2_000) && !scene.pool().is_plenty(2_000));
+        assert!(!scene.pool().is_low(1_000 + QUARANTINE) && scene.pool().is_plenty(1_000 + QUARANTINE));
     }
 }

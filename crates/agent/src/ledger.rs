@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use model::agent_api::Routes;
 use model::{
-    Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Name, NetworkId, Object, Revision,
+    Catalog, Change, Endpoint, EnvironmentId, Epoch, HostId, Key, Lineage, Name, NetworkId, Object, Revision,
     UnixMillis,
 };
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
@@ -109,6 +109,10 @@ pub struct Contents {
     pub released: BTreeMap<(NetworkId, IpAddr), UnixMillis>,
     /// Transit slots of networks.
     pub slots: BTreeMap<NetworkId, u16>,
+    /// Which lives of this ledger the server knows of.
+    pub lineage: Lineage,
+    /// Why this ledger does not count any more, once that was said: another agent went on with a copy of it.
+    pub copied: Option<String>,
 }
 
 /// Why the ledger cannot be read or written.
@@ -195,6 +199,8 @@ impl Ledger {
         db.pragma_update(None, "journal_mode", "WAL")?;
         db.pragma_update(None, "synchronous", "FULL")?;
         db.pragma_update(None, "cache_size", -1024)?;
+        // What is deleted may be a secret.
+        db.pragma_update(None, "secure_delete", true)?;
         // A ledger that is there is opened without writing: also where the disk is full.
         if application == APPLICATION_ID {
             let whole: String = db.query_row("PRAGMA quick_check(1)", [], |row| row.get(0))?;
@@ -238,7 +244,17 @@ impl Ledger {
             }
             tx.execute("INSERT INTO meta VALUES ('identity', ?1)", [text])?;
             Ok(())
-        })
+        })?;
+        self.wipe()
+    }
+
+    /// Leaves nothing of what was deleted in the file's journal, where older pages are.
+    pub fn wipe(&mut self) -> Result<(), LedgerError> {
+        let checkpoint = |row: &rusqlite::Row<'_>| row.get::<_, i64>(0);
+        self.db
+            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], checkpoint)
+            .map(drop)
+            .map_err(|e| self.failed(e))
     }
 
     /// Writes down this host's new certificate.
@@ -247,6 +263,27 @@ impl Ledger {
         self.write(true, |tx| {
             tx.execute("UPDATE meta SET value = ?1 WHERE key = 'identity'", [text]).map(drop)
         })
+    }
+
+    /// Writes down which lives of this ledger the server knows of, or may know of.
+    pub fn set_lineage(&mut self, lineage: &Lineage) -> Result<(), LedgerError> {
+        let text = json(lineage);
+        self.write(true, |tx| {
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('lineage', ?1)", [text]).map(drop)
+        })
+    }
+
+    /// Writes down that this ledger does not count any more. Only another identity ends that.
+    pub fn set_copied(&mut self, why: &str) -> Result<(), LedgerError> {
+        self.write(true, |tx| {
+            tx.execute("INSERT OR REPLACE INTO meta VALUES ('copied', ?1)", [why]).map(drop)
+        })
+    }
+
+    /// Why this ledger does not count any more, if so.
+    pub fn copied(&self) -> Result<Option<String>, LedgerError> {
+        let query = "SELECT value FROM meta WHERE key = 'copied'";
+        self.db.query_row(query, [], |row| row.get(0)).optional().map_err(|e| self.failed(e))
     }
 
     /// How the servers are reached, as they said last.
@@ -278,6 +315,10 @@ impl Ledger {
         contents.revision =
             Revision(meta("revision")?.and_then(|text| text.parse().ok()).unwrap_or_default());
         contents.domain = meta("domain")?;
+        contents.copied = self.copied()?;
+        if let Some(text) = meta("lineage")? {
+            contents.lineage = self.parse(&text)?;
+        }
         for text in self.texts("SELECT value FROM object")? {
             contents.catalog.put(self.parse::<Object>(&text)?);
         }
@@ -549,6 +590,52 @@ mod tests {
         assert_eq!(contents.reservations, [], "an endpoint's address is not merely reserved");
         assert_eq!(contents.released[&(network.clone(), "10.42.16.3".parse().unwrap())], 99);
         assert_eq!(contents.slots[&network], 3);
+    }
+
+    #[test]
+    fn of_an_identity_and_a_peers_secret_nothing_is_left_in_the_file_once_they_are_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let has = |secret: &str| {
+            let files = std::fs::read_dir(dir.path())
+                .unwrap()
+                .map(|file| std::fs::read(file.unwrap().path()).unwrap());
+            files.into_iter().any(|bytes| bytes.windows(secret.len()).any(|part| part == secret.as_bytes()))
+        };
+        let identity = |key: &str| Identity {
+            host: HostId::from_random([2; 8]),
+            name: "h1".parse().unwrap(),
+            environment: EnvironmentId::default(),
+            server: "https://a:1".into(),
+            servers: vec![],
+            ca: String::new(),
+            certificate: String::new(),
+            key: key.into(),
+            certified: 0,
+        };
+        let peer = model::Peer {
+            id: model::PeerId::from_random([3; 8]),
+            name: "office".parse().unwrap(),
+            network: NetworkId::from_random([1; 8]),
+            host: HostId::from_random([2; 8]),
+            address: "192.0.2.1".parse().unwrap(),
+            port: None,
+            identity: None,
+            local_identity: None,
+            proof: model::PeerProof::Psk { secret: Some("the secret of the office".into()) },
+            remote_cidrs: vec![],
+            created: 0,
+        };
+        let mut ledger = Ledger::open(dir.path()).unwrap();
+        ledger.set_identity(&identity("the first private key")).unwrap();
+        let object = Object::Peer(peer);
+        let key = object.key();
+        ledger.apply(Revision(1), &[Change::Put(object)]).unwrap();
+        assert!(has("the secret of the office") && has("the first private key"));
+        ledger.apply(Revision(2), &[Change::Delete(key)]).unwrap();
+        ledger.wipe().unwrap();
+        assert!(!has("the secret of the office"));
+        ledger.set_identity(&identity("another private key")).unwrap();
+        assert!(has("another private key") && !has("the first private key"));
     }
 
     #[test]

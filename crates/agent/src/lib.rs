@@ -13,6 +13,7 @@ mod counts;
 pub mod dataplane;
 pub mod docker;
 pub mod doctor;
+mod incarnation;
 pub mod ipam;
 mod ledger;
 mod link;
@@ -103,6 +104,10 @@ pub async fn run(
     let mut shutdown = std::pin::pin!(shutdown);
     let mut ledger = Ledger::open(&config.state_dir).map_err(internal)?;
     let known = match ledger.identity().map_err(internal)? {
+        Some(identity) if config.token.is_some() && ledger.copied().map_err(internal)?.is_some() => {
+            tracing::warn!(host = %identity.host, "this host's state directory was a copy; it joins as a new one");
+            None
+        }
         Some(identity)
             if config.token.is_some()
                 && was_removed(&identity, &ledger.servers().map_err(internal)?).await? =>
@@ -130,6 +135,7 @@ pub async fn run(
     let kernel = linux::Kernel::open(std::path::Path::new(NETNS_DIR)).map_err(internal)?;
     let waker = kernel.waker();
     let mut book = Book::open(ledger, identity.host.clone(), identity.name.clone()).map_err(internal)?;
+    let copied = book.counts().err();
     book.candidates.clone_from(&candidates);
     book.no_shortcut = (!config.shortcut).then(|| "the agent was started with --no-shortcut".to_owned());
 
@@ -156,7 +162,7 @@ pub async fn run(
     let (candidates_tx, candidates) = watch::channel(candidates);
     let (connection_tx, connection) = watch::channel(Connection::Down {
         since: now_millis(),
-        why: "connecting for the first time".to_owned(),
+        why: copied.as_ref().map_or("connecting for the first time", |error| &error.message).to_owned(),
     });
     let (docker_tx, docker) = watch::channel(match &config.docker {
         Some(_) => DockerStatus::Waiting { why: "its engine has not been asked yet".to_owned() },
@@ -366,7 +372,7 @@ async fn follow_docker(
     let watch_engine = async move {
         while states.changed().await.is_ok() {
             if matches!(*states.borrow_and_update(), DockerStatus::Up { .. }) {
-                watcher.send(Command::EngineStarted);
+                watcher.send(Command::EngineFirewall);
             }
         }
     };

@@ -20,7 +20,7 @@ use crate::control::{Command, Control, Lessor};
 use crate::counts::Counts;
 use crate::ledger::Identity;
 use crate::server::Server;
-use crate::{View, now_millis, random};
+use crate::{View, incarnation, now_millis, random};
 
 /// How long a claim or block must have been idle before it is given back: an attach may be on its way to use it.
 const IDLE: Duration = Duration::from_secs(5);
@@ -82,10 +82,25 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
     let mut backoff = Backoff::new();
     // How many servers were tried in vain.
     let mut turned = 0;
-    loop {
+    'opened: loop {
         let view = control.view();
         let resume = view.epoch.as_ref().map(|epoch| (epoch, view.revision));
-        let mut outcome = server.watch(resume).await;
+        let announced = incarnation::announce(server, control).await;
+        control.send(Command::Settled);
+        let mut outcome = match announced {
+            Ok(()) => server.watch(resume).await,
+            // There is nothing to come back to: whoever has the right to this host's name goes on with it.
+            Err(error) if error.code == ErrorCode::Copied => {
+                down(state, &error);
+                return std::future::pending().await;
+            }
+            Err(error) => Err(error),
+        };
+        // Another life of the ledger counts: whether this one is a copy is said when it is announced anew.
+        if matches!(&outcome, Err(error) if error.code == ErrorCode::Copied) {
+            server.set_incarnation(None);
+            continue;
+        }
         if matches!(&outcome, Err(error) if error.code == ErrorCode::Compacted) {
             outcome = server.watch(None).await;
         }
@@ -117,8 +132,19 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
                         });
                         backoff = Backoff::new();
                         turned = 0;
-                        if let Watch::Servers { urls } = &message {
-                            server.learn(urls);
+                        match &message {
+                            Watch::Servers { urls } => server.learn(urls),
+                            Watch::Prove { challenge } => {
+                                match incarnation::prove(server, control, challenge).await {
+                                    // The server ends the watch of the life before.
+                                    Ok(()) => continue 'opened,
+                                    Err(error) => tracing::warn!(
+                                        "showing the server that this agent lives: {}",
+                                        error.message
+                                    ),
+                                }
+                            }
+                            Watch::Snapshot { .. } | Watch::Delta { .. } | Watch::Heartbeat { .. } => {}
                         }
                         control.send(Command::Watch(Box::new(message)));
                     }

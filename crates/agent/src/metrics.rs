@@ -94,7 +94,13 @@ async fn ready(State(context): State<Arc<Context>>) -> (StatusCode, Json<Readine
     };
     let snapshot =
         view.epoch.as_ref().map(drop).ok_or_else(|| "no snapshot has come from the server yet".to_owned());
-    let readiness = Readiness::of([("reconciler", reconciler), ("kernel", kernel), ("snapshot", snapshot)]);
+    let ledger = context.control.counts().await.map_err(|error| error.message);
+    let readiness = Readiness::of([
+        ("reconciler", reconciler),
+        ("kernel", kernel),
+        ("snapshot", snapshot),
+        ("ledger", ledger),
+    ]);
     let status = if readiness.ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(readiness))
 }

@@ -25,7 +25,10 @@ use crate::counts::Counts;
 use crate::doctor::Books;
 use crate::view::{Router, View};
 
+mod moved;
 mod requests;
+
+use moved::Moved;
 
 /// How long a router stays after its last endpoint.
 pub(crate) const LINGER: Duration = Duration::from_secs(60);
@@ -35,6 +38,9 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(20);
 const PUBLISH_SHARE: u32 = 20;
 /// Diffs that may follow each other before the rest is left to the next wake-up.
 const ROUNDS: usize = 6;
+/// For how long a start waits with tunnels until the server has said whether its ledger counts: a copy of another host's
+/// would take tunnels over from it.
+const HOLD: Duration = Duration::from_secs(1);
 const RETRY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
 const TROUBLES_KEPT: usize = 20;
 
@@ -72,6 +78,9 @@ pub(crate) struct Reconciler {
     /// When an address has rested: a block may be spare by then.
     rested: Option<Instant>,
     retry: Option<(Instant, Duration)>,
+    /// No tunnels before this.
+    held: Option<Instant>,
+    moved: Moved,
 }
 
 impl Reconciler {
@@ -106,6 +115,8 @@ impl Reconciler {
             publish_pause: PUBLISH_EVERY,
             rested: None,
             retry: None,
+            held: Some(Instant::now() + HOLD),
+            moved: Moved::default(),
         }
     }
 
@@ -124,6 +135,7 @@ impl Reconciler {
             if self.stale {
                 self.converge_all(None);
             }
+            self.announce_elsewhere();
             self.publish();
             match self.kernel.wait(self.deadline())? {
                 Woken::Kernel => self.look(&BTreeSet::new()),
@@ -134,7 +146,15 @@ impl Reconciler {
             if self.retry.is_some_and(|(at, _)| Instant::now() >= at) {
                 self.stale = true;
             }
+            if self.held.is_some_and(|at| Instant::now() >= at) {
+                self.settled();
+            }
         }
+    }
+
+    /// Nothing is waited for any more before tunnels are made.
+    fn settled(&mut self) {
+        self.stale |= self.held.take().is_some();
     }
 
     /// A router that is there at start and has no endpoint lingers, as if its last one had just gone.
@@ -152,13 +172,17 @@ impl Reconciler {
     fn handle(&mut self, command: Command) {
         // Whoever asked may have gone away; then there is nobody to answer, and what was done stays done.
         match command {
-            Command::Reserve { network, wish, reply } => drop(reply.send(self.book.reserve(&network, wish))),
+            Command::Reserve { network, wish, reply } => {
+                let counts = self.book.counts().map_err(Refusal::from);
+                drop(reply.send(counts.and_then(|()| self.book.reserve(&network, wish))));
+            }
             Command::Unreserve { network, address, reply } => {
                 drop(reply.send(self.book.unreserve(&network, address)));
                 self.unpublished = true;
             }
             Command::Create { network, foreign, address, mac, reply } => {
-                drop(reply.send(self.book.create(&network, &foreign, address, mac)));
+                let counts = self.book.counts().map_err(Refusal::from);
+                drop(reply.send(counts.and_then(|()| self.book.create(&network, &foreign, address, mac))));
                 self.unpublished = true;
             }
             Command::Join { foreign, sandbox, reply } => drop(reply.send(self.join(&foreign, sandbox))),
@@ -181,8 +205,8 @@ impl Reconciler {
                 self.unpublished = true;
                 drop(reply.send(outcome));
             }
-            Command::Attach { id, request, foreign, reply } => {
-                drop(reply.send(self.attach(&id, *request, foreign)));
+            Command::Attach { id, request, foreign, retain, reply } => {
+                drop(reply.send(self.attach(&id, *request, foreign, retain)));
             }
             Command::Detach { id, reply } => {
                 let outcome = match self.book.record(&id) {
@@ -211,14 +235,29 @@ impl Reconciler {
                 drop(reply.send(Ok(Box::new(Books::of(&self.book, routers)))));
             }
             Command::Leased { block } => self.keep(Object::Block(block)),
-            Command::Claimed { claim } => self.keep(Object::Claim(claim)),
+            Command::Claimed { claim } => {
+                self.note_claim(claim.network.clone(), claim.address);
+                self.keep(Object::Claim(claim));
+            }
             Command::LetGo { key, reply } => {
                 drop(reply.send(self.book.let_go(&key).map_err(|e| unwritten(e).into())));
             }
             Command::Certified { identity, reply } => {
                 drop(reply.send(self.book.certified(&identity).map_err(|e| unwritten(e).into())));
             }
+            Command::Begin { reply } => drop(reply.send(Ok(self.book.begin()))),
+            Command::Begun { to, reply } => {
+                self.book.begun(&to);
+                drop(reply.send(Ok(())));
+            }
+            Command::Settled => self.settled(),
+            Command::Counts { reply } => drop(reply.send(self.book.counts().map_err(Refusal::from))),
+            Command::Copied { why, reply } => {
+                self.stale = true;
+                drop(reply.send(self.book.set_copied(why).map_err(|e| unwritten(e).into())));
+            }
             Command::Watch(message) => {
+                self.note(&message);
                 self.stale |= matters_to_the_kernel(&message);
                 self.unpublished = true;
                 if let Err(error) = self.book.watch(*message) {
@@ -229,7 +268,7 @@ impl Reconciler {
                 self.stale |= self.book.candidates != candidates;
                 self.book.candidates = candidates;
             }
-            Command::EngineStarted => self.open_forwarding(),
+            Command::EngineFirewall => self.open_forwarding(),
             Command::Stop => {}
         }
     }
@@ -277,7 +316,10 @@ impl Reconciler {
                 Err(error) => self.troubles.push_back(error.message),
             }
         }
-        let tunnels = plan::tunnels(&self.book.catalog, &self.book.local_of(None));
+        let tunnels = match self.held {
+            None => plan::tunnels(&self.book.drawn(), &self.book.local_of(None)),
+            Some(_) => BTreeMap::new(),
+        };
         if *self.tunnels != tunnels {
             self.tunnels = Arc::new(tunnels);
         }
@@ -420,7 +462,7 @@ impl Reconciler {
         if let Some(id) = except {
             local.attachments.remove(id);
         }
-        plan::desired(&self.book.catalog, &local)
+        plan::desired(&self.book.drawn(), &local)
     }
 
     /// The networks that are to have a router here.
@@ -470,7 +512,7 @@ impl Reconciler {
         let publish = self.unpublished.then(|| self.last_published + self.publish_pause);
         let retry = self.retry.map(|(at, _)| at);
         let linger = self.lingering.values().min().copied();
-        let next = [publish, retry, linger, self.rested].into_iter().flatten().min()?;
+        let next = [publish, retry, linger, self.rested, self.held].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -518,10 +560,25 @@ impl Reconciler {
                 Some((id.clone(), router))
             })
             .collect();
-        let troubles = self.troubles.iter().chain(&self.refused).cloned().collect();
+        let stranded = stranded(book);
+        let troubles = self.troubles.iter().chain(&self.refused).cloned().chain(stranded).collect();
         let (tunnels, moves) = (self.tunnels.clone(), self.moves);
         View { routers, tunnels, troubles, moves, ..View::from_book(book) }
     }
+}
+
+/// Endpoints of networks that were removed while the server knew nothing of them.
+fn stranded(book: &Book) -> impl Iterator<Item = String> {
+    let gone = |network: &NetworkId| book.epoch.is_some() && !book.catalog.networks.contains_key(network);
+    book.records().filter(move |record| gone(&record.endpoint.network)).map(|record| {
+        let endpoint = &record.endpoint;
+        format!(
+            "{} ({}) is cut off: its network {} was removed while this host was away; stop it, or start it on another",
+            endpoint.name.as_ref().map_or("an endpoint", model::Name::as_str),
+            endpoint.id,
+            endpoint.network
+        )
+    })
 }
 
 /// Whether the plan can come out otherwise: it does not look at endpoints of other hosts, and has this host's from the
@@ -533,7 +590,7 @@ fn matters_to_the_kernel(message: &Watch) -> bool {
     match message {
         Watch::Snapshot { .. } => true,
         Watch::Delta { changes, .. } => !changes.iter().all(of_an_endpoint),
-        Watch::Servers { .. } | Watch::Heartbeat { .. } => false,
+        Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove { .. } => false,
     }
 }
 

@@ -15,11 +15,11 @@ use std::time::Duration;
 use flate2::write::MultiGzDecoder;
 use model::api::{
     ApiError, ClaimRequest, Consent, ErrorCode, GiveBack, Heard, Held, HeldAnswer, HostReport, HostRoute,
-    JoinAnswer, JoinRequest, LeaseRequest, ReleaseClaim, RenewAnswer, RenewRequest, path,
+    INCARNATION, JoinAnswer, JoinRequest, LeaseRequest, ReleaseClaim, RenewAnswer, RenewRequest, path,
 };
 use model::{
-    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, JoinToken, Name, NetworkId, Object,
-    Revision, Watch,
+    Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, Incarnation, JoinToken, Name,
+    NetworkId, Object, Revision, Step, Watch,
 };
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 use reqwest::{Client, Method, RequestBuilder, Response};
@@ -43,6 +43,8 @@ pub struct Server {
     client: Arc<RwLock<Client>>,
     urls: Arc<RwLock<Urls>>,
     environment: EnvironmentId,
+    /// The life of the ledger that the server has taken from this start.
+    incarnation: Arc<RwLock<Option<Incarnation>>>,
 }
 
 /// How the servers are reached; the first is the one that is spoken to.
@@ -74,7 +76,18 @@ impl Server {
             client: Arc::new(RwLock::new(client_of(identity)?)),
             urls: Arc::new(RwLock::new(urls)),
             environment: identity.environment.clone(),
+            incarnation: Arc::default(),
         })
+    }
+
+    /// The life of the ledger that all is asked by; none before the server has taken one.
+    pub fn incarnation(&self) -> Option<Incarnation> {
+        self.incarnation.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Asks by another life of the ledger from now on.
+    pub fn set_incarnation(&self, incarnation: Option<Incarnation>) {
+        *self.incarnation.write().unwrap_or_else(PoisonError::into_inner) = incarnation;
     }
 
     /// Takes in how the servers are reached. The one that is spoken to stays so.
@@ -129,6 +142,11 @@ impl Server {
             received: 0,
             url: url.clone(),
         })
+    }
+
+    /// Tells that another life of the ledger begins, or that this one lives.
+    pub async fn step(&self, step: &Step) -> Result<(), ApiError> {
+        self.send(Method::PUT, path::INCARNATION, step).await.map(drop)
     }
 
     /// Says what this host is.
@@ -188,6 +206,7 @@ impl Server {
             network: claim.network.to_string(),
             address: claim.address,
             endpoint: claim.endpoint.clone(),
+            at: claim.wanted.as_ref().map(|wanted| wanted.at),
             consents,
         };
         self.send(Method::PUT, path::CLAIMS, &body).await.map(drop)
@@ -201,7 +220,11 @@ impl Server {
 
     fn request(&self, url: &str, method: Method, path: &str) -> RequestBuilder {
         let client = self.client.read().unwrap_or_else(PoisonError::into_inner).clone();
-        client.request(method, format!("{url}{}/{}{path}", path::PREFIX, self.environment))
+        let request = client.request(method, format!("{url}{}/{}{path}", path::PREFIX, self.environment));
+        match self.incarnation() {
+            Some(incarnation) => request.header(INCARNATION, incarnation.to_string()),
+            None => request,
+        }
     }
 
     async fn send<B: Serialize + ?Sized>(
@@ -210,10 +233,16 @@ impl Server {
         path: &str,
         body: &B,
     ) -> Result<Response, ApiError> {
-        let url = &self.url();
-        let request = self.request(url, method, path).timeout(REQUEST).json(body);
-        let answer = request.send().await.map_err(|e| unreachable_because(url, &e))?;
-        refused(url, answer).await
+        loop {
+            let (url, incarnation) = (&self.url(), self.incarnation());
+            let request = self.request(url, method.clone(), path).timeout(REQUEST).json(body);
+            let answer = request.send().await.map_err(|e| unreachable_because(url, &e))?;
+            match refused(url, answer).await {
+                // It stepped on while this was on its way.
+                Err(error) if error.code == ErrorCode::Copied && incarnation != self.incarnation() => {}
+                outcome => return outcome,
+            }
+        }
     }
 
     async fn ask<B: Serialize + ?Sized, T: DeserializeOwned>(
@@ -255,7 +284,21 @@ impl Lessor for Server {
     ) -> BoxFuture<Result<Claim, ApiError>> {
         let this = self.clone();
         Box::pin(async move {
-            let body = ClaimRequest { network: network.to_string(), address, endpoint, router };
+            let body = ClaimRequest { network: network.to_string(), address, endpoint, router, retain: None };
+            this.ask(Method::POST, path::CLAIMS, &body).await
+        })
+    }
+
+    fn retained(
+        &self,
+        network: NetworkId,
+        owner: String,
+        endpoint: EndpointId,
+    ) -> BoxFuture<Result<Claim, ApiError>> {
+        let this = self.clone();
+        Box::pin(async move {
+            let network = network.to_string();
+            let body = ClaimRequest { network, address: None, endpoint, router: false, retain: Some(owner) };
             this.ask(Method::POST, path::CLAIMS, &body).await
         })
     }

@@ -9,13 +9,14 @@ mod socket;
 use std::error::Error as StdError;
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use agent::tls::{self, TlsError, Trust, Untrusted};
 use model::api::{
     ApiError, AuditEntry, ErrorCode, HostPatch, HostView, IpamView, KeyCreated, KeyRequest, KeyView,
-    ServerInfo, TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
+    ReleaseClaim, ServerInfo, TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
 };
 use model::{Block, Endpoint, EnvironmentId, Fingerprint, Network, NetworkSpec, Peer, PeerSpec, UnixMillis};
 use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderValue, LINK};
@@ -240,6 +241,12 @@ impl Client {
     /// Removes a host, by name or id.
     pub async fn remove_host(&self, name: &str) -> Result<(), Error> {
         self.delete(path::HOSTS, name).await
+    }
+
+    /// Gives up a retained address, of a network by name or id.
+    pub async fn retain_no_more(&self, network: &str, address: IpAddr) -> Result<(), Error> {
+        let body = ReleaseClaim { network: network.to_owned(), address, endpoint: None };
+        self.exchange(Method::DELETE, self.url(path::RETAINED, &[])?, Some(&body)).await.map(drop)
     }
 
     /// All endpoints.

@@ -1,10 +1,15 @@
 //! Room for routers in the host's iptables.
 //!
 //! Docker gives the chain `FORWARD` the policy `DROP`, which would drop what routers send and get. Where that is so,
-//! two rules let their devices through. The chains of our own nft table stand beside that chain and still judge.
+//! rules let their devices through. The chains of our own nft table stand beside that chain and still judge.
+//!
+//! Invariant: who may reach the containers on Docker's own bridges, Docker alone decides. What comes from a router and goes to
+//! such a bridge is handed back to Docker's rules before ours would let it through.
 
-use std::io;
-use std::process::{Command, Output};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::process::{Command, Output, Stdio};
 
 use crate::error::Error;
 
@@ -36,45 +41,70 @@ pub fn ensure(devices: &str) -> Result<Forwarding, Error> {
         [_, forward] if drops => forward,
         _ => return Ok(Forwarding::Open),
     };
-    for side in ["-i", "-o"] {
-        let rule = rule(chain, side, devices);
-        let there = run(&with("-C", &rule))?.is_some_and(|output| output.status.success());
-        if there {
-            continue;
-        }
-        match run(&with("-I", &rule))? {
-            Some(output) if !output.status.success() => return Err(failed("add a rule to", &output)),
-            Some(_) | None => {}
-        }
+    let before = ours(&rules, chain);
+    let after = wanted(&rules, chain, devices);
+    if before != after {
+        replace(&before, &after)?;
     }
     Ok(Forwarding::Accepted(chain))
 }
 
 /// Takes the rules away again; not being there is fine.
-pub fn remove(devices: &str) -> Result<(), Error> {
-    /// So many times one rule may have been added by hand before somebody has to look.
-    const COPIES: usize = 16;
-    for chain in CHAINS {
-        for side in ["-i", "-o"] {
-            let rule = rule(chain, side, devices);
-            for _ in 0..COPIES {
-                match run(&with("-D", &rule))? {
-                    Some(output) if output.status.success() => {}
-                    Some(_) => break,
-                    None => return Ok(()),
-                }
-            }
-        }
+pub fn remove() -> Result<(), Error> {
+    let Some(rules) = run(&["-S"])? else { return Ok(()) };
+    let rules = String::from_utf8_lossy(&rules.stdout).into_owned();
+    let there: Vec<String> = CHAINS.iter().flat_map(|chain| ours(&rules, chain)).collect();
+    if there.is_empty() { Ok(()) } else { replace(&there, &[]) }
+}
+
+/// Our rules of a chain, as `iptables -S` tells them, in their order.
+fn ours(rules: &str, chain: &str) -> Vec<String> {
+    let begin = format!("-A {chain} ");
+    let comment = format!(" --comment {COMMENT} ");
+    rules.lines().filter(|l| l.starts_with(&begin) && l.contains(&comment)).map(str::to_owned).collect()
+}
+
+/// Our rules as they shall be, in the same words.
+fn wanted(rules: &str, chain: &str, devices: &str) -> Vec<String> {
+    let rule = |of: &str, verdict| format!("-A {chain} {of} -m comment --comment {COMMENT} -j {verdict}");
+    let returned =
+        bridges(rules).into_iter().map(|bridge| rule(&format!("-i {devices} -o {bridge}"), "RETURN"));
+    let accepted = ["-i", "-o"].map(|side| rule(&format!("{side} {devices}"), "ACCEPT"));
+    returned.chain(accepted).collect()
+}
+
+/// The bridges whose containers Docker's rules guard: what goes out by them is sent to the chain of published ports.
+fn bridges(rules: &str) -> BTreeSet<&str> {
+    let guarded = rules.lines().filter(|line| line.ends_with(" -j DOCKER"));
+    guarded
+        .filter_map(|line| {
+            let mut words = line.split_ascii_whitespace().skip_while(|word| *word != "-o");
+            words.nth(1)
+        })
+        .collect()
+}
+
+/// Takes the old rules away and puts the new ones on top, all at once.
+fn replace(old: &[String], new: &[String]) -> Result<(), Error> {
+    let mut script = String::from("*filter\n");
+    for rule in old {
+        let _ = writeln!(script, "-D{}", rule.trim_start_matches("-A"));
     }
-    Ok(())
-}
-
-fn rule<'a>(chain: &'a str, side: &'a str, devices: &'a str) -> Vec<&'a str> {
-    vec![chain, side, devices, "-m", "comment", "--comment", COMMENT, "-j", "ACCEPT"]
-}
-
-fn with<'a>(verb: &'a str, rule: &[&'a str]) -> Vec<&'a str> {
-    [&[verb], rule].concat()
+    for rule in new.iter().rev() {
+        let _ = writeln!(script, "-I{}", rule.trim_start_matches("-A"));
+    }
+    script.push_str("COMMIT\n");
+    let mut child = Command::new("iptables-restore")
+        .args(["-w", "--noflush"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| Error::io("run iptables-restore", &error))?;
+    // One that stops reading says why on its standard error.
+    let _ = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
+    let output = child.wait_with_output().map_err(|error| Error::io("run iptables-restore", &error))?;
+    if output.status.success() { Ok(()) } else { Err(failed("set our rules in", &output)) }
 }
 
 /// Runs iptables, waiting for its lock; `None` if it is not installed.

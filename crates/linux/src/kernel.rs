@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use model::NetworkId;
+use model::{Mac, NetworkId};
 use netlink_packet_route::RouteNetlinkMessage::SetLink;
 use netlink_packet_route::address::AddressFlags;
 use netlink_packet_route::link::LinkAttribute;
@@ -24,7 +25,7 @@ use crate::namespace::{Namespace, get_link};
 use crate::netlink::{Requests, request};
 use crate::netns::{self, Netns};
 use crate::watch::Watch;
-use crate::{address, bpf, link, nft, route, sysctl};
+use crate::{address, arp, bpf, link, nft, route, sysctl};
 
 /// What the file of each router's namespace begins with.
 pub const NETNS_PREFIX: &str = "droveway-";
@@ -212,6 +213,14 @@ impl Kernel {
     /// The namespace of a router, to open sockets in.
     pub fn router_netns(&self, network: &NetworkId) -> Option<&Netns> {
         self.routers.get(network).map(|router| &router.namespace.ns)
+    }
+
+    /// Tells the containers of a router that an address of the network is at `mac` now. Nothing is changed here.
+    pub fn announce(&self, network: &NetworkId, address: IpAddr, mac: Mac) -> Result<(), Error> {
+        match self.router_netns(network) {
+            Some(netns) => arp::announce(netns, "br0", address, mac),
+            None => Ok(()),
+        }
     }
 
     /// The routers that are there, with the names of their namespaces.

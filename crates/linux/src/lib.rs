@@ -7,6 +7,7 @@
 #![allow(unsafe_code)]
 
 mod address;
+mod arp;
 mod bpf;
 mod cmsg;
 mod container;

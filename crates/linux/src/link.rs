@@ -9,8 +9,9 @@ use model::Mac;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage::{self, DelLink, NewLink, SetLink};
 use netlink_packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, BridgeStpState, In6AddrGenMode, InfoBridge, InfoData, InfoKind, InfoVeth,
-    InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, BridgeBooleanOptionFlags, BridgeBooleanOptions, BridgeStpState,
+    In6AddrGenMode, InfoBridge, InfoData, InfoKind, InfoVeth, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo,
+    LinkMessage,
 };
 use nix::errno::Errno;
 use plan::object::{HOST_DEVICE_PREFIX, Ifname, Link, LinkKind, Peer};
@@ -112,7 +113,9 @@ pub(crate) fn remove_all(requests: &mut Requests<RouteNetlinkMessage>) -> Result
 
 fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> Result<(), Error> {
     match (&want.kind, &want.peer) {
-        (LinkKind::Bridge, _) => make_bridge(site.home, name, want),
+        (LinkKind::Bridge { link_local_learning }, _) => {
+            make_bridge(site.home, name, want, *link_local_learning)
+        }
         (LinkKind::Tun, _) => make_tun(site.home, name, want),
         (LinkKind::Vxlan { vni, port, local }, _) => make_vxlan(site, name, want, (*vni, *port, *local)),
         (LinkKind::Veth, Some(Peer::Host { name: peer, mac, mtu, gso_max_size, up })) => {
@@ -159,8 +162,9 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
     }
 }
 
-fn make_bridge(home: &mut Namespace, name: &Ifname, want: &Link) -> Result<(), Error> {
+fn make_bridge(home: &mut Namespace, name: &Ifname, want: &Link, learning: bool) -> Result<(), Error> {
     let info = vec![
+        link_local_learning(learning),
         InfoBridge::ForwardDelay(0),
         InfoBridge::StpState(BridgeStpState::Disabled),
         InfoBridge::MulticastSnooping(false),
@@ -175,6 +179,12 @@ fn make_bridge(home: &mut Namespace, name: &Ifname, want: &Link) -> Result<(), E
     );
     // The MTU is set on what is made: only then does the bridge keep it, whatever its ports have.
     settle(home, name, make, &Link { mtu: want.mtu, ..made(want) })
+}
+
+fn link_local_learning(on: bool) -> InfoBridge {
+    let mask = BridgeBooleanOptionFlags::NoLinkLocalLearn;
+    let value = if on { BridgeBooleanOptionFlags::empty() } else { mask };
+    InfoBridge::MultiBoolOpt(BridgeBooleanOptions { value, mask })
 }
 
 fn make_vxlan(
@@ -288,6 +298,13 @@ fn adjust(
         change.gso_max_size = change.gso_max_size.filter(|size| Some(*size) != have.gso_max_size);
     }
     set(home, name, &change)?;
+    if let LinkKind::Bridge { link_local_learning: on } = want.kind {
+        let info = InfoData::Bridge(vec![link_local_learning(on)]);
+        let alter = request(NewLink(named(name, [kind(InfoKind::Bridge, info)])), 0);
+        home.route
+            .request(alter)
+            .map_err(|refusal| refusal.to_error(format!("set up device {name} of {}", At(&home.place))))?;
+    }
     if change.gso_max_size.is_some() {
         // The one change that the kernel tells nobody of. Events from before it would hide it again.
         home.drain(shown)?;

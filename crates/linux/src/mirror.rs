@@ -109,7 +109,7 @@ impl Device {
     fn has_programs(&self) -> bool {
         matches!(
             &self.link,
-            Some(Link { kind: LinkKind::Bridge | LinkKind::Vxlan { .. } | LinkKind::Tun, .. })
+            Some(Link { kind: LinkKind::Bridge { .. } | LinkKind::Vxlan { .. } | LinkKind::Tun, .. })
         )
     }
 

@@ -7,8 +7,8 @@ use model::{Mac, Protocol};
 use netlink_packet_core::{DefaultNla, Nla, parse_ip};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
 use netlink_packet_route::link::{
-    BridgePortState, InfoData, InfoTun, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
-    LinkProtoInfoBridge,
+    BridgeBooleanOptionFlags, BridgePortState, InfoBridge, InfoData, InfoTun, InfoVxlan, LinkAttribute,
+    LinkFlags, LinkInfo, LinkMessage, LinkProtoInfoBridge,
 };
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage,
@@ -98,7 +98,14 @@ fn link_kind(info: &[LinkInfo]) -> Option<LinkKind> {
         _ => None,
     })?;
     match kind {
-        InfoKind::Bridge => Some(LinkKind::Bridge),
+        InfoKind::Bridge => {
+            let told = info.iter().find_map(|info| match info {
+                LinkInfo::Data(InfoData::Bridge(data)) => Some(bridge(data)),
+                _ => None,
+            });
+            // A kernel that tells nothing of it always learns.
+            Some(LinkKind::Bridge { link_local_learning: told.unwrap_or(true) })
+        }
         InfoKind::Veth => Some(LinkKind::Veth),
         InfoKind::Vxlan => info.iter().find_map(|info| match info {
             LinkInfo::Data(InfoData::Vxlan(data)) => vxlan(data),
@@ -110,6 +117,16 @@ fn link_kind(info: &[LinkInfo]) -> Option<LinkKind> {
         }),
         _ => None,
     }
+}
+
+/// Whether a bridge learns from link-local frames.
+fn bridge(data: &[InfoBridge]) -> bool {
+    !data.iter().any(|info| match info {
+        InfoBridge::MultiBoolOpt(options) => {
+            options.value.contains(BridgeBooleanOptionFlags::NoLinkLocalLearn)
+        }
+        _ => false,
+    })
 }
 
 /// A TUN device as ours are: for IP packets with the offload header and nothing else before them, by many queues, to

@@ -69,7 +69,7 @@ fn whatever_is_changed_behind_our_back_is_seen_and_healed() {
         converge(&mut kernel, &desired);
         let route = |text: &str| Key::Route(TABLE_MAIN, text.parse().unwrap());
         let r = router;
-        let cases: [(Place, &str, Key); 28] = [
+        let cases: [(Place, &str, Key); 29] = [
             (r(), "ip route del 10.42.65.0/26", route("10.42.65.0/26")),
             (r(), "ip route del unreachable 10.42.0.0/16", route("10.42.0.0/16")),
             (r(), "ip route replace 10.42.65.0/26 dev br0", route("10.42.65.0/26")),
@@ -96,6 +96,7 @@ fn whatever_is_changed_behind_our_back_is_seen_and_healed() {
             (r(), "ip link set br0 down", Key::Link(name("br0"))),
             (r(), "ip link set br0 down; ip link set br0 up", route("10.42.64.64/26")),
             (r(), "ip link set br0 address 02:00:00:00:99:99", Key::Link(name("br0"))),
+            (r(), "ip link set br0 type bridge no_linklocal_learn 0", Key::Link(name("br0"))),
             (r(), "ip link set vxlan0 mtu 1400", Key::Link(name("vxlan0"))),
             (r(), "ip link set vxlan0 down; ip link set vxlan0 name other", Key::Link(name("vxlan0"))),
             (r(), "ip link del vxlan0", Key::Link(name("vxlan0"))),

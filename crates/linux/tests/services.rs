@@ -46,7 +46,29 @@ fn forwarding_is_let_through_where_iptables_would_drop_it_and_left_alone_elsewhe
         sh("iptables -N DOCKER-USER");
         assert_eq!(forward::ensure("dw+").unwrap(), Forwarding::Accepted("DOCKER-USER"));
         assert_eq!(sh("iptables -S DOCKER-USER | grep -c droveway").trim(), "2");
-        forward::remove("dw+").unwrap();
-        assert!(!sh("iptables -S").contains("droveway"));
+        // As the engine guards the containers on its bridges.
+        sh("iptables -N DOCKER; for b in docker0 br-1; do iptables -A FORWARD -o $b -j DOCKER; done");
+        forward::ensure("dw+").unwrap();
+        let rules = || {
+            sh(
+                "iptables -S DOCKER-USER | grep -o '[-]i dw.*\\|[-]o dw.*' | sed 's/-m comment --comment droveway //'",
+            )
+        };
+        let (returned, accepted) = ("-i dw+ -o docker0 -j RETURN\n", "-i dw+ -j ACCEPT\n-o dw+ -j ACCEPT\n");
+        let another = "-i dw+ -o br-1 -j RETURN\n";
+        assert_eq!(
+            rules(),
+            format!("{another}{returned}{accepted}"),
+            "Docker judges before we let it through"
+        );
+        sh(
+            "iptables -D FORWARD -o br-1 -j DOCKER; iptables -I DOCKER-USER -i dw+ -m comment --comment droveway -j ACCEPT",
+        );
+        sh("iptables -A DOCKER-USER -s 192.0.2.1 -j DROP");
+        forward::ensure("dw+").unwrap();
+        assert_eq!(rules(), format!("{returned}{accepted}"), "as the bridges are now, and in their order");
+        forward::remove().unwrap();
+        let left = sh("iptables -S");
+        assert!(!left.contains("droveway") && left.contains("192.0.2.1"), "{left}");
     });
 }

@@ -35,7 +35,7 @@ fn with_tun() -> State {
     let net = |text: &str| text.parse().unwrap();
     [
         (Key::Netns, Object::Netns { name: "droveway-test".to_owned() }),
-        (Key::Link(name("br0")), link(LinkKind::Bridge)),
+        (Key::Link(name("br0")), link(LinkKind::Bridge { link_local_learning: false })),
         (Key::Link(name("tun0")), link(LinkKind::Tun)),
         (Key::Address(name("br0"), net("10.42.64.65/16")), Object::Address),
         (Key::Route(TABLE_MAIN, net("10.42.0.0/16")), route(RouteKind::Unreachable, None, None)),

@@ -31,6 +31,8 @@ pub mod path {
     pub const SELF: &str = "/hosts/self";
     /// `POST` [`super::RenewRequest`] → [`super::RenewAnswer`]; agents only: a new certificate for the host's own key.
     pub const CERTIFICATE: &str = "/hosts/self/certificate";
+    /// `PUT` [`crate::Step`]; agents only: another life of the host's ledger begins.
+    pub const INCARNATION: &str = "/hosts/self/incarnation";
     /// `PUT` [`super::Held`] → [`super::HeldAnswer`]; agents only: what the host holds, after a restore.
     pub const HELD: &str = "/hosts/self/held";
     /// `GET` → list of [`super::UnreportedHost`]; `DELETE` on `/{name or id}`.
@@ -42,6 +44,8 @@ pub mod path {
     /// `POST` [`super::ClaimRequest`] → [`crate::Claim`]; `DELETE` [`super::ReleaseClaim`]; `PUT` [`super::Consent`]: agents
     /// only.
     pub const CLAIMS: &str = "/claims";
+    /// `DELETE` [`super::ReleaseClaim`]; people only: a retained address is not retained any more.
+    pub const RETAINED: &str = "/retained";
     /// `GET` → [`super::IpamView`].
     pub const IPAM: &str = "/ipam";
     /// `PUT` [`super::Heard`]; agents only.
@@ -84,6 +88,8 @@ pub struct ApiError {
 
 /// The header that carries a request's id, in and out.
 pub const REQUEST_ID: &str = "x-request-id";
+/// The header by which an agent says which life of its host's ledger asks.
+pub const INCARNATION: &str = "x-droveway-incarnation";
 
 impl ApiError {
     /// A refusal of that kind.
@@ -120,6 +126,8 @@ pub enum ErrorCode {
     Compacted,
     /// 409: the store was restored, and the host has to say first what it holds.
     Unreported,
+    /// 409: the host's state directory is a copy, or an old backup: another agent went on with it.
+    Copied,
     /// 500: a fault of ours.
     Internal,
     /// 503: not now; try again.
@@ -134,7 +142,7 @@ impl ErrorCode {
             Self::Unauthenticated => 401,
             Self::Forbidden => 403,
             Self::NotFound => 404,
-            Self::Conflict | Self::InUse | Self::Unreported => 409,
+            Self::Conflict | Self::InUse | Self::Unreported | Self::Copied => 409,
             Self::Compacted => 410,
             Self::TooSlow => 408,
             Self::TooLarge => 413,
@@ -298,10 +306,28 @@ pub struct HostView {
     /// When the certificate runs out that its agent showed last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate_expires: Option<UnixMillis>,
+    /// How often its agent was started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<u64>,
+    /// That a copy of its state directory came, and was refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy: Option<RefusedCopy>,
     /// Its blocks.
     pub blocks: Vec<Block>,
     /// How many endpoints it has.
     pub endpoints: usize,
+}
+
+/// An agent that came with a copy of a host's state directory, or with an old one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RefusedCopy {
+    /// When it was refused last.
+    pub at: UnixMillis,
+    /// From where it came.
+    #[schema(value_type = String)]
+    pub from: IpAddr,
+    /// How often that happened.
+    pub times: u64,
 }
 
 /// Changes what an owner says of a host.
@@ -353,6 +379,9 @@ pub struct ClaimRequest {
     /// It is for the router of a host that holds no block.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub router: bool,
+    /// For whom it is retained ([`crate::Retained::owner`]): the address that is, or a new one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retain: Option<String>,
 }
 
 /// A host lets go of an address in one of its blocks that another host asked for, or does not.
@@ -366,6 +395,9 @@ pub struct Consent {
     pub address: IpAddr,
     /// The endpoint that it is asked for.
     pub endpoint: EndpointId,
+    /// Which request for a retained address is meant ([`crate::Wanted::at`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<Revision>,
     /// Whether it lets go: from now on it gives the address to nobody.
     pub consents: bool,
 }

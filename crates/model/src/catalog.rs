@@ -48,6 +48,11 @@ pub enum Watch {
         /// Their URLs.
         urls: Vec<String>,
     },
+    /// Another agent came with this host's incarnation: the holder shows by a [`crate::Step`] that it lives.
+    Prove {
+        /// What to send along.
+        challenge: String,
+    },
     /// Nothing changed for a while; the connection lives.
     Heartbeat {
         /// The state's number.
@@ -112,6 +117,27 @@ impl Change {
 }
 
 impl Object {
+    /// Whether both are one lease or claim, whatever became of it since.
+    pub fn is_same_grant(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Claim(one), Self::Claim(other)) => {
+                (&one.network, one.address, &one.host, &one.endpoint)
+                    == (&other.network, other.address, &other.host, &other.endpoint)
+            }
+            _ => self == other,
+        }
+    }
+
+    /// Whether what its host lets go of may come to the server still, given what is known of it `now`: until it is gone or
+    /// another's. A retained address that another host asked for is let go of for that one request alone.
+    pub fn is_on_its_way(&self, now: Option<&Self>) -> bool {
+        match (self, now) {
+            (_, None) => false,
+            (Self::Claim(one), Some(Self::Claim(now))) if one.wanted.is_some() => one == now,
+            (_, Some(now)) => self.is_same_grant(now),
+        }
+    }
+
     /// What names it.
     pub fn key(&self) -> Key {
         match self {
@@ -144,6 +170,17 @@ pub struct Catalog {
 }
 
 impl Catalog {
+    /// As if no other host and no foreign peer were there.
+    #[must_use]
+    pub fn alone(&self, host: &HostId) -> Self {
+        let mut alone = self.clone();
+        alone.hosts.retain(|id, _| id == host);
+        alone.blocks.retain(|_, block| block.host == *host);
+        alone.claims.retain(|_, claim| claim.host == *host);
+        alone.peers.clear();
+        alone
+    }
+
     /// A catalog of these objects.
     pub fn from_objects(objects: impl IntoIterator<Item = Object>) -> Self {
         let mut catalog = Self::default();

@@ -53,6 +53,18 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
+    /// For whom its address is retained, where its label asks for that and it has a name to be known by.
+    pub fn retained_for(
+        labels: &BTreeMap<String, String>,
+        stack: Option<&Name>,
+        service: Option<&Name>,
+        name: Option<&Name>,
+    ) -> Option<String> {
+        let asks = labels.get(crate::RETAIN).is_some_and(|value| value == "true");
+        let parts = [stack, service, Some(name?)].into_iter().flatten().map(Name::as_str);
+        asks.then(|| parts.collect::<Vec<_>>().join("/"))
+    }
+
     /// The most other names that an endpoint has.
     pub const ALIASES_MAX: usize = 64;
     /// The most ports that it publishes.

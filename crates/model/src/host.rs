@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{HostId, Name, UnixMillis};
+use crate::{HostId, Name, TUNNEL_PORT, UnixMillis};
 
 /// A machine that runs the agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
@@ -37,6 +37,11 @@ impl Host {
     /// Where the server saw the host come from, if that is not an address of its own.
     pub fn outside(&self) -> Option<&Candidate> {
         self.candidates.iter().find(|candidate| candidate.source == Source::Observed)
+    }
+
+    /// Whether its tunnels have that UDP port.
+    pub fn tunnels_by(&self, port: u16) -> bool {
+        self.candidates.iter().any(|candidate| candidate.port.unwrap_or(TUNNEL_PORT) == port)
     }
 
     /// The underlay address that peers use.

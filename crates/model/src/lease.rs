@@ -46,6 +46,32 @@ pub struct Claim {
     /// It is for the router of a host that holds no block, because none is free.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub router: bool,
+    /// It outlives its endpoint, for the next one that is called the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retained: Option<Retained>,
+    /// Another host asks for it, for that next one; it is this host's until that has let go of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wanted: Option<Wanted>,
+}
+
+/// For whom an address is kept, and for how long.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Retained {
+    /// What the container is called: `NAME`, or `STACK/NAME`, or `STACK/SERVICE/NAME`.
+    pub owner: String,
+    /// For how long nobody may have it before it is given up, in seconds.
+    pub seconds: u64,
+}
+
+/// A host that asks for a retained address.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Wanted {
+    /// The host.
+    pub host: HostId,
+    /// The endpoint that it is for.
+    pub endpoint: EndpointId,
+    /// What tells this request from others for the same: the revision that it was planned at.
+    pub at: Revision,
 }
 
 /// A block that was given back, and is not leased to another host before these have heard of it: until then they may send

@@ -11,6 +11,7 @@ mod endpoint;
 pub mod exposition;
 mod host;
 mod id;
+mod incarnation;
 mod lease;
 mod mtu;
 mod network;
@@ -23,8 +24,9 @@ pub use host::{Candidate, Host, Source};
 pub use id::{
     EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, PeerId, RANDOM_LEN, Revision,
 };
-pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET, Withdrawn};
-pub use mtu::{MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
+pub use incarnation::{Incarnation, InvalidIncarnation, Lineage, Step};
+pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET, Retained, Wanted, Withdrawn};
+pub use mtu::{IKE_PORT, MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
 pub use network::{
     BLOCK_PREFIX_DEFAULT, DRIVER_DEFAULT, Driver, InvalidNetwork, MANAGED_CIDR, MANAGED_NETWORK, Network,
     NetworkSpec, VXLAN_PORT,
@@ -34,6 +36,9 @@ pub use token::{Fingerprint, InvalidToken, JoinToken};
 
 /// The address of DNS and metadata in each router.
 pub const SERVICE_ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(169, 254, 169, 250);
+
+/// The label with which a container, made again under its name, gets the address back that it had.
+pub const RETAIN: &str = "droveway.retain";
 
 /// The default domain of names.
 pub const DEFAULT_DOMAIN: &str = "droveway.internal";

@@ -6,6 +6,8 @@ pub const VXLAN_OVERHEAD_V4: u32 = 50;
 pub const VXLAN_OVERHEAD_V6: u32 = 70;
 /// The UDP port that IKE and ESP share unless an agent says otherwise (RFC 3948).
 pub const TUNNEL_PORT: u16 = 4500;
+/// The UDP port on which foreign peers begin IKE (RFC 7296 §2).
+pub const IKE_PORT: u16 = 500;
 /// UDP (8) + ESP header (8) + IV (8) + ICV (16): RFC 3948, RFC 4303 §2, RFC 4106.
 const ESP_OVERHEAD: u32 = 40;
 /// ESP's trailer without padding (RFC 4303 §2): inner packet and trailer together are a multiple of 4.

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, MTU_MIN, Name, NetworkId, UnixMillis};
+use crate::{Geometry, IKE_PORT, MTU_MIN, Name, NetworkId, TUNNEL_PORT, UnixMillis};
 
 /// The network that is there from the first start.
 pub const MANAGED_NETWORK: &str = "managed";
@@ -188,6 +188,11 @@ pub enum InvalidNetwork {
     /// Port out of range.
     #[error("network {0:?}: UDP port 0 is not possible; choose 1 to 65535, or leave --port out for 4789")]
     Port(String),
+    /// A port that tunnels need.
+    #[error(
+        "network {0:?}: UDP port {1} is that of encrypted tunnels; choose another --port, or leave it out for 4789"
+    )]
+    TunnelPort(String, u16),
     /// MTU out of range.
     #[error(
         "network {0:?}: an MTU of {1} is out of range; choose 576 to 65000, or leave --mtu out to have it worked out"
@@ -244,6 +249,9 @@ impl NetworkSpec {
                 let port = self.port.unwrap_or(VXLAN_PORT);
                 if port == 0 {
                     return Err(InvalidNetwork::Port(name()));
+                }
+                if [IKE_PORT, TUNNEL_PORT].contains(&port) {
+                    return Err(InvalidNetwork::TunnelPort(name(), port));
                 }
                 Driver::Vxlan { vni, port }
             }

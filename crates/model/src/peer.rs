@@ -103,6 +103,40 @@ impl Peer {
         self
     }
 
+    /// Whether a text is an identity that IKE can have (RFC 7296 §3.5): an address, a name, `user@name`, `keyid:TEXT`,
+    /// `keyid:0xOCTETS`, or a distinguished name with the attributes that certificates have.
+    pub fn is_identity(text: &str) -> bool {
+        const ATTRIBUTES: [&str; 11] =
+            ["CN", "SN", "C", "L", "ST", "O", "OU", "SERIALNUMBER", "E", "EMAILADDRESS", "DC"];
+        let plain =
+            |text: &str| !text.is_empty() && !text.chars().any(|c| c.is_whitespace() || c.is_control());
+        if let Some(id) = text.strip_prefix("keyid:") {
+            return match id.strip_prefix("0x") {
+                Some(digits) => {
+                    !digits.is_empty()
+                        && digits.len().is_multiple_of(2)
+                        && digits.bytes().all(|b| b.is_ascii_hexdigit())
+                }
+                None => !id.is_empty(),
+            };
+        }
+        if text.contains('=') {
+            // A comma in a value is written `\,`.
+            let text = text.replace("\\\\", "x").replace("\\,", "x");
+            return text.split(',').all(|part| {
+                part.split_once('=').is_some_and(|(name, value)| {
+                    let name = name.trim().to_ascii_uppercase();
+                    ATTRIBUTES.contains(&name.as_str()) && !value.trim().is_empty()
+                })
+            });
+        }
+        let parts_are_there = match text.split_once('@') {
+            Some((_, host)) => !host.is_empty(),
+            None => true,
+        };
+        text.parse::<IpAddr>().is_ok() || (plain(text) && parts_are_there)
+    }
+
     /// The identity that it has to prove, as text.
     pub fn expected_identity(&self) -> String {
         self.identity.clone().unwrap_or_else(|| self.address.to_string())
@@ -157,7 +191,8 @@ pub enum InvalidPeer {
     Address(String, IpAddr),
     /// An identity that none can prove.
     #[error(
-        "peer {0:?}: an identity is 1 to 255 characters of plain text, such as office.example or 192.0.2.1"
+        "peer {0:?}: an identity is 1 to 255 characters of plain text: an address, a name, user@name, keyid:TEXT, or a \
+         distinguished name such as \"C=CH, CN=office\""
     )]
     Identity(String),
     /// No usable secret.
@@ -212,10 +247,10 @@ impl PeerSpec {
             return Err(InvalidPeer::Address(name(), address));
         }
         let identities = self.identity.iter().chain(&self.local_identity);
-        if identities
-            .into_iter()
-            .any(|id| id.trim() != id || !(1..=255).contains(&id.len()) || id.chars().any(char::is_control))
-        {
+        if identities.into_iter().any(|id| {
+            let text = id.trim() == id && (1..=255).contains(&id.len()) && !id.chars().any(char::is_control);
+            !text || !Peer::is_identity(id)
+        }) {
             return Err(InvalidPeer::Identity(name()));
         }
         if let PeerProof::Psk { secret } = &self.proof
@@ -299,7 +334,9 @@ mod tests {
         for address in ["0.0.0.0", "127.0.0.1", "224.0.0.1", "10.42.0.9"] {
             assert!(error(&|it| it.address = address.parse().unwrap()).contains("its own --address"));
         }
-        for identity in ["", " office", "a\nb"] {
+        for identity in
+            ["", " office", "a\nb", "CN=", "C=CH, X=y", "two words", "me@", "keyid:", "keyid:0xabc"]
+        {
             assert!(error(&|it| it.identity = Some(identity.to_owned())).contains("plain text"));
         }
         assert!(error(&|it| it.remote_cidrs = vec!["fd00::/64".parse().unwrap()]).contains("IPv6"));

@@ -10,7 +10,7 @@ use ipnet::{IpNet, Ipv4Net};
 use model::agent_api::Routes;
 use model::{
     Candidate, Catalog, Driver, EndpointId, HostId, Mac, Network, NetworkId, PublishedPort, SERVICE_ADDRESS,
-    esp_mtu, vxlan_mtu,
+    TUNNEL_PORT, esp_mtu, vxlan_mtu,
 };
 
 use crate::object::{
@@ -184,7 +184,8 @@ impl<'a> Router<'a> {
     /// The bridge with the router's addresses on it, its guard, and routes to what is attached to it.
     fn bridge(&self, draw: &mut Drawing<'_>) {
         let br0 = Ifname::new("br0");
-        draw.link("br0", LinkKind::Bridge, gateway_mac(&self.network.id), self.mtu);
+        let bridge = LinkKind::Bridge { link_local_learning: false };
+        draw.link("br0", bridge, gateway_mac(&self.network.id), self.mtu);
         draw.put(Key::Table(Family::Bridge), Object::Table(firewall::bridge()));
         let table = firewall::router(&firewall::Router {
             pool: self.network.pool(),
@@ -471,7 +472,8 @@ fn host_objects(catalog: &Catalog, local: &Local, state: &mut State) {
         draw.route(IpAddr::V4(own_side).into(), route);
     }
     let ports: Vec<u16> = ports.into_iter().collect();
-    draw.put(Key::Table(Family::Inet), Object::Table(firewall::host(&ports)));
+    let tunnel_port = local.underlay.as_ref().and_then(|candidate| candidate.port).unwrap_or(TUNNEL_PORT);
+    draw.put(Key::Table(Family::Inet), Object::Table(firewall::host(&ports, tunnel_port)));
 }
 
 fn host_device(slot: u16) -> Ifname {

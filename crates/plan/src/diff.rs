@@ -99,7 +99,7 @@ fn order(step: &Step) -> (u8, u8, &Place, &Key) {
         Key::Program(_) => 10,
     };
     let rank = match object {
-        Some(Object::Link(link)) => u8::from(link.kind != LinkKind::Bridge),
+        Some(Object::Link(link)) => u8::from(!matches!(link.kind, LinkKind::Bridge { .. })),
         // A gateway's route needs the route to that gateway: on-link and narrower ones first.
         Some(Object::Route(route)) => u8::from(route.via.is_some()),
         _ => 0,

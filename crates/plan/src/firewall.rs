@@ -35,6 +35,9 @@ pub(crate) struct Router<'a> {
 /// connection tracking: the forward chain believes that. Each chain, each name of a device and each lookup in a set is paid
 /// in throughput (`make bench`).
 ///
+/// What comes by a port and not by the bridge was sent to a link-local MAC, which the guard does not see (nor does the kernel
+/// forward it).
+///
 /// Queries to port 53 of any address go to the router's own service. This is NAT and not a policy rule with transparent
 /// sockets: a namespace that has ever had a policy rule takes the slow way for each routing decision.
 pub(crate) fn router(router: &Router<'_>) -> Table {
@@ -72,6 +75,7 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
     chain input {{
         type filter hook input priority filter; policy accept;
         iifname "DEVICE" ip saddr != INSIDE drop
+        iifname "p-*" drop
         iifname "up0" ct state established,related accept
         iifname "up0" ip protocol icmp accept
         iifname "up0" drop
@@ -148,11 +152,15 @@ pub(crate) fn bridge() -> Table {
 
 /// The host's part: NAT for the routers, published ports, and who may send to the overlay's ports.
 ///
+/// What leaves in the host's name has a port that no service of the host has. Otherwise a container that sends from a service's
+/// port to where that service will be asked from would get what was sent to the service.
+///
 /// All that is asked of a packet of the overlay is asked before routing, by one chain: each chain costs throughput. Addresses
 /// of loopback are never on the way from a router: of what comes back to them, NAT has yet to say so. What NAT that is not
 /// ours sends there nevertheless is tracked, as the overlay's packets never are: it meets the rules of the translated, which
 /// cost those nothing.
-pub(crate) fn host(overlay_ports: &[u16]) -> Table {
+pub(crate) fn host(overlay_ports: &[u16], tunnel_port: u16) -> Table {
+    let (low, high) = lent_ports(tunnel_port);
     let mut text = format!(
         r#"
     map publish {{
@@ -176,6 +184,7 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
         type nat hook postrouting priority srcnat; policy accept;
         iifname "DEV*" oifname "DEV*" masquerade
         oifname "DEV*" ip saddr 127.0.0.0/8 masquerade
+        oifname != "DEV*" ip saddr {transit} meta l4proto {{ tcp, udp }} masquerade to :{low}-{high}
         oifname != "DEV*" ip saddr {transit} masquerade
     }}
 "#,
@@ -224,6 +233,17 @@ pub(crate) fn host(overlay_ports: &[u16]) -> Table {
     table(Family::Inet, &text.replace("DEV", HOST_DEVICE_PREFIX))
 }
 
+/// The ports that a host lends to what leaves it in its name: those that Linux gives to connections and not to services
+/// (`ip_local_port_range` begins here), but for that of its tunnels.
+fn lent_ports(tunnel_port: u16) -> (u16, u16) {
+    const FIRST: u16 = 32_768;
+    match tunnel_port {
+        ..FIRST => (FIRST, u16::MAX),
+        FIRST..49_152 => (tunnel_port + 1, u16::MAX),
+        49_152.. => (FIRST, tunnel_port - 1),
+    }
+}
+
 fn table(family: Family, body: &str) -> Table {
     let digest = format!("droveway {:016x}", crate::hash(&[family.as_str(), body]));
     let text = format!("table {} {TABLE} {{\n    comment \"{digest}\"\n{body}}}\n", family.as_str());
@@ -242,11 +262,21 @@ mod tests {
 
     #[test]
     fn another_text_is_another_digest_and_the_text_says_it() {
-        let (a, b) = (host(&[4789]), host(&[4789, 8472]));
+        let (a, b) = (host(&[4789], 4500), host(&[4789, 8472], 4500));
         assert_ne!(a.digest, b.digest);
         assert!(a.text.contains(&a.digest));
         let text = of(&["192.168.7.0/24"], "tun0", true);
         assert!(!["POOL", "DEVICE", "REMOTE", "INSIDE"].iter().any(|word| text.contains(word)), "{text}");
+    }
+
+    #[test]
+    fn what_leaves_in_the_hosts_name_never_has_the_port_of_its_tunnels() {
+        for port in [1, 500, 4500, 32_767, 32_768, 40_000, 49_151, 49_152, 65_535] {
+            let (low, high) = lent_ports(port);
+            assert!(low <= high && low >= 32_768 && !(low..=high).contains(&port), "{port}: {low} to {high}");
+            assert!(high - low >= 16_000, "{port}: {low} to {high}");
+        }
+        assert!(host(&[], 4500).text.contains("masquerade to :32768-65535"));
     }
 
     #[test]

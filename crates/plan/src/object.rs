@@ -141,7 +141,11 @@ pub struct Link {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LinkKind {
     /// A bridge: no STP, no forward delay, no multicast snooping.
-    Bridge,
+    Bridge {
+        /// Whether frames to 01:80:c2:00:00:0x teach it who is at a port (IEEE 802.1Q §8.6.3). They do not meet the guard,
+        /// which is a prerouting hook, so a router's bridge must not.
+        link_local_learning: bool,
+    },
     /// One end of a veth pair; its [`Peer`] is made with it.
     Veth,
     /// The end of a veth pair that is made with its other end: only adjusted, never made or removed.
@@ -404,7 +408,8 @@ impl Link {
     /// Whether `have` can become `self` by adjusting, without being made anew.
     pub fn adjustable_from(&self, have: &Self) -> bool {
         match (&self.kind, &have.kind) {
-            (LinkKind::Veth | LinkKind::VethEnd, LinkKind::Veth | LinkKind::VethEnd) => true,
+            (LinkKind::Veth | LinkKind::VethEnd, LinkKind::Veth | LinkKind::VethEnd)
+            | (LinkKind::Bridge { .. }, LinkKind::Bridge { .. }) => true,
             (want, have) => want == have,
         }
     }

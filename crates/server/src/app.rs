@@ -1,11 +1,10 @@
 //! What all requests share, and the one way in which they change the state.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use model::api::{ApiError, ErrorCode};
-use model::{EnvironmentId, HostId, Revision, UnixMillis};
+use model::{EnvironmentId, Revision, UnixMillis};
 use serde::Serialize;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
@@ -14,6 +13,7 @@ use crate::ca::Ca;
 use crate::keys;
 use crate::lines::Lines;
 use crate::outbox::Outbox;
+use crate::presence::Presence;
 use crate::request;
 use crate::state::{Environment, Shared};
 use crate::store::{Op, Store, StoreError, Txn};
@@ -32,6 +32,12 @@ pub(crate) struct App {
     pub(crate) shared: Arc<Shared>,
     pub(crate) ca: Ca,
     pub(crate) domain: String,
+    /// For how long addresses are retained for containers that are gone.
+    pub(crate) retain: Duration,
+    /// What tells this server from others that share its store.
+    pub(crate) name: String,
+    /// Whether there may be others.
+    pub(crate) shares_store: bool,
     pub(crate) presence: Arc<Presence>,
     pub(crate) stopping: watch::Sender<bool>,
     pub(crate) started: tokio::time::Instant,
@@ -62,7 +68,8 @@ impl App {
         store: Arc<dyn Store>,
         shared: Arc<Shared>,
         ca: Ca,
-        domain: String,
+        (domain, retain): (String, Duration),
+        (name, shares_store): (String, bool),
         upkeep: Upkeep,
         outbox: Outbox,
     ) -> Self {
@@ -71,6 +78,9 @@ impl App {
             shared,
             ca,
             domain,
+            retain,
+            name,
+            shares_store,
             presence: Arc::default(),
             stopping: watch::Sender::new(false),
             started: tokio::time::Instant::now(),
@@ -177,70 +187,4 @@ fn store_fault(error: &StoreError) -> ApiError {
 /// The time.
 pub(crate) fn now() -> UnixMillis {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as UnixMillis)
-}
-
-/// Which agents are there.
-#[derive(Debug, Default)]
-pub(crate) struct Presence(Mutex<BTreeMap<HostId, Seen>>);
-
-/// What is known of an agent's connection.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Seen {
-    /// How many watches it has open.
-    pub(crate) watches: usize,
-    /// When it was last heard of.
-    pub(crate) at: UnixMillis,
-    /// When the certificate runs out that it showed last.
-    pub(crate) certificate_expires: Option<UnixMillis>,
-}
-
-/// A watch that is open.
-#[derive(Debug)]
-pub(crate) struct Watching(Arc<Presence>, HostId);
-
-impl Presence {
-    pub(crate) fn of(&self, host: &HostId) -> Option<Seen> {
-        self.lock().get(host).copied()
-    }
-
-    /// The agent said something, on a connection for which it showed a certificate that runs out then.
-    pub(crate) fn saw(&self, host: &HostId, certificate_expires: Option<UnixMillis>) {
-        let mut all = self.lock();
-        let seen = all.entry(host.clone()).or_default();
-        seen.at = now();
-        // An old connection may still be in use beside a new one.
-        seen.certificate_expires = seen.certificate_expires.max(certificate_expires);
-    }
-
-    /// The agent watches, until the answer is dropped.
-    pub(crate) fn watch(self: &Arc<Self>, host: &HostId) -> Watching {
-        self.lock().entry(host.clone()).or_default().watches += 1;
-        Watching(self.clone(), host.clone())
-    }
-
-    pub(crate) fn forget(&self, host: &HostId) {
-        self.lock().remove(host);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<HostId, Seen>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Watching {
-    /// The connection takes what is sent, so the agent is there.
-    pub(crate) fn saw(&self) {
-        if let Some(seen) = self.0.lock().get_mut(&self.1) {
-            seen.at = now();
-        }
-    }
-}
-
-impl Drop for Watching {
-    fn drop(&mut self) {
-        if let Some(seen) = self.0.lock().get_mut(&self.1) {
-            seen.watches = seen.watches.saturating_sub(1);
-            seen.at = now();
-        }
-    }
 }

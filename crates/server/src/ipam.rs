@@ -14,7 +14,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 use model::api::{ApiError, ErrorCode};
-use model::{Block, Claim, EndpointId, Geometry, HostId, Network, Revision, Withdrawn};
+use model::{Block, Claim, EndpointId, Geometry, HostId, Network, Revision, Wanted, Withdrawn};
 
 use crate::app::put;
 use crate::keys::Keys;
@@ -191,6 +191,9 @@ pub(crate) fn release(
         let message = format!("address {address} is that of endpoint {}; remove it first", endpoint.id);
         return Err(ApiError::new(ErrorCode::InUse, message));
     }
+    if let Some(wanted) = &claim.wanted {
+        return consent_to_move(keys, env, network, host, address, wanted.at, true);
+    }
     let key = keys.claim(&network.id, &address);
     let compares = vec![unchanged(env, key.clone()), Compare::NonePutSince(keys.endpoints(), revision)];
     Ok(Some(Txn::new(compares, vec![Op::Delete(key)])))
@@ -338,6 +341,104 @@ pub(crate) fn claim(
     }
     let txn = Txn::new(compares, vec![put(keys.claim(&network.id, &address), &claim)?]);
     Ok(Grant::New(txn, claim))
+}
+
+/// The claim that is retained for somebody in a network.
+pub(crate) fn retained<'a>(env: &'a Environment, network: &'a Network, owner: &str) -> Option<&'a Claim> {
+    env.claims_of(&network.id)
+        .find(|claim| claim.retained.as_ref().is_some_and(|retained| retained.owner == owner))
+}
+
+/// How `host` gets an address that is retained for somebody: it has it, or asks the host that has it.
+pub(crate) fn move_retained(
+    keys: Keys<'_>,
+    env: &Environment,
+    revision: Revision,
+    claim: &Claim,
+    (host, endpoint): (&HostId, &EndpointId),
+) -> Result<Grant<Claim>, ApiError> {
+    let key = keys.claim(&claim.network, &claim.address);
+    let compares = vec![unchanged(env, key.clone())];
+    if claim.host == *host {
+        return Ok(Grant::Held(Txn::new(compares, Vec::new()), claim.clone()));
+    }
+    if let Some(holder) = env.holder(&claim.network, claim.address) {
+        let who = holder.name.as_ref().map_or_else(|| holder.id.to_string(), ToString::to_string);
+        let message = format!(
+            "address {} is retained for it, and endpoint {who} on host {} has it",
+            claim.address,
+            env.host_name(&holder.host)
+        );
+        return Err(ApiError::new(ErrorCode::Conflict, message));
+    }
+    let wanted = Wanted { host: host.clone(), endpoint: endpoint.clone(), at: revision };
+    let asked = Claim { wanted: Some(wanted), ..claim.clone() };
+    Ok(Grant::New(Txn::new(compares, vec![put(key, &asked)?]), asked))
+}
+
+/// That the holder of a retained address lets go of it, or does not. `None` if nobody asks for it any more.
+pub(crate) fn consent_to_move(
+    keys: Keys<'_>,
+    env: &Environment,
+    network: &Network,
+    holder: &HostId,
+    address: IpAddr,
+    at: Revision,
+    consents: bool,
+) -> Result<Option<Txn>, ApiError> {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address)).filter(|claim| claim.host == *holder);
+    let Some((claim, wanted)) = claim.and_then(|claim| Some((claim, claim.wanted.as_ref()?))) else {
+        return Ok(None);
+    };
+    if wanted.at != at {
+        return Ok(None);
+    }
+    let key = keys.claim(&network.id, &address);
+    let mut compares = vec![unchanged(env, key.clone())];
+    let mut next = Claim { wanted: None, ..claim.clone() };
+    if consents && env.catalog.hosts.contains_key(&wanted.host) {
+        compares.push(Compare::Present(keys.host(&wanted.host)));
+        (next.host, next.endpoint) = (wanted.host.clone(), wanted.endpoint.clone());
+    }
+    Ok(Some(Txn::new(compares, vec![put(key, &next)?])))
+}
+
+/// That nobody asks for a retained address any more: who did could wait no longer.
+pub(crate) fn ask_no_more(keys: Keys<'_>, env: &Environment, asked: &Claim) -> Result<Option<Txn>, ApiError> {
+    let claim = env.catalog.claims.get(&(asked.network.clone(), asked.address));
+    let Some(claim) = claim.filter(|claim| claim.wanted.is_some() && claim.wanted == asked.wanted) else {
+        return Ok(None);
+    };
+    let key = keys.claim(&claim.network, &claim.address);
+    let next = Claim { wanted: None, ..claim.clone() };
+    Ok(Some(Txn::new(vec![unchanged(env, key.clone())], vec![put(key, &next)?])))
+}
+
+/// That an address is not retained any more: its host gives it back when nobody has it. `None` if it is not.
+pub(crate) fn retain_no_more(
+    keys: Keys<'_>,
+    env: &Environment,
+    network: &Network,
+    address: IpAddr,
+) -> Result<Option<Txn>, ApiError> {
+    let claim = env.catalog.claims.get(&(network.id.clone(), address));
+    let Some(claim) = claim.filter(|claim| claim.retained.is_some()) else { return Ok(None) };
+    let key = keys.claim(&network.id, &address);
+    let next = Claim { retained: None, ..claim.clone() };
+    Ok(Some(Txn::new(vec![unchanged(env, key.clone())], vec![put(key, &next)?])))
+}
+
+/// An address for somebody for whom none is retained yet: of the slice for claims if one is free there, where no block ever
+/// is.
+pub(crate) fn unretained(env: &Environment, network: &Network) -> Result<IpAddr, ApiError> {
+    let geometry = network.geometry();
+    let free = |address: &IpAddr| {
+        !env.catalog.claims.contains_key(&(network.id.clone(), *address))
+            && env.holder(&network.id, *address).is_none()
+    };
+    let slice = (0..geometry.claim_blocks()).rev().filter_map(|index| geometry.piece(index));
+    let found = slice.flat_map(|cidr| geometry.addresses(cidr)).find(free);
+    found.map_or_else(|| single(env, network), Ok)
 }
 
 /// That the holder of the block lets go of an address that was asked for, or does not. `None` if nobody asks for it any more.

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use model::api::{ApiError, ErrorCode};
 use model::{
     Block, Catalog, Claim, EndpointId, EnvironmentId, Host, HostId, Key, Network, NetworkId, NetworkSpec,
-    Object, Revision,
+    Object, Retained, Revision,
 };
 
 use crate::ipam::{self, Grant};
@@ -39,9 +39,18 @@ fn no_address_is_given_twice_and_none_is_lost_at_any_interleaving() {
     }
     world.rest();
     println!("{:?}", world.done);
-    for what in
-        ["attached", "single", "claimed", "consented", "refused to consent", "re-leased", "leased another's"]
-    {
+    for what in [
+        "attached",
+        "single",
+        "claimed",
+        "consented",
+        "refused to consent",
+        "re-leased",
+        "leased another's",
+        "retained",
+        "moved",
+        "refused to move",
+    ] {
         assert!(world.done.get(what).is_some_and(|times| *times > 20), "{what} too rarely: {:?}", world.done);
     }
 }
@@ -107,12 +116,28 @@ impl Store {
 /// What an agent asks for.
 #[derive(Clone, Debug)]
 enum Ask {
-    Lease { held: usize },
-    Claim { address: Option<IpAddr>, endpoint: EndpointId, router: bool },
+    Lease {
+        held: usize,
+    },
+    Claim {
+        address: Option<IpAddr>,
+        endpoint: EndpointId,
+        router: bool,
+    },
     GiveBack(Block),
     Release(Claim),
     Heard(Revision),
-    Consent { claim: Claim, consents: bool },
+    Consent {
+        claim: Claim,
+        consents: bool,
+    },
+    /// The address that is retained for somebody, or a new one.
+    Retained {
+        owner: String,
+        endpoint: EndpointId,
+    },
+    /// What a server does that has waited long enough for a retained address.
+    NoMore(Claim),
 }
 
 #[derive(Clone, Debug)]
@@ -153,6 +178,10 @@ struct World {
     hosts: u32,
     ids: u64,
     done: BTreeMap<&'static str, u32>,
+    /// Nothing is retained any more.
+    ending: bool,
+    /// [`World::grants`], as last looked at.
+    granted: (Revision, Vec<Block>, BTreeMap<IpAddr, Claim>),
 }
 
 impl World {
@@ -172,6 +201,8 @@ impl World {
             hosts: 0,
             ids: 0,
             done: BTreeMap::new(),
+            ending: false,
+            granted: Default::default(),
             environment,
         };
         let keys = Keys(&world.environment);
@@ -229,10 +260,11 @@ impl World {
             0..170 => self.attach(agent),
             170..320 => self.detach(agent),
             320..350 => self.wish(agent),
-            350..560 => self.deliver(),
-            560..700 => self.follow(agent),
-            700..780 => self.converge(agent),
-            780..820 => self.say_heard(agent),
+            350..380 => self.attach_retained(agent),
+            380..580 => self.deliver(),
+            580..710 => self.follow(agent),
+            710..785 => self.converge(agent),
+            785..820 => self.say_heard(agent),
             820..860 => self.consent(agent),
             860..900 => self.tidy(agent),
             900..960 => {
@@ -285,6 +317,7 @@ impl World {
             let idle = |claim: &&Claim| {
                 claim.host == agent.host
                     && !claim.router
+                    && claim.retained.is_none()
                     && !used.contains(&claim.address)
                     && self.has_claim(agent, claim.address)
             };
@@ -296,6 +329,31 @@ impl World {
             None => {
                 self.send_back(index);
                 let ask = Ask::Lease { held: blocks.len() };
+                self.post.push(Letter { agent: index, host, life, sent: self.now, ask });
+            }
+        }
+    }
+
+    /// One of a few containers that keep their addresses begins, here or there.
+    fn attach_retained(&mut self, index: usize) {
+        let owner = format!("c{}", self.below(3));
+        let agent = &self.agents[index];
+        if self.blocks(agent).is_empty() {
+            return;
+        }
+        let of_owner = |claim: &&Claim| claim.retained.as_ref().is_some_and(|it| it.owner == owner);
+        let claim = agent.catalog.claims_of(&self.network.id).find(of_owner).cloned();
+        match claim {
+            Some(claim) if agent.used.contains_key(&claim.address) => {}
+            Some(claim) if self.has_claim(agent, claim.address) => {
+                self.take(index, claim.address);
+                self.did("retained");
+            }
+            Some(_) | None => {
+                let (host, life) = (agent.host.clone(), agent.life);
+                self.ids += 1;
+                let endpoint = EndpointId::from_random(self.ids.to_be_bytes());
+                let ask = Ask::Retained { owner, endpoint };
                 self.post.push(Letter { agent: index, host, life, sent: self.now, ask });
             }
         }
@@ -384,7 +442,7 @@ impl World {
             }
         }
         let catalog = &agent.catalog;
-        agent.leaving.retain(|key, object| catalog.get(key).as_ref() == Some(object));
+        agent.leaving.retain(|key, object| object.is_on_its_way(catalog.get(key).as_ref()));
     }
 
     fn converge(&mut self, index: usize) {
@@ -412,6 +470,9 @@ impl World {
             .map(|block| block.cidr)
             .collect();
         let asked = agent.catalog.claims.values().find(|claim| {
+            if claim.host == agent.host {
+                return claim.wanted.is_some();
+            }
             claim.asked
                 && claim.host != agent.host
                 && blocks.iter().any(|block| block.contains(&claim.address))
@@ -419,6 +480,13 @@ impl World {
         let Some(claim) = asked.cloned() else { return };
         let router = agent.catalog.router_address(&self.network.id, &agent.host);
         let consents = !agent.used.contains_key(&claim.address) && router != Some(claim.address);
+        let moves = claim.wanted.is_some();
+        if consents && moves {
+            let object = Object::Claim(claim.clone());
+            // What is on its way back to the server already stays so.
+            self.agents[index].leaving.entry(object.key()).or_insert(object);
+        }
+        let agent = &self.agents[index];
         let ask = Ask::Consent { claim, consents };
         self.post.push(Letter {
             agent: index,
@@ -427,15 +495,23 @@ impl World {
             sent: self.now,
             ask,
         });
-        self.did(if consents { "consented" } else { "refused to consent" });
+        self.did(match (moves, consents) {
+            (false, true) => "consented",
+            (false, false) => "refused to consent",
+            (true, true) => "moved",
+            (true, false) => "refused to move",
+        });
     }
 
     /// Gives back what is not needed.
     fn tidy(&mut self, index: usize) {
+        let over = self.ending || self.below(4) == 0;
         let agent = &self.agents[index];
         let router = agent.catalog.router_address(&self.network.id, &agent.host);
         let free = |claim: &&Claim| {
             claim.host == agent.host
+                && claim.wanted.is_none()
+                && (over || claim.retained.is_none())
                 && !agent.used.contains_key(&claim.address)
                 && (Some(claim.address) != router || agent.used.is_empty())
         };
@@ -460,7 +536,7 @@ impl World {
         for object in agent.leaving.values() {
             let ask = match object {
                 Object::Block(block) => Ask::GiveBack(block.clone()),
-                Object::Claim(claim) => Ask::Release(claim.clone()),
+                Object::Claim(claim) if claim.wanted.is_none() => Ask::Release(claim.clone()),
                 _ => continue,
             };
             self.post.push(Letter {
@@ -511,8 +587,11 @@ impl World {
 
     fn restart_server(&mut self) {
         let server = self.below(2);
-        self.servers[server] = State::default();
-        self.catch_up(server, true);
+        // It reads all that there is, as it is.
+        let events = self.store.keys.values().cloned().map(Event::Put).collect();
+        let mut state = State::default();
+        state.apply(&Batch { revision: self.store.revision(), events });
+        self.servers[server] = state;
         for agent in &mut self.agents {
             if agent.cursor.as_ref().is_some_and(|(of, _)| *of == server) {
                 agent.cursor = None;
@@ -522,15 +601,13 @@ impl World {
 
     /// Delivers a letter, perhaps for the first of two times; its answer may be lost.
     fn deliver(&mut self) {
+        // A request has a deadline on both sides: what is older is served by nobody.
+        let now = self.now;
+        self.post.retain(|letter| now - letter.sent <= DEADLINE);
         if self.post.is_empty() {
             return;
         }
         let which = self.below(self.post.len());
-        // A request has a deadline on both sides: what is older is served by nobody.
-        if self.now - self.post[which].sent > DEADLINE {
-            self.post.swap_remove(which);
-            return;
-        }
         if self.agents[self.post[which].agent].cut {
             return;
         }
@@ -545,6 +622,11 @@ impl World {
             match self.serve(server, &letter) {
                 Served::Again => {}
                 Served::Answer(answer) => {
+                    if let Answer::Asked(claim) = &answer {
+                        // The server waits, and asks no more some time, whoever hears of it.
+                        let ask = Ask::NoMore(claim.clone());
+                        self.post.push(Letter { ask, sent: self.now, ..letter.clone() });
+                    }
                     if answered {
                         self.answer(&letter, answer);
                     }
@@ -614,7 +696,7 @@ impl World {
         match answer {
             Answer::Block(block) => {
                 let object = Object::Block(block);
-                if agent.leaving.get(&object.key()) != Some(&object) {
+                if !agent.leaving.get(&object.key()).is_some_and(|left| left.is_same_grant(&object)) {
                     agent.leaving.remove(&object.key());
                     agent.catalog.put(object);
                 }
@@ -622,7 +704,7 @@ impl World {
             Answer::Claim(claim) if !claim.asked => {
                 let router = claim.router;
                 let object = Object::Claim(claim);
-                if agent.leaving.get(&object.key()) != Some(&object) {
+                if !agent.leaving.get(&object.key()).is_some_and(|left| left.is_same_grant(&object)) {
                     agent.leaving.remove(&object.key());
                     agent.catalog.put(object);
                 }
@@ -638,26 +720,18 @@ impl World {
                     }
                 }
             }
-            Answer::Claim(_) | Answer::Refused(_) | Answer::Nothing => {}
+            Answer::Claim(_) | Answer::Asked(_) | Answer::Refused(_) | Answer::Nothing => {}
         }
     }
 
     // ---- what must hold ----
 
-    fn check(&self) {
+    fn check(&mut self) {
+        if self.granted.0 != self.store.revision() {
+            self.granted = self.grants();
+        }
+        let (_, blocks, claims) = &self.granted;
         let mut seen: BTreeMap<IpAddr, &HostId> = BTreeMap::new();
-        let all = |prefix: String| {
-            let below = self.store.keys.range(prefix.clone()..);
-            below.take_while(move |(key, _)| key.starts_with(&prefix)).map(|(_, kv)| &kv.value)
-        };
-        let keys = Keys(&self.environment);
-        let blocks: Vec<Block> =
-            all(keys.blocks(&self.network.id)).map(|value| serde_json::from_slice(value).unwrap()).collect();
-        let claims: BTreeMap<IpAddr, Claim> = all(keys.claims(&self.network.id))
-            .map(|value| serde_json::from_slice::<Claim>(value).unwrap())
-            .filter(|claim| !claim.asked)
-            .map(|claim| (claim.address, claim))
-            .collect();
         for agent in &self.agents {
             for address in agent.used.keys() {
                 if let Some(other) = seen.insert(*address, &agent.host) {
@@ -672,8 +746,26 @@ impl World {
         }
     }
 
+    /// All that the store grants to anybody.
+    fn grants(&self) -> (Revision, Vec<Block>, BTreeMap<IpAddr, Claim>) {
+        let all = |prefix: String| {
+            let below = self.store.keys.range(prefix.clone()..);
+            below.take_while(move |(key, _)| key.starts_with(&prefix)).map(|(_, kv)| &kv.value)
+        };
+        let keys = Keys(&self.environment);
+        let blocks: Vec<Block> =
+            all(keys.blocks(&self.network.id)).map(|value| serde_json::from_slice(value).unwrap()).collect();
+        let claims: BTreeMap<IpAddr, Claim> = all(keys.claims(&self.network.id))
+            .map(|value| serde_json::from_slice::<Claim>(value).unwrap())
+            .filter(|claim| !claim.asked)
+            .map(|claim| (claim.address, claim))
+            .collect();
+        (self.store.revision(), blocks, claims)
+    }
+
     /// Everything ends, all is delivered and heard: nothing is held by anybody.
     fn rest(&mut self) {
+        self.ending = true;
         for agent in &mut self.agents {
             agent.cut = false;
             agent.used.clear();
@@ -712,6 +804,7 @@ enum Served {
 enum Answer {
     Block(Block),
     Claim(Claim),
+    Asked(Claim),
     Refused(ErrorCode),
     Nothing,
 }
@@ -747,6 +840,8 @@ fn plan(
                 endpoint: endpoint.clone(),
                 asked: false,
                 router: *router,
+                retained: None,
+                wanted: None,
             };
             match ipam::claim(keys, env, revision, network, &wanted)? {
                 Grant::Held(txn, claim) => (Some(txn), Answer::Claim(claim)),
@@ -761,6 +856,32 @@ fn plan(
             nothing(ipam::release(keys, env, revision, network, host, address, endpoint)?)
         }
         Ask::Heard(revision) => nothing(ipam::heard(keys, env, host, *revision)?),
+        Ask::Retained { owner, endpoint } => match ipam::retained(env, network, owner) {
+            Some(claim) => match ipam::move_retained(keys, env, revision, claim, (host, endpoint))? {
+                Grant::Held(txn, claim) => (Some(txn), Answer::Claim(claim)),
+                Grant::New(txn, claim) => (Some(txn), Answer::Asked(claim)),
+            },
+            None => {
+                let wanted = Claim {
+                    network: network.id.clone(),
+                    address: ipam::unretained(env, network)?,
+                    host: host.clone(),
+                    endpoint: endpoint.clone(),
+                    asked: false,
+                    router: false,
+                    retained: Some(Retained { owner: owner.clone(), seconds: 1 }),
+                    wanted: None,
+                };
+                match ipam::claim(keys, env, revision, network, &wanted)? {
+                    Grant::Held(txn, claim) | Grant::New(txn, claim) => (Some(txn), Answer::Claim(claim)),
+                }
+            }
+        },
+        Ask::NoMore(claim) => nothing(ipam::ask_no_more(keys, env, claim)?),
+        Ask::Consent { claim, consents } if claim.wanted.is_some() => {
+            let at = claim.wanted.as_ref().map_or_else(Revision::default, |wanted| wanted.at);
+            nothing(ipam::consent_to_move(keys, env, network, host, claim.address, at, *consents)?)
+        }
         Ask::Consent { claim, consents } => {
             let (address, endpoint) = (claim.address, &claim.endpoint);
             nothing(ipam::consent(keys, env, network, host, address, endpoint, *consents)?)

@@ -5,6 +5,8 @@
 //! /droveway/{environment}/ca                       the CA's certificate, PEM
 //! /droveway/{environment}/servers/{id}             Urls, of a server
 //! /droveway/{environment}/unreported/{host}        Unreported: a host that has not said what it holds since a restore
+//! /droveway/{environment}/incarnations/{host}      Life: which start of the host's agent counts
+//! /droveway/{environment}/presence/{server}        Noted: who was there, as a server saw it
 //! /droveway/{environment}/networks/{id}            Network          names/network/{name}, names/vni/{port}-{vni}
 //! /droveway/{environment}/hosts/{id}               Host             names/host/{name}, names/key/{key}
 //! /droveway/{environment}/reports/{host}           Report
@@ -29,7 +31,9 @@ use model::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::incarnation::Life;
 use crate::outbox::Entry;
+use crate::presence::Noted;
 use crate::store::{KeyValue, Op};
 
 /// Before every key.
@@ -106,6 +110,8 @@ pub(crate) enum Slot {
     Ca,
     Server(String),
     Unreported(HostId),
+    Life(HostId),
+    Presence(String),
     Network(NetworkId),
     Host(HostId),
     Report(HostId),
@@ -133,6 +139,8 @@ pub(crate) enum Record {
     Server(String, Urls),
     Unreported(HostId, Unreported),
     Audit(String, String, Entry),
+    Life(HostId, Life),
+    Presence(String, Noted),
     Environment,
     /// The CA's certificate, which is looked at when a server starts.
     Ca,
@@ -158,6 +166,12 @@ impl Keys<'_> {
     }
     pub(crate) fn unreported(self, id: &HostId) -> String {
         self.at(&format!("unreported/{id}"))
+    }
+    pub(crate) fn life(self, id: &HostId) -> String {
+        self.at(&format!("incarnations/{id}"))
+    }
+    pub(crate) fn presence(self, server: &str) -> String {
+        self.at(&format!("presence/{server}"))
     }
     pub(crate) fn network(self, id: &NetworkId) -> String {
         self.at(&format!("networks/{id}"))
@@ -236,6 +250,11 @@ impl Keys<'_> {
     }
 }
 
+/// Whether what is at a key is secret: nothing of it may be left once it is deleted.
+pub(crate) fn is_secret(key: &str) -> bool {
+    matches!(parse(key), Some((_, Slot::Peer(_))))
+}
+
 /// An operation that puts `value` at `key`.
 pub(crate) fn put(key: String, value: &impl Serialize) -> Result<Op, serde_json::Error> {
     Ok(Op::Put(key, serde_json::to_vec(value)?))
@@ -250,6 +269,8 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
         ("ca", None, None) => Slot::Ca,
         ("servers", Some(id), None) => Slot::Server(id.to_owned()),
         ("unreported", Some(id), None) => Slot::Unreported(id.parse().ok()?),
+        ("incarnations", Some(id), None) => Slot::Life(id.parse().ok()?),
+        ("presence", Some(id), None) => Slot::Presence(id.to_owned()),
         ("networks", Some(id), None) => Slot::Network(id.parse().ok()?),
         ("hosts", Some(id), None) => Slot::Host(id.parse().ok()?),
         ("reports", Some(id), None) => Slot::Report(id.parse().ok()?),
@@ -282,6 +303,8 @@ pub(crate) fn decode(slot: &Slot, kv: &KeyValue) -> Result<Record, serde_json::E
         Slot::Ca => Record::Ca,
         Slot::Server(id) => Record::Server(id.clone(), serde_json::from_slice(value)?),
         Slot::Unreported(id) => Record::Unreported(id.clone(), serde_json::from_slice(value)?),
+        Slot::Life(id) => Record::Life(id.clone(), serde_json::from_slice(value)?),
+        Slot::Presence(id) => Record::Presence(id.clone(), serde_json::from_slice(value)?),
         Slot::Network(_) => Record::Object(Object::Network(serde_json::from_slice::<Network>(value)?)),
         Slot::Host(_) => Record::Object(Object::Host(serde_json::from_slice::<Host>(value)?)),
         Slot::Block(..) => {
@@ -320,6 +343,8 @@ mod tests {
             (keys.ca(), Slot::Ca),
             (keys.server("ab"), Slot::Server("ab".into())),
             (keys.unreported(&host), Slot::Unreported(host.clone())),
+            (keys.life(&host), Slot::Life(host.clone())),
+            (keys.presence("ab"), Slot::Presence("ab".into())),
             (keys.network(&network), Slot::Network(network.clone())),
             (keys.host(&host), Slot::Host(host.clone())),
             (keys.withdrawn(&network, &cidr), Slot::Withdrawn(network.clone(), cidr)),
@@ -337,6 +362,7 @@ mod tests {
         ] {
             assert_eq!(parse(&key), Some((environment.clone(), slot)), "{key}");
         }
+        assert!(is_secret(&keys.peer(&peer)) && !is_secret(&keys.host(&host)));
         for foreign in ["/other/default/networks/x", "/droveway/default", "/droveway/default/hosts/x/y", ""] {
             assert_eq!(parse(foreign), None, "{foreign}");
         }

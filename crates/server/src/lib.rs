@@ -15,6 +15,7 @@ mod audit;
 mod backup;
 mod ca;
 mod files;
+mod incarnation;
 mod ipam;
 #[cfg(test)]
 mod ipam_model;
@@ -23,6 +24,7 @@ mod limits;
 mod lines;
 mod metrics;
 mod outbox;
+mod presence;
 mod request;
 mod secret;
 mod serve;
@@ -45,6 +47,9 @@ pub use limits::Limits;
 pub use start::run;
 pub use store::{BadStore, EtcdConfig, EtcdUrl, OpenEtcdError, StoreChoice};
 
+/// For how long addresses are retained, unless a server is told otherwise.
+pub const RETAIN: std::time::Duration = std::time::Duration::from_hours(30 * 24);
+
 /// How a server is to run.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -56,6 +61,8 @@ pub struct Config {
     pub names: Vec<String>,
     /// The domain of names in the environment.
     pub domain: String,
+    /// For how long addresses are retained for containers that are gone.
+    pub retain: std::time::Duration,
     /// How much it takes on.
     pub limits: Limits,
     /// How long certificates are good for.

@@ -27,6 +27,7 @@ pub(crate) struct Metrics {
     /// Strangers' connections that were ended because newer ones came.
     made_room: AtomicU64,
     handshakes_failed: AtomicU64,
+    copies_refused: AtomicU64,
     /// The store's files, where it has some.
     store_files: Vec<PathBuf>,
 }
@@ -59,6 +60,10 @@ impl Metrics {
 
     pub(crate) fn made_room(&self) {
         self.made_room.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn copy_refused(&self) {
+        self.copies_refused.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn handshake_failed(&self) {
@@ -122,6 +127,8 @@ fn connections(app: &App, out: &mut Exposition) {
     out.single("droveway_connections_evicted_total", Kind::Counter, help, count(&metrics.made_room));
     let help = "TLS handshakes that failed or took too long.";
     out.single("droveway_handshake_failures_total", Kind::Counter, help, count(&metrics.handshakes_failed));
+    let help = "Agents refused because their state directory is a copy of a host's, or an old one.";
+    out.single("droveway_copies_refused_total", Kind::Counter, help, count(&metrics.copies_refused));
 }
 
 fn store(app: &App, out: &mut Exposition) {

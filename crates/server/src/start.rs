@@ -24,7 +24,7 @@ use crate::state::{Shared, State, feed};
 use crate::store::{Compare, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
 use crate::upkeep::Upkeep;
-use crate::{Config, Error, Ready, StoreChoice, secret, serve, tls};
+use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls};
 
 /// The admin key's name in the store.
 pub(crate) const ADMIN: &str = "admin";
@@ -77,7 +77,9 @@ pub async fn run(
     let shared = Arc::new(Shared::new(state));
     let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
-    let app = Arc::new(App::new(store, shared, ca, config.domain, upkeep, outbox));
+    let shares_store = matches!(config.store, StoreChoice::Etcd(_));
+    let name = (server.to_owned(), shares_store);
+    let app = Arc::new(App::new(store, shared, ca, (config.domain, config.retain), name, upkeep, outbox));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
     let mut store_ended = false;
@@ -92,6 +94,10 @@ pub async fn run(
         () = serve::serve(listener, tls, app.clone(), end) => {}
         never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
         never = app.outbox.run(&app.shared, &app.upkeep.audit) => match never {},
+        never = presence::keep(&app, &environment) => match never {},
+    }
+    if !store_ended {
+        presence::note(&app, &environment).await;
     }
     // What cannot be written now is written at the next start.
     app.outbox.write(&app.shared, &app.upkeep.audit).await;

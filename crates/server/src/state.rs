@@ -15,8 +15,10 @@ use model::{
 };
 use tokio::sync::watch;
 
+use crate::incarnation::Life;
 use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
 use crate::outbox::Entry;
+use crate::presence::Noted;
 use crate::store::{Batch, Event, KeyValue, Store, StoreError};
 
 /// How many changes of objects are remembered for watches that are behind.
@@ -47,6 +49,10 @@ pub(crate) struct Environment {
     pub(crate) unreported: BTreeMap<HostId, Unreported>,
     /// Changes on their way into audit logs, by server and id, with the revision that each made.
     pub(crate) audit: BTreeMap<(String, String), (Revision, Entry)>,
+    /// Which start of each host's agent counts.
+    pub(crate) lives: BTreeMap<HostId, Life>,
+    /// Who was there, as each server saw it.
+    pub(crate) noted: BTreeMap<String, Noted>,
     /// Hosts by the SHA-256 of their key.
     pub(crate) by_key: HashMap<String, HostId>,
     /// How many blocks and claims each host has in each network, and how many foreign peers it speaks to there.
@@ -175,6 +181,14 @@ impl Environment {
                 self.audit.insert((server, id), (kv.modified, entry));
                 None
             }
+            Record::Life(id, life) => {
+                self.lives.insert(id, life);
+                None
+            }
+            Record::Presence(id, noted) => {
+                self.noted.insert(id, noted);
+                None
+            }
             Record::Report(id, report) => {
                 self.reports.insert(id, report);
                 None
@@ -215,6 +229,14 @@ impl Environment {
             }
             Slot::Audit(server, id) => {
                 self.audit.remove(&(server.clone(), id.clone()));
+                return None;
+            }
+            Slot::Life(id) => {
+                self.lives.remove(id);
+                return None;
+            }
+            Slot::Presence(id) => {
+                self.noted.remove(id);
                 return None;
             }
             Slot::Report(id) => {

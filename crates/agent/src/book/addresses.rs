@@ -20,11 +20,7 @@ impl Book {
         let need_block = Refusal::NeedBlock { network: network.id.clone(), held: blocks.len() };
         // The router's address comes from a block, so a host with only claimed addresses needs one too; where none is free,
         // it is a claimed one itself.
-        let router = self.catalog.router_address(&network.id, &self.host);
-        let kept = |router: &IpAddr| {
-            blocks.iter().any(|block| block.contains(router)) || self.has_claim(&network.id, *router)
-        };
-        let Some(router) = router.filter(kept) else { return Err(need_block) };
+        let Some(router) = self.kept_router(&network.id, &blocks) else { return Err(need_block) };
         let Some(wish) = wish else {
             let pool = self.pool(network, &blocks, Some(router));
             let single = || self.idle_claim(&network.id);
@@ -59,6 +55,42 @@ impl Book {
         }
     }
 
+    /// The router's address, in one of these blocks or claimed.
+    fn kept_router(&self, network: &NetworkId, blocks: &[IpNet]) -> Option<IpAddr> {
+        let kept = |router: &IpAddr| {
+            blocks.iter().any(|block| block.contains(router)) || self.has_claim(network, *router)
+        };
+        self.catalog.router_address(network, &self.host).filter(kept)
+    }
+
+    /// The address that is retained for a container; none where a container that is called the same has it. A router has to
+    /// have its own first.
+    pub(super) fn retained(&self, network: &Network, owner: &str) -> Result<Option<IpAddr>, Refusal> {
+        if self.kept_router(&network.id, &self.own_blocks(&network.id)).is_none() {
+            return Ok(None);
+        }
+        let of_owner = |claim: &&Claim| claim.retained.as_ref().is_some_and(|it| it.owner == owner);
+        match self.catalog.claims_of(&network.id).find(of_owner) {
+            Some(claim) if self.is_used(&network.id, claim.address) => Ok(None),
+            Some(claim) if self.has_claim(&network.id, claim.address) => Ok(Some(claim.address)),
+            Some(_) | None => {
+                Err(Refusal::NeedRetained { network: network.id.clone(), owner: owner.to_owned() })
+            }
+        }
+    }
+
+    /// Whether a claim of this host is kept for a container that is gone: for so long, since it went or since this agent
+    /// started.
+    pub(crate) fn is_retained(&self, claim: &Claim) -> bool {
+        self.retained_until(claim).is_some_and(|until| self.clock() < until)
+    }
+
+    fn retained_until(&self, claim: &Claim) -> Option<i64> {
+        let retained = claim.retained.as_ref()?;
+        let since = self.released.get(&(claim.network.clone(), claim.address)).copied().unwrap_or_default();
+        Some(since.saturating_add(i64::try_from(retained.seconds.saturating_mul(1000)).unwrap_or(i64::MAX)))
+    }
+
     /// Whether this host has claimed an address, and keeps it.
     fn has_claim(&self, network: &NetworkId, address: IpAddr) -> bool {
         let name = (network.clone(), address);
@@ -68,7 +100,8 @@ impl Book {
 
     /// An address that was claimed for no endpoint in particular, or for one that is gone.
     fn idle_claim(&self, network: &NetworkId) -> Option<IpAddr> {
-        let own = self.catalog.claims_of(network).filter(|claim| claim.host == self.host && !claim.router);
+        let own = self.catalog.claims_of(network);
+        let own = own.filter(|it| it.host == self.host && !it.router && it.retained.is_none());
         let idle = |address: &IpAddr| !self.is_used(network, *address) && self.has_claim(network, *address);
         own.map(|claim| claim.address).find(idle)
     }
@@ -76,6 +109,12 @@ impl Book {
     /// Lets go of an address in one of this host's blocks that another host asked for: whether nobody has it here. From now
     /// on nobody gets it, also after a loss of power.
     pub(crate) fn consent(&mut self, claim: &Claim) -> Result<bool, LedgerError> {
+        if claim.wanted.is_some() {
+            // A retained one: it is on its way from now on, unless the other asks no more.
+            let key = Key::Claim(claim.network.clone(), claim.address);
+            let as_known = self.catalog.get(&key) == Some(Object::Claim(claim.clone()));
+            return Ok(as_known && self.let_go(&key)?);
+        }
         let router = self.catalog.router_address(&claim.network, &self.host);
         let free = !self.is_used(&claim.network, claim.address) && router != Some(claim.address);
         if free {
@@ -92,11 +131,28 @@ impl Book {
         resting.map(|(name, _)| name.clone()).collect()
     }
 
-    /// In how many milliseconds the next address has rested, if one does.
+    /// Addresses that were released since, with when they were, by [`Book::clock`].
+    pub(crate) fn released_since(&self, since: i64) -> impl Iterator<Item = ((NetworkId, IpAddr), i64)> {
+        self.released.iter().filter(move |(_, at)| **at >= since).map(|(name, at)| (name.clone(), *at))
+    }
+
+    /// Whether an address is another host's: claimed by it, or in a block of it.
+    pub(crate) fn is_elsewhere(&self, network: &NetworkId, address: IpAddr) -> bool {
+        let claim = self.catalog.claims.get(&(network.clone(), address)).filter(|claim| !claim.asked);
+        let mut blocks = self.catalog.blocks_of(network);
+        match claim {
+            Some(claim) => claim.host != self.host,
+            None => blocks.any(|block| block.host != self.host && block.cidr.contains(&address)),
+        }
+    }
+
+    /// In how many milliseconds the next address has rested, or is retained no longer, if one is.
     pub(crate) fn rested_in(&self) -> Option<u64> {
         let now = self.clock();
-        let resting = self.released.values().filter(|at| rests(**at, now));
-        resting.map(|at| u64::try_from(at + QUARANTINE - now).unwrap_or_default()).min()
+        let resting = self.released.values().filter(|at| rests(**at, now)).map(|at| at + QUARANTINE);
+        let own = self.catalog.claims.values().filter(|claim| claim.host == self.host);
+        let retained = own.filter_map(|claim| self.retained_until(claim)).filter(|until| *until > now);
+        resting.chain(retained).map(|until| u64::try_from(until - now).unwrap_or_default()).min()
     }
 
     /// Own blocks of a network that nobody needs: none of their addresses is in use or rests, the router's is in another one,
@@ -122,7 +178,7 @@ impl Book {
     fn plenty_without(&self, network: &NetworkId, cidr: IpNet) -> bool {
         let Some(network) = self.catalog.networks.get(network) else { return false };
         let blocks: Vec<IpNet> = self.own_blocks(&network.id).into_iter().filter(|it| *it != cidr).collect();
-        self.pool(network, &blocks, None).is_plenty()
+        self.pool(network, &blocks, None).is_plenty(self.clock())
     }
 
     /// The blocks of a network that this host holds, and keeps.
@@ -155,7 +211,7 @@ impl Book {
         let blocks = self.own_blocks(&network.id);
         // Nothing is fetched early where single addresses have to do.
         let single = self.catalog.claims_of(&network.id).any(|claim| claim.router && claim.host == self.host);
-        (!single && self.pool(network, &blocks, None).is_low()).then_some(blocks.len())
+        (!single && self.pool(network, &blocks, None).is_low(self.clock())).then_some(blocks.len())
     }
 
     fn pool<'a>(&'a self, network: &'a Network, blocks: &'a [IpNet], router: Option<IpAddr>) -> Pool<'a> {

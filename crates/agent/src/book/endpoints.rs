@@ -88,12 +88,13 @@ impl Book {
     }
 
     /// Checks an attach to the namespace that `inode` is of, and writes it down. With `foreign` it is for a container's
-    /// label, and that is what it is known by.
+    /// label, and that is what it is known by. With `retain` a container whose label asks for that gets the address that it
+    /// had, or one that it will have again.
     pub(crate) fn attach(
         &mut self,
         id: &EndpointId,
         request: AttachRequest,
-        foreign: Option<String>,
+        (foreign, retain): (Option<String>, bool),
         inode: Inode,
     ) -> Result<Attached, Refusal> {
         let network = self.network(&request.network)?.clone();
@@ -108,7 +109,16 @@ impl Book {
         }
         let ports = self.check_ports(None, request.ports)?;
         let routes = request.routes.unwrap_or_else(|| self.routes_left(inode));
-        let address = self.choose(&network, request.address)?;
+        let (stack, service) = (request.stack.as_ref(), request.service.as_ref());
+        let owner = Endpoint::retained_for(&request.labels, stack, service, request.name.as_ref());
+        let retained = match owner.filter(|_| retain && request.address.is_none()) {
+            Some(owner) => self.retained(&network, &owner)?,
+            None => None,
+        };
+        let address = match retained {
+            Some(address) => address,
+            None => self.choose(&network, request.address)?,
+        };
         let endpoint = Endpoint {
             id: id.clone(),
             network: network.id.clone(),

@@ -15,14 +15,15 @@ mod ports;
 pub(crate) use endpoints::inode;
 pub(crate) use local::{handed, local_with};
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Instant;
 
 use model::api::{ApiError, ErrorCode};
 use model::{
-    Candidate, Catalog, Change, Endpoint, EndpointId, Epoch, HostId, Key, Name, Network, NetworkId, Object,
-    Revision, UnixMillis, Watch,
+    Candidate, Catalog, Change, Endpoint, EndpointId, Epoch, HostId, Incarnation, Key, Lineage, Name,
+    Network, NetworkId, Object, PeerId, Revision, Step, UnixMillis, Watch,
 };
 
 use crate::control::LocalEndpoint;
@@ -59,6 +60,11 @@ pub(crate) struct Book {
     differing: BTreeSet<EndpointId>,
     /// Endpoints by the namespace and interface that they were attached to.
     attached: BTreeMap<(Inode, String), EndpointId>,
+    lineage: Lineage,
+    /// The life that this start began.
+    life: Option<Incarnation>,
+    /// Why the ledger does not count any more, if so: nothing is attached, and no other host is spoken to.
+    copied: Option<String>,
 }
 
 /// When it was by [`Book::clock`] that began just now. A clock that was set back makes it now; an hour and more is all one.
@@ -94,6 +100,9 @@ impl Book {
             leaving: BTreeMap::new(),
             differing: BTreeSet::new(),
             attached: BTreeMap::new(),
+            lineage: contents.lineage,
+            life: None,
+            copied: contents.copied,
         };
         for record in contents.records {
             book.remember(record);
@@ -114,6 +123,57 @@ impl Book {
     /// Keeps this host's new certificate.
     pub(crate) fn certified(&mut self, identity: &Identity) -> Result<(), LedgerError> {
         self.ledger.certified(identity)
+    }
+
+    // ---- which life of the ledger this is ----
+
+    /// What to tell the server of this start, and whether it is of this start: what an earlier one may have told is settled
+    /// first. Where the disk takes nothing this start goes by the life before.
+    pub(crate) fn begin(&mut self) -> Result<(Step, bool), Option<Incarnation>> {
+        let mut lineage = self.lineage.clone();
+        let step = lineage.begin(crate::random());
+        if lineage != self.lineage {
+            if let Err(error) = self.ledger.set_lineage(&lineage) {
+                tracing::warn!("{error}; this start goes by the one before");
+                return Err(self.lineage.last.clone());
+            }
+            self.lineage = lineage;
+            self.life = Some(step.to.clone());
+        }
+        let ours = self.life.as_ref() == Some(&step.to);
+        Ok((step, ours))
+    }
+
+    /// The server took it. That is written down without haste: what it may have taken is.
+    pub(crate) fn begun(&mut self, to: &Incarnation) {
+        self.lineage.taken(to);
+        if let Err(error) = self.ledger.set_lineage(&self.lineage) {
+            tracing::warn!("{error}; it is settled when the agent starts again");
+        }
+    }
+
+    /// This ledger does not count any more.
+    pub(crate) fn set_copied(&mut self, why: String) -> Result<(), LedgerError> {
+        let written = self.ledger.set_copied(&why);
+        self.copied = Some(why);
+        written
+    }
+
+    /// Refuses what a ledger that does not count must not do.
+    pub(crate) fn counts(&self) -> Result<(), ApiError> {
+        match &self.copied {
+            None => Ok(()),
+            Some(why) => Err(ApiError::new(ErrorCode::Copied, why.clone())),
+        }
+    }
+
+    /// What the kernel and the tunnels are made from: the snapshot, or this host's own part of it alone where the ledger does
+    /// not count.
+    pub(crate) fn drawn(&self) -> Cow<'_, Catalog> {
+        match &self.copied {
+            None => Cow::Borrowed(&self.catalog),
+            Some(_) => Cow::Owned(self.catalog.alone(&self.host)),
+        }
     }
 
     // ---- what others ask ----
@@ -197,6 +257,14 @@ impl Book {
     /// Takes in a message of the watch stream. A ledger that cannot be written is told, and is behind until it can: the
     /// stream says each change once, so it is taken in all the same.
     pub(crate) fn watch(&mut self, message: Watch) -> Result<(), LedgerError> {
+        let peers: Vec<PeerId> = self.catalog.peers.keys().cloned().collect();
+        self.take_in(message)?;
+        // Their secrets go with them.
+        let gone = |peer: &PeerId| !self.catalog.peers.contains_key(peer);
+        if !self.behind && peers.iter().any(gone) { self.ledger.wipe() } else { Ok(()) }
+    }
+
+    fn take_in(&mut self, message: Watch) -> Result<(), LedgerError> {
         match message {
             Watch::Snapshot { epoch, revision, domain, objects, .. } => {
                 self.catalog = Catalog::from_objects(objects);
@@ -236,12 +304,14 @@ impl Book {
             }
             Watch::Servers { urls } => self.ledger.set_servers(&urls)?,
             Watch::Heartbeat { revision } => self.revision = revision,
+            // Answered where it comes in.
+            Watch::Prove { .. } => {}
         }
         let catalog = &self.catalog;
         let settled: Vec<Key> = self
             .leaving
             .iter()
-            .filter(|(key, object)| catalog.get(key).as_ref() != Some(object))
+            .filter(|(key, object)| !object.is_on_its_way(catalog.get(key).as_ref()))
             .map(|(key, _)| key.clone())
             .collect();
         for key in settled {
@@ -263,7 +333,7 @@ impl Book {
     /// Takes in what the server answered to a lease or claim: addresses may be given from it at once.
     pub(crate) fn granted(&mut self, object: Object) -> Result<(), LedgerError> {
         let key = object.key();
-        if self.leaving.get(&key) == Some(&object) {
+        if self.leaving.get(&key).is_some_and(|left| left.is_same_grant(&object)) {
             // As it was, from before the server had it back.
             return Ok(());
         }

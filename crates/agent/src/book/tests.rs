@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use model::{Block, Change, EndpointKind, Mac, NetworkSpec, PublishedPort};
+use model::{Block, Change, Claim, EndpointKind, Mac, NetworkSpec, PublishedPort};
 
 use super::*;
 use crate::control::Refusal;
@@ -154,4 +154,116 @@ fn open_copy(directory: &Path) -> Book {
         std::fs::copy(file.path(), copy.path().join(file.file_name())).unwrap();
     }
     open(copy.path())
+}
+
+fn retained(seconds: u64) -> Claim {
+    Claim {
+        network: network().id,
+        address: "10.42.15.192".parse().unwrap(),
+        host: host(),
+        endpoint: EndpointId::from_random([5; 8]),
+        asked: false,
+        router: false,
+        retained: Some(model::Retained { owner: "shop/db".into(), seconds }),
+        wanted: None,
+    }
+}
+
+#[test]
+fn a_retained_address_is_for_its_owner_alone_until_its_time_is_over_or_another_host_gets_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let chores =
+        |book: &Book| crate::chores::Chores::of(book, &BTreeMap::new(), |_| true, Revision::default());
+    let missing = book.retained(&network(), "shop/db");
+    assert!(matches!(missing, Err(Refusal::NeedRetained { owner, .. }) if owner == "shop/db"));
+    let claim = retained(3600);
+    book.granted(Object::Claim(claim.clone())).unwrap();
+    let of_owner = |book: &Book| book.retained(&network(), "shop/db").unwrap();
+    assert_eq!(of_owner(&book), Some(claim.address));
+    assert_eq!(of_owner(&open_copy(directory.path())), Some(claim.address), "a restart does not change that");
+    assert!(matches!(book.retained(&network(), "db"), Err(Refusal::NeedRetained { .. })), "another's");
+    assert_eq!(chores(&book).release, []);
+    book.reserve(&claim.network, Some(claim.address)).unwrap();
+    assert_eq!(of_owner(&book), None, "somebody of that name has it");
+
+    // Another host asks for it.
+    let wanted = model::Wanted {
+        host: HostId::from_random([9; 8]),
+        endpoint: EndpointId::from_random([6; 8]),
+        at: Revision(4),
+    };
+    let asked = Claim { wanted: Some(wanted), ..claim.clone() };
+    let delta = |claim: &Claim| Watch::Delta {
+        revision: Revision(5),
+        changes: vec![Change::Put(Object::Claim(claim.clone()))],
+    };
+    book.watch(delta(&asked)).unwrap();
+    assert_eq!(chores(&book).consent, std::slice::from_ref(&asked));
+    assert!(!book.consent(&asked).unwrap(), "it is in use");
+    book.unreserve(&claim.network, claim.address).unwrap();
+    assert!(book.consent(&asked).unwrap());
+    for book in [&book, &open_copy(directory.path())] {
+        assert!(
+            matches!(book.retained(&network(), "shop/db"), Err(Refusal::NeedRetained { .. })),
+            "let go of"
+        );
+        assert_eq!(chores(book).release, [], "it is not the server's to have back");
+    }
+    // It asks no more.
+    book.watch(delta(&claim)).unwrap();
+    assert_eq!(of_owner(&book), Some(claim.address));
+    assert!(!book.consent(&asked).unwrap(), "an old question");
+
+    book.watch(delta(&retained(0))).unwrap();
+    assert_eq!(chores(&book).release, [retained(0)], "its time is over");
+}
+
+#[test]
+fn a_ledger_that_does_not_count_draws_its_host_alone_and_refuses_what_attaches() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let other = Block { host: HostId::from_random([9; 8]), ..block("10.42.65.0/26") };
+    book.granted(Object::Block(other)).unwrap();
+    assert_eq!(book.drawn().blocks.len(), 2);
+    let (step, ours) = book.begin().unwrap();
+    assert!(ours && step.from.is_none());
+    book.begun(&step.to);
+    // A start that ended before it heard: the next settles what it told before it begins.
+    let (told, _) = book.begin().unwrap();
+    let mut next = open_copy(directory.path());
+    let (again, ours) = next.begin().unwrap();
+    assert_eq!((&again.to, ours), (&told.to, false));
+    next.begun(&again.to);
+    let (fresh, ours) = next.begin().unwrap();
+    assert!(ours && fresh.from.as_ref() == Some(&told.to));
+
+    book.set_copied("a copy".into()).unwrap();
+    for book in [&book, &open_copy(directory.path())] {
+        assert_eq!(book.drawn().blocks.len(), 1);
+        assert_eq!(book.counts().unwrap_err().code, ErrorCode::Copied);
+    }
+    book.ledger.refuse_writes(true);
+    assert_eq!(book.begin().unwrap().0, told, "it is written down already");
+}
+
+#[test]
+fn an_address_that_goes_back_stays_let_go_of_when_what_was_asked_for_it_is_granted_meanwhile() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let granted = Claim { retained: None, ..retained(0) };
+    let asked = Claim { asked: true, ..granted.clone() };
+    let delta = |revision, change| Watch::Delta { revision: Revision(revision), changes: vec![change] };
+    book.watch(delta(2, Change::Put(Object::Claim(asked.clone())))).unwrap();
+    let key = Key::Claim(asked.network.clone(), asked.address);
+    assert!(book.let_go(&key).unwrap());
+    book.watch(delta(3, Change::Put(Object::Claim(granted.clone())))).unwrap();
+    book.granted(Object::Claim(granted.clone())).unwrap();
+    for mut book in [open_copy(directory.path()), book] {
+        let given = book.reserve(&granted.network, Some(granted.address));
+        assert!(
+            matches!(given, Err(Refusal::NeedClaim { .. })),
+            "that it goes back may come late: {given:?}"
+        );
+    }
 }

@@ -22,6 +22,7 @@ use super::state::State;
 use super::sweep::{self, Leftover, Sweep};
 use super::{DRIVER, NETWORK_KEY, describe, label, resolv};
 use crate::Control;
+use crate::control::Command;
 
 /// The wait before the second attempt to reach the engine, and the longest. To try costs one connect(2).
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -275,7 +276,10 @@ impl Follower {
     async fn happened(&mut self, session: &mut Session, event: Event) -> Result<(), EngineError> {
         let Event { r#type, action, actor } = event;
         match (r#type.as_str(), action.as_str()) {
-            ("network", "create" | "destroy") => self.networks(session).await?,
+            ("network", "create" | "destroy") => {
+                self.control.send(Command::EngineFirewall);
+                self.networks(session).await?;
+            }
             ("network", "connect") => {
                 if let Some(container) = actor.attributes.get("container") {
                     self.inspect(session, container.clone());

@@ -104,16 +104,19 @@ fn request(container: &Container) -> Result<Option<AttachRequest>, String> {
         let parsed: IpAddr = text.parse().map_err(|_| format!("its label {key}={text} is no address"))?;
         address = Some(parsed);
     }
+    // All else is learned when it is described; for whom an address is retained has to be known before.
+    let described = describe::describe(container, &Attachment::default());
+    let retain = labels.get_key_value(model::RETAIN).map(|(key, value)| (key.clone(), value.clone()));
     Ok(Some(AttachRequest {
         network: network.to_owned(),
         netns: container.network_settings.sandbox_key.clone(),
         ifname: ifname.to_owned(),
-        name: None,
-        stack: None,
-        service: None,
+        name: described.name,
+        stack: described.stack,
+        service: described.service,
         aliases: Vec::new(),
         address,
-        labels: BTreeMap::new(),
+        labels: retain.into_iter().collect(),
         ports: Vec::new(),
         routes: Some(routes),
     }))

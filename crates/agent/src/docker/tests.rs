@@ -57,6 +57,10 @@ impl Lessor for NoLessor {
     ) -> BoxFuture<Result<model::Claim, ApiError>> {
         Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
     }
+
+    fn retained(&self, _: NetworkId, _: String, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
+        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
+    }
 }
 
 /// A control whose other side is `world`, and the sender of its views.
@@ -175,7 +179,12 @@ impl World {
             | Command::Watch(_)
             | Command::Underlay(_)
             | Command::Certified { .. }
-            | Command::EngineStarted
+            | Command::Begin { .. }
+            | Command::Begun { .. }
+            | Command::Settled
+            | Command::Counts { .. }
+            | Command::Copied { .. }
+            | Command::EngineFirewall
             | Command::LetGo { .. }
             | Command::Consent { .. }
             | Command::Leaving { .. }

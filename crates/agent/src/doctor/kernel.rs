@@ -132,7 +132,8 @@ fn containers(books: &Books, local: &Local) -> Vec<Finding> {
             macs.insert((record.endpoint.network.clone(), *address), record.endpoint.mac);
         }
     }
-    books.records.iter().flat_map(|record| container(books, record, &macs)).collect()
+    let attached = books.records.iter().filter(|record| !books.is_stranded(record));
+    attached.flat_map(|record| container(books, record, &macs)).collect()
 }
 
 fn container(books: &Books, record: &Record, macs: &BTreeMap<(NetworkId, IpAddr), Mac>) -> Vec<Finding> {

@@ -80,6 +80,12 @@ impl Books {
         }
     }
 
+    /// Whether an endpoint's network was removed.
+    fn is_stranded(&self, record: &Record) -> bool {
+        let its = |object: &Object| matches!(object, Object::Network(network) if network.id == record.endpoint.network);
+        self.epoch.is_some() && !self.objects.iter().any(its)
+    }
+
     /// The books of an agent that is away, from its state directory; `None` if it never joined.
     pub fn of_ledger(state_dir: &Path) -> Result<Option<Self>, LedgerError> {
         let Some(ledger) = Ledger::look(state_dir)? else { return Ok(None) };
@@ -154,6 +160,8 @@ pub enum Kind {
     LeakedDevice,
     /// An endpoint whose container is gone.
     DeadContainer,
+    /// An endpoint whose network was removed.
+    NetworkGone,
     /// A container's interface is not as its endpoint says.
     ContainerInterface,
     /// An address that is kept and belongs to nobody.
@@ -192,6 +200,7 @@ impl Kind {
             Self::LeakedNamespace => "leaked-namespace",
             Self::LeakedDevice => "leaked-device",
             Self::DeadContainer => "dead-container",
+            Self::NetworkGone => "network-gone",
             Self::ContainerInterface => "container-interface",
             Self::HeldForNobody => "held-for-nobody",
             Self::NoRight => "no-right",
@@ -234,6 +243,10 @@ impl Kind {
             Self::DeadContainer => (
                 "its address is in use for nothing, and names answer with it",
                 "the agent forgets it by itself when it works; else detach the endpoint by the agent's socket",
+            ),
+            Self::NetworkGone => (
+                "the container reaches nobody by it; it was removed while this host could not say that it is in use",
+                "stop the container, or start it on another network",
             ),
             Self::ContainerInterface => {
                 ("the container is not reached at its address", "attach it anew, or restart the container")
@@ -324,6 +337,9 @@ pub fn books(books: &Books) -> Vec<Finding> {
     for record in &books.records {
         let (endpoint, called) = (&record.endpoint, Books::called(record));
         let place = format!("{}, endpoint {called}", books.name);
+        if books.is_stranded(record) {
+            findings.push(Finding::new(Kind::NetworkGone, &place, format!("{} is gone", endpoint.network)));
+        }
         for &address in &endpoint.addresses {
             if let Some(other) = seen.insert((&endpoint.network, address), called.clone()) {
                 let what = format!("{address} is also that of {other}");

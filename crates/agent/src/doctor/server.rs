@@ -82,7 +82,9 @@ pub fn addresses(view: &View) -> Vec<Finding> {
             findings.push(Finding::new(Kind::LeaseDiffers, place, "its host is not there"));
         }
     }
-    for claim in view.ipam.claims.iter().filter(|claim| !claim.router && !claim.asked) {
+    for claim in
+        view.ipam.claims.iter().filter(|claim| !claim.router && !claim.asked && claim.retained.is_none())
+    {
         if !seen.contains_key(&(&claim.network, claim.address)) {
             let place = format!("address {} of {}", claim.address, name_of(&catalog, &claim.network));
             let what = format!("it is claimed for {} on {}", claim.endpoint, view.host(&claim.host));
@@ -113,7 +115,7 @@ pub fn host(books: &Books, view: &View) -> Vec<Finding> {
         .map(|endpoint| (&endpoint.id, endpoint))
         .collect();
     let place = |name: String| format!("{}, endpoint {name}", books.name);
-    for record in &books.records {
+    for record in books.records.iter().filter(|record| !books.is_stranded(record)) {
         let what = match of_host.get(&record.endpoint.id) {
             Some(known) if **known == *record.endpoint => continue,
             Some(_) => "the server knows it otherwise",

@@ -23,7 +23,9 @@ impl Reconciler {
         id: &EndpointId,
         request: AttachRequest,
         foreign: Option<String>,
+        retain: bool,
     ) -> Result<Attached, Refusal> {
+        self.book.counts()?;
         let inode = book::inode(&request.netns)?;
         if let Some(whose) = self.kernel.whose(inode) {
             let whose = match whose {
@@ -36,18 +38,21 @@ impl Reconciler {
             );
             return Err(ApiError::new(ErrorCode::Invalid, message).into());
         }
-        let attached = self.book.attach(id, request, foreign, inode)?;
+        let attached = self.book.attach(id, request, (foreign, retain), inode)?;
         self.put_up(id, None)?;
+        self.announce_here(id);
         Ok(attached)
     }
 
     pub(super) fn join(&mut self, foreign: &str, sandbox: PathBuf) -> Result<Handed, Refusal> {
+        self.book.counts()?;
         let id = self.book.by_foreign(foreign).cloned().ok_or_else(|| unknown(foreign))?;
         self.book.set_sandbox(
             &id,
             Some(Sandbox { path: sandbox, ifname: None, inode: None, routes: Routes::All }),
         )?;
         self.put_up(&id, Some(End::Handed))?;
+        self.announce_here(&id);
         let record = self.book.record(&id).ok_or_else(|| unknown(foreign))?;
         let network = self.book.network(record.endpoint.network.as_str())?;
         Ok(handed(network, &id))
@@ -160,6 +165,7 @@ impl Reconciler {
         let names = self.names_of(id);
         let network = self.book.record(id).map(|record| record.endpoint.network.clone());
         self.book.forget(id, keep)?;
+        self.moved.stirred = true;
         self.take_down(names);
         self.linger(network);
         Ok(())

@@ -12,6 +12,7 @@ use ike::crypto::Secret;
 use ike::proposal::{EspOffer, IkeOffer};
 use ike::wire::{IpSelector, SecurityLabel};
 use ike::{ChildConfig, ChildId, Initiate, Path, PeerConfig, PeerKind};
+pub(super) use model::IKE_PORT;
 use model::{HostId, Peer, PeerProof};
 use plan::{Begins, Far, Inside, Proof, Tunnel};
 use rustls_pki_types::pem::PemObject;
@@ -19,9 +20,6 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::peer::Slot;
 use crate::ledger;
-
-/// IKE's own port (RFC 7296 §2), where foreign peers begin.
-pub(super) const IKE_PORT: u16 = 500;
 
 /// Who we are.
 pub(super) struct Own {
@@ -275,6 +273,39 @@ mod tests {
             label: label.map(str::to_owned),
             theirs: vec![theirs.parse().unwrap()],
             ours: vec!["10.42.0.0/16".parse().unwrap()],
+        }
+    }
+
+    #[test]
+    fn what_the_server_takes_for_an_identity_this_agent_does_too() {
+        for text in [
+            "192.0.2.1",
+            "2001:db8::1",
+            "gw.example",
+            "@gw",
+            "me@gw",
+            "me@",
+            "@",
+            "two words",
+            "keyid:a b",
+            "keyid:",
+            "keyid:0x",
+            "keyid:0x0a",
+            "keyid:0x0",
+            "keyid:0xzz",
+            "CN=gw",
+            "CN=",
+            "=gw",
+            "C=CH, CN=a\\, b",
+            "C=CH,",
+            "X=y",
+            "cn = gw , emailaddress=me@gw",
+            "CN=a=b",
+            "CN=\\,",
+            "CN=a\\\\,O=b",
+            "DC=a,DC=b,UID=c",
+        ] {
+            assert_eq!(model::Peer::is_identity(text), text.parse::<Identity>().is_ok(), "{text}");
         }
     }
 

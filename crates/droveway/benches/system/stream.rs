@@ -127,7 +127,14 @@ impl Way<'_> {
         self.lab.command(host, &[&["ip", "netns", "exec", netns], words].concat())
     }
 
+    /// Waits until there is a way, and takes pacing away on it: a socket made where the default algorithm paces (bbr) goes
+    /// on doing so, whatever algorithm it is told to use.
     fn until_it_answers(&self) -> Result<()> {
+        for (host, netns) in [("h1", &self.from), ("h2", &self.to)] {
+            let unpaced = ["sysctl", "-qw", "net.ipv4.tcp_congestion_control=reno"];
+            let output = self.inside(host, netns, &unpaced)?.output()?;
+            ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
         let ping = ["ping", "-c", "1", "-W", "1", self.address.as_str()];
         let deadline = Instant::now() + Duration::from_secs(10);
         while !self.inside("h1", &self.from, &ping)?.output()?.status.success() {

@@ -34,7 +34,7 @@ const TOKEN_MAX: u64 = 4096;
   droveway agent --server https://10.0.0.5:7443 --token-file /etc/droveway/token
   droveway agent                                        # once it has joined
   droveway agent --interface eth1 --label zone=north
-  droveway agent --no-docker                            # attach by the socket only
+  droveway agent --no-docker                            # attach by the socket
 
 Prefer --token-file, or DROVEWAY_TOKEN: all users of a machine can see its command lines.")]
 pub(super) struct AgentArgs {
@@ -97,7 +97,7 @@ pub(super) struct AgentArgs {
     rekey_ike_every: Option<u64>,
     /// Also answer /metrics, /healthz and /readyz at this address, over HTTP without TLS; nothing secret is told, but let
     /// only those reach it who should look [default: at the socket alone]
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = parse::socket_address)]
     metrics: Option<SocketAddr>,
     #[command(flatten)]
     pub(super) log: LogArgs,

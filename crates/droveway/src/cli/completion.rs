@@ -10,7 +10,7 @@ use super::output::write;
 /// Print a script that completes verbs and options in a shell
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  source <(droveway completion bash)                                    # this shell only
+  source <(droveway completion bash)                  # this shell only
   droveway completion bash > /etc/bash_completion.d/droveway
   droveway completion zsh > \"${fpath[1]}/_droveway\"
   droveway completion fish > ~/.config/fish/completions/droveway.fish")]

@@ -24,11 +24,11 @@ const AGAIN: Duration = Duration::from_millis(300);
 /// instead. Each finding is one line: where, what, what it means, what to do.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  droveway doctor                                   # as root, on a host
-  droveway doctor --consistency                     # and with what the server says of this and all other hosts
+  droveway doctor                  # as root, on a host
+  droveway doctor --consistency    # what the server says of all hosts, too
   droveway doctor -o json | jq -r '.[].kind'
 
-Ends with 8 if anything was found. What is on its way is no finding: for up to --settle seconds it looks again, and tells
+Ends with 8 if anything was found. What is on its way is no finding: for up to --settle seconds it looks again, and tells \
 what was there each time.")]
 pub(super) struct DoctorArgs {
     #[command(flatten)]

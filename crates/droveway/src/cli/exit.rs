@@ -51,7 +51,7 @@ impl Exit {
             Self::Ok => "done",
             Self::Internal => "a fault of Droveway or of the machine",
             Self::Usage => "the request is wrong: an option, a value, a combination",
-            Self::NotFound => "no such network, host, endpoint, peer, tunnel, token or key",
+            Self::NotFound => "no such network, host, endpoint, peer, tunnel, token, key or lab",
             Self::Conflict => "it exists already, overlaps, or is in use",
             Self::Denied => "no valid key or certificate, or not allowed",
             Self::Unreachable => "the server or the agent does not answer",
@@ -67,7 +67,9 @@ impl Exit {
             ErrorCode::TooSlow | ErrorCode::TooMany => Self::Unreachable,
             ErrorCode::Unauthenticated | ErrorCode::Forbidden => Self::Denied,
             ErrorCode::NotFound => Self::NotFound,
-            ErrorCode::Conflict | ErrorCode::InUse | ErrorCode::Unreported => Self::Conflict,
+            ErrorCode::Conflict | ErrorCode::InUse | ErrorCode::Unreported | ErrorCode::Copied => {
+                Self::Conflict
+            }
             ErrorCode::Exhausted => Self::Exhausted,
             ErrorCode::Unavailable => Self::Unreachable,
             ErrorCode::Compacted | ErrorCode::Internal => Self::Internal,
@@ -148,6 +150,7 @@ impl From<ApiError> for Failure {
             | ErrorCode::TooMany
             | ErrorCode::Exhausted
             | ErrorCode::Unreported
+            | ErrorCode::Copied
             | ErrorCode::Compacted => failure,
         }
     }
@@ -155,6 +158,10 @@ impl From<ApiError> for Failure {
 
 impl From<anyhow::Error> for Failure {
     fn from(error: anyhow::Error) -> Self {
+        let error = match error.downcast::<Self>() {
+            Ok(failure) => return failure,
+            Err(error) => error,
+        };
         match error.downcast::<client::Error>() {
             Ok(error) => error.into(),
             Err(error) => Self::new(Exit::Internal, format!("{error:#}")),
@@ -221,6 +228,7 @@ mod tests {
             (ErrorCode::TooMany, 6),
             (ErrorCode::Exhausted, 7),
             (ErrorCode::Unreported, 4),
+            (ErrorCode::Copied, 4),
             (ErrorCode::Compacted, 1),
             (ErrorCode::Internal, 1),
             (ErrorCode::Unavailable, 6),

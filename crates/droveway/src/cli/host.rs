@@ -1,12 +1,13 @@
 //! `droveway host`: ls, inspect, label, rm.
 
 use clap::{Args, Subcommand};
-use model::api::{HostPatch, HostView};
+use model::api::{HostPatch, HostView, RefusedCopy};
 use model::{Candidate, Host, Source};
 
 use super::connection::Connection;
 use super::exit::Failure;
-use super::kind::{Kind, explained, inspect, remove};
+use super::kind::{Inspect, Kind, explained, inspect, remove};
+use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
@@ -14,6 +15,8 @@ use crate::client::{Client, Error};
 
 /// How long before its end the CA's is remarked: three years, in milliseconds.
 const CA_REMARK: u64 = 3 * 365 * 86_400_000;
+/// For how long a refused copy is remarked: a week, in milliseconds.
+const COPY_REMARK: u64 = 7 * 86_400_000;
 
 /// Hosts: the machines that run the agent
 #[derive(Debug, Args)]
@@ -33,10 +36,11 @@ enum Verb {
   droveway host ls
   droveway host ls -o json | jq -r '.[] | select(.connected | not) | .name'
 
-ADDRESS is where other hosts reach it. \"behind NAT (A)\": the server sees it come from A, which is none of its own
+ADDRESS is where other hosts reach it. \"behind NAT (A)\": the server sees it come from A, which is none of its own \
 addresses. It then begins its tunnels itself; networks of --driver vxlan do not reach it.
 
-STATE is whether the host's agent is connected to the server. What runs on a host that is away goes on."
+STATE is whether the host's agent is connected to the server, or to another that shares its store. What runs on a host that \
+is away goes on. SEEN is when it was last heard of: to two minutes, if the server itself was killed meanwhile."
     )]
     Ls,
     /// Show all that is known of hosts
@@ -61,7 +65,7 @@ STATE is whether the host's agent is connected to the server. What runs on a hos
         changes: Vec<(String, Option<String>)>,
     },
     /// Remove hosts: their certificates, blocks and endpoints are no longer good
-    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host. Refused while it is the
+    #[command(aliases = ["remove", "delete"], after_help = "Stop the agent there first. The machine can join again with a new token, as a new host. Refused while it is the \
 gateway of foreign peers: `droveway peer ls`.
 
 Examples:
@@ -84,13 +88,20 @@ impl HostArgs {
                     table,
                     "There is no host yet; `droveway token create` prints how to join one.",
                 )?;
+                for remark in hosts.iter().filter_map(|view| copied(view, text::now())) {
+                    output.remark(&remark);
+                }
                 if let Some(remark) = ca_ends(client.info().await?.ca_expires, text::now()) {
                     output.remark(&remark);
                 }
                 Ok(())
             }
             Verb::Inspect { names } => {
-                inspect::<Hosts, _>(&client, output, &names, async || Ok(details)).await
+                let described = async || {
+                    let known = Names::fetch(&client).await?;
+                    Ok(move |view: &HostView| details(view, &known))
+                };
+                inspect::<Hosts, _>(&client, output, &names, described).await
             }
             Verb::Label { name, changes } => {
                 let patch = HostPatch { labels: changes.into_iter().collect() };
@@ -114,16 +125,18 @@ impl Kind for Hosts {
         client.hosts().await
     }
 
-    async fn one(client: &Client, name: &str) -> Result<HostView, Error> {
-        client.host(name).await
-    }
-
     async fn remove(client: &Client, name: &str) -> Result<(), Error> {
         client.remove_host(name).await
     }
 
     fn name(view: &HostView) -> String {
         view.host.name.to_string()
+    }
+}
+
+impl Inspect for Hosts {
+    async fn one(client: &Client, name: &str) -> Result<HostView, Error> {
+        client.host(name).await
     }
 }
 
@@ -135,6 +148,16 @@ fn ca_ends(expires: model::UnixMillis, now: model::UnixMillis) -> Option<String>
             text::utc(expires)
         )
     })
+}
+
+/// That somebody came with a copy of the host's state directory, lately.
+fn copied(view: &HostView, now: model::UnixMillis) -> Option<String> {
+    let copy = view.copy.as_ref().filter(|copy| now.saturating_sub(copy.at) < COPY_REMARK)?;
+    let (host, from, age) = (&view.host.name, copy.from, text::age(copy.at, now));
+    Some(format!(
+        "{host}: an agent with a copy of its state directory came from {from} {age} ago, and was refused. Look for a machine \
+         that was copied, or put back from a backup: see docs/operations.md."
+    ))
 }
 
 fn labelled(view: &HostView) -> String {
@@ -190,10 +213,13 @@ fn state(view: &HostView) -> &'static str {
     if view.connected { "up" } else { "away" }
 }
 
-fn details(view: &HostView) -> Details {
+fn details(view: &HostView, names: &Names) -> Details {
     let host = &view.host;
-    let blocks: Vec<String> =
-        view.blocks.iter().map(|block| format!("{} of {}", block.cidr, block.network)).collect();
+    let blocks: Vec<String> = view
+        .blocks
+        .iter()
+        .map(|block| format!("{} of {}", block.cidr, names.network(&block.network)))
+        .collect();
     let mut details = Details::default();
     details
         .add("Name", host.name.to_string())
@@ -202,6 +228,8 @@ fn details(view: &HostView) -> Details {
         .add("Seen", view.seen.map(text::utc).unwrap_or_default())
         .add("Agent", view.version.clone().unwrap_or_default())
         .add("Certificate", view.certificate_expires.map(certificate).unwrap_or_default())
+        .add("Starts", view.incarnation.map(|number| number.to_string()).unwrap_or_default())
+        .add("Copies", view.copy.as_ref().map(refused).unwrap_or_default())
         .add("Addresses", addresses(&host.candidates))
         .add(
             "Reached",
@@ -213,6 +241,12 @@ fn details(view: &HostView) -> Details {
         .add("Blocks", if blocks.is_empty() { "none leased".to_owned() } else { blocks.join("\n") })
         .add("Endpoints", view.endpoints.to_string());
     details
+}
+
+/// That copies of its state directory came.
+fn refused(copy: &RefusedCopy) -> String {
+    let times = if copy.times == 1 { "once".to_owned() } else { format!("{} times", copy.times) };
+    format!("refused {times}, last on {} from {}", text::utc(copy.at), copy.from)
 }
 
 /// Underlay addresses, one a line, best first.
@@ -245,8 +279,26 @@ mod tests {
         let ls = table(std::slice::from_ref(&view)).render(None);
         let row: Vec<&str> = ls.lines().nth(1).unwrap().split_whitespace().collect();
         assert_eq!(row, ["h1", "up", "now", "10.0.0.6", "0", "3", "0.1.0", "zone=a"]);
-        assert!(details(&view).render().contains("10.0.0.6, MTU 1500, on the route to the server"));
+        assert!(
+            details(&view, &Names::default())
+                .render()
+                .contains("10.0.0.6, MTU 1500, on the route to the server")
+        );
         assert_eq!(labelled(&view), "h1: zone=a\n");
+    }
+
+    #[test]
+    fn a_copy_that_was_refused_is_remarked_for_a_week_and_shown_for_ever() {
+        let view: HostView = serde_json::from_value(serde_json::json!({
+            "id": "h-aaaaaaaaaa", "name": "h1", "key": "00", "joined": 0, "connected": true, "blocks": [],
+            "endpoints": 0, "incarnation": 7, "copy": {"at": 0, "from": "10.0.0.9", "times": 2}
+        }))
+        .unwrap();
+        let remark = copied(&view, 60_000).unwrap();
+        assert!(remark.contains("h1") && remark.contains("from 10.0.0.9"), "{remark}");
+        assert_eq!(copied(&view, 8 * 86_400_000), None);
+        let inspect = details(&view, &Names::default()).render();
+        assert!(inspect.contains("refused 2 times, last on 1970-01-01"), "{inspect}");
     }
 
     #[test]
@@ -269,7 +321,7 @@ mod tests {
         .unwrap();
         let ls = table(std::slice::from_ref(&view)).render(Some(80));
         assert!(ls.contains("behind NAT (203.0.113.7)"), "{ls}");
-        let inspect = details(&view).render();
+        let inspect = details(&view, &Names::default()).render();
         assert!(inspect.contains("behind NAT (203.0.113.7): it begins its tunnels itself"), "{inspect}");
         assert!(inspect.contains("203.0.113.7, MTU 1500, where the server sees it come from"), "{inspect}");
     }

@@ -1,4 +1,4 @@
-//! `droveway ipam`: ls, check.
+//! `droveway ipam`: ls, check, release.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -15,6 +15,7 @@ use super::connection::{Connection, LocalAgent};
 use super::doctor::{persistent, tell, view};
 use super::exit::Failure;
 use super::output::Output;
+use super::parse;
 use super::table::Table;
 use super::text;
 use crate::client::Error;
@@ -42,11 +43,27 @@ enum Verb {
   droveway ipam ls
   droveway ipam ls -o json | jq '.[] | select(.kind == \"withdrawn\")'
 
-USED counts endpoints, as the server knows them. RESTING, addresses that were released a moment ago, is known of this
-machine's own blocks only. A withdrawn block was given back, and is leased to another host when those named have heard of
+USED counts endpoints, as the server knows them. RESTING, addresses that were released a moment ago, is known of this \
+machine's own blocks only. A withdrawn block was given back, and is leased to another host when those named have heard of \
 it."
     )]
     Ls,
+    /// Give up addresses that are retained for containers that are gone
+    #[command(
+        after_help = "An address is retained where its container has the label droveway.retain=true: the next one of that name gets it, on \
+whichever host. `droveway ipam ls` shows those that are, and for whom. A container that has it keeps it.
+
+Examples:
+  droveway ipam release managed 10.42.15.192"
+    )]
+    Release {
+        /// Name or id of the network
+        #[arg(value_name = "NETWORK", value_parser = parse::reference)]
+        network: String,
+        /// The addresses
+        #[arg(required = true, value_name = "ADDRESS")]
+        addresses: Vec<IpAddr>,
+    },
     /// Check that the server's leases, this host's ledger and the endpoints agree
     #[command(after_help = "Examples:
   droveway ipam check
@@ -69,6 +86,13 @@ impl IpamArgs {
             Verb::Ls => {
                 let rows = rows(&view(&client).await?, books().await?.as_ref());
                 output.list(&rows, table, "There is no network.")
+            }
+            Verb::Release { network, addresses } => {
+                for address in addresses {
+                    client.retain_no_more(&network, address).await?;
+                    output.remark(&format!("{address} is not retained any more."));
+                }
+                Ok(())
             }
             Verb::Check => {
                 let look = async || {
@@ -165,10 +189,11 @@ fn rows(view: &View, books: Option<&Books>) -> Vec<Row> {
             used: used(id, claim.address.into()),
             size: 1,
             resting: None,
-            note: match (claim.asked, claim.router) {
-                (true, _) => "asked for; its block's host has not let go of it".to_owned(),
-                (false, true) => "for the router".to_owned(),
-                (false, false) => String::new(),
+            note: match (claim.asked, claim.router, &claim.retained) {
+                (true, _, _) => "asked for; its block's host has not let go of it".to_owned(),
+                (false, true, _) => "for the router".to_owned(),
+                (false, false, Some(retained)) => format!("retained for {}", retained.owner),
+                (false, false, None) => String::new(),
             },
         }));
     }

@@ -4,11 +4,13 @@ use clap::{Args, Subcommand, ValueEnum};
 use model::Name;
 use model::api::{KeyRequest, KeyView, Role};
 
-use super::connection::{Connection, each, suggest};
+use super::connection::Connection;
 use super::exit::Failure;
+use super::kind::{Kind, remove};
 use super::output::Output;
 use super::table::Table;
 use super::{parse, text};
+use crate::client::{Client, Error};
 
 /// API keys: what people and programs prove themselves with
 #[derive(Debug, Args)]
@@ -26,7 +28,8 @@ enum Verb {
     /// It is printed this once; the server keeps a hash of it. Its name stands in the audit log beside what is done with it:
     /// give each person and each program one of their own.
     #[command(after_help = "Examples:
-  droveway key create alice > alice.key            # then: DROVEWAY_KEY_FILE=alice.key droveway host ls
+  droveway key create alice > alice.key
+  DROVEWAY_KEY_FILE=alice.key droveway host ls     # where ca.pem is beside it
   droveway key create ci --expires 90d > ci.key
   droveway key create prometheus --role read > prometheus.key
 
@@ -92,18 +95,27 @@ impl KeyArgs {
                 Ok(())
             }
             Verb::Ls => output.list(&client.keys().await?, table, "There is no key."),
-            Verb::Rm { names } => {
-                let (_, result) = each(&names, async |name| match client.remove_key(name).await {
-                    Ok(()) => output.done(name),
-                    Err(error) => Err(suggest(error, "key", name, async || {
-                        Ok(client.keys().await?.into_iter().map(|key| key.name).collect())
-                    })
-                    .await),
-                })
-                .await;
-                result
-            }
+            Verb::Rm { names } => remove::<Keys>(&client, output, &names).await,
         }
+    }
+}
+
+struct Keys;
+
+impl Kind for Keys {
+    const WHAT: &'static str = "key";
+    type View = KeyView;
+
+    async fn all(client: &Client) -> Result<Vec<KeyView>, Error> {
+        client.keys().await
+    }
+
+    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
+        client.remove_key(name).await
+    }
+
+    fn name(view: &KeyView) -> String {
+        view.name.clone()
     }
 }
 

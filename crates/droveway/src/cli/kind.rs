@@ -18,16 +18,20 @@ pub(super) trait Kind {
 
     /// All of them.
     async fn all(client: &Client) -> Result<Vec<Self::View>, Error>;
-    /// One, by name or id.
-    async fn one(client: &Client, name: &str) -> Result<Self::View, Error>;
     /// Takes one away.
     async fn remove(client: &Client, name: &str) -> Result<(), Error>;
     /// By what people know it.
     fn name(view: &Self::View) -> String;
 }
 
+/// A kind that can be looked at one by one.
+pub(super) trait Inspect: Kind {
+    /// One, by name or id.
+    async fn one(client: &Client, name: &str) -> Result<Self::View, Error>;
+}
+
 /// Those of that name, shown by what `details` makes once one is there; then what there was to say of the others.
-pub(super) async fn inspect<K: Kind, D: Fn(&K::View) -> Details>(
+pub(super) async fn inspect<K: Inspect, D: Fn(&K::View) -> Details>(
     client: &Client,
     output: Output,
     names: &[String],

@@ -37,6 +37,8 @@ use crate::lab;
 
 pub use exit::{Exit, Failure};
 pub use output::Format;
+pub(crate) use output::{Output, warn, write};
+pub(crate) use table::Table;
 
 /// One private network for the containers of many Linux hosts
 ///
@@ -61,12 +63,16 @@ pub struct Cli {
         value_enum,
         default_value_t,
         value_name = "table|json|yaml",
-        hide_possible_values = true
+        hide_possible_values = true,
+        display_order = OUTPUT_ORDER
     )]
     output: Format,
     #[command(subcommand)]
     command: Command,
 }
+
+/// Below the options that are a verb's own, above --help.
+const OUTPUT_ORDER: usize = 900;
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -101,13 +107,13 @@ enum Command {
 fn long_help() -> String {
     format!(
         "Examples:
-  droveway server                          # on one machine; prints what to do next
-  droveway token create                    # prints what to type on each host
+  droveway server                # on one machine; prints what to do next
+  droveway token create          # prints what to type on each host
   droveway agent --server https://10.0.0.5:7443 --token-file /etc/droveway/token
   docker run -d --network managed --name db redis
-  droveway endpoint ls                     # what is attached, where
-  droveway tunnel ls                       # on a host: how its tunnels are
-  droveway doctor                          # on a host: what is not as it should be
+  droveway endpoint ls           # what is attached, where
+  droveway tunnel ls             # on a host: how its tunnels are
+  droveway doctor                # on a host: what is not as it should be
 
 {}
 Environment:
@@ -115,7 +121,7 @@ Environment:
                    how verbs reach the server
   DROVEWAY_TOKEN   the agent's join token
   DROVEWAY_SOCKET  the agent's socket
-  DROVEWAY_LOG     how much server and agent log: info, debug, or info,agent=debug",
+  DROVEWAY_LOG     how much server and agent log: debug, or info,agent=debug",
         exit::help()
     )
 }
@@ -232,16 +238,30 @@ mod tests {
     }
 
     #[test]
+    fn no_line_of_a_help_is_broken_where_a_terminal_of_80_columns_would_not() {
+        let mut command = Cli::command();
+        command.build();
+        walk(&mut command, "droveway", &mut |command, words| {
+            let said = [command.get_after_help(), command.get_after_long_help()];
+            let said = said.into_iter().flatten().map(ToString::to_string).collect::<Vec<_>>().join("\n\n");
+            let lines: Vec<&str> = said.lines().collect();
+            for line in lines.iter().filter(|line| line.starts_with(' ')) {
+                assert!(line.chars().count() <= 80, "{words}: an example is too long: {line}");
+            }
+            let prose = |line: &str| !line.is_empty() && !line.starts_with(' ') && !line.ends_with(':');
+            let broken = lines.windows(2).find(|pair| prose(pair[0]) && prose(pair[1]));
+            assert_eq!(broken, None, "{words}: a paragraph is broken by hand");
+        });
+    }
+
+    #[test]
     fn every_example_that_is_one_plain_command_parses() {
         let mut command = Cli::command();
         command.build();
         let mut checked = 0;
         walk(&mut command, "droveway", &mut |command, words| {
-            let help = command.render_long_help().to_string();
-            let examples = help
-                .lines()
-                .map(str::trim)
-                .filter(|line| line.starts_with("droveway ") && !line.contains('…'));
+            let help = command.render_long_help().to_string().replace("\\\n", " ");
+            let examples = help.lines().map(str::trim).filter(|line| line.starts_with("droveway "));
             for line in examples {
                 let plain = line.split(['|', '>', '#']).next().unwrap_or_default();
                 if let Err(error) = Cli::try_parse_from(plain.split_whitespace()) {

@@ -8,6 +8,7 @@ use super::exit::Failure;
 use crate::client::Client;
 
 /// What networks and hosts are called.
+#[derive(Debug, Default)]
 pub(super) struct Names {
     pub(super) networks: BTreeMap<NetworkId, Name>,
     pub(super) hosts: BTreeMap<HostId, Name>,

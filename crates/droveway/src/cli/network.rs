@@ -9,7 +9,7 @@ use model::{Driver, Endpoint, Host, HostId, Name, Network, NetworkSpec, Peer};
 use super::connection::Connection;
 use super::exit::Failure;
 use super::host::behind_nat;
-use super::kind::{Kind, inspect, remove};
+use super::kind::{Inspect, Kind, inspect, remove};
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
@@ -38,7 +38,7 @@ enum Verb {
     /// send others. It passes no NAT. Use it only where you trust all that is between your hosts.
     #[command(after_help = "Examples:
   droveway network create backend --subnet 10.43.0.0/16 --driver ipsec
-  droveway network create fast --subnet 10.45.0.0/16 --driver vxlan     # NOT encrypted
+  droveway network create fast --subnet 10.45.0.0/16 --driver vxlan # in clear
   droveway network create small --subnet 192.168.40.0/24 --block-size /28
   droveway network create vault --subnet 10.44.0.0/16 --internal --label team=db
   docker run -d --network backend --name db redis     # on any host")]
@@ -157,16 +157,18 @@ impl Kind for Networks {
         client.networks().await
     }
 
-    async fn one(client: &Client, name: &str) -> Result<Network, Error> {
-        client.network(name).await
-    }
-
     async fn remove(client: &Client, name: &str) -> Result<(), Error> {
         client.remove_network(name).await
     }
 
     fn name(network: &Network) -> String {
         network.name.to_string()
+    }
+}
+
+impl Inspect for Networks {
+    async fn one(client: &Client, name: &str) -> Result<Network, Error> {
+        client.network(name).await
     }
 }
 

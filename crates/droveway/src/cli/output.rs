@@ -23,13 +23,13 @@ pub enum Format {
 
 /// Prints.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Output {
+pub(crate) struct Output {
     format: Format,
     width: Option<usize>,
 }
 
 impl Output {
-    pub(super) fn new(format: Format) -> Self {
+    pub(crate) fn new(format: Format) -> Self {
         Self { format, width: terminal_width() }
     }
 
@@ -39,7 +39,7 @@ impl Output {
     }
 
     /// Prints a list: its objects, or a row for each. `none` says on stderr that there is none, and what would make one.
-    pub(super) fn list<T: Serialize>(
+    pub(crate) fn list<T: Serialize>(
         self,
         objects: &[T],
         table: impl FnOnce(&[T]) -> Table,
@@ -73,7 +73,7 @@ impl Output {
     }
 
     /// Prints one object: itself, or some text about it.
-    pub(super) fn object<T: Serialize>(
+    pub(crate) fn object<T: Serialize>(
         self,
         object: &T,
         text: impl FnOnce(&T) -> String,
@@ -114,7 +114,7 @@ impl Output {
 }
 
 /// Writes to stdout. A reader that has enough (`| head`) is no error.
-pub(super) fn write(text: &str) -> Result<(), Failure> {
+pub(crate) fn write(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
@@ -125,7 +125,7 @@ pub(super) fn write(text: &str) -> Result<(), Failure> {
 }
 
 /// Writes to stderr; where that fails, there is nobody to tell.
-pub(super) fn warn(text: &str) {
+pub(crate) fn warn(text: &str) {
     let _ = io::stderr().lock().write_all(text.as_bytes());
 }
 

@@ -1,6 +1,6 @@
 //! Values of options: text in, words of the model out. An error says what to write instead.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use ipnet::IpNet;
@@ -80,6 +80,11 @@ pub(super) fn workers(text: &str) -> Result<usize, String> {
     let most = agent::dataplane::WORKERS_MAX;
     let count = text.parse().ok().filter(|count| (1..=most).contains(count));
     count.ok_or_else(|| format!("write a number from 1 to {most}"))
+}
+
+/// Where to listen: an address and a port.
+pub(super) fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "write ADDRESS:PORT, for example 0.0.0.0:7443 or [::]:7443".to_owned())
 }
 
 /// An address with a prefix length.
@@ -175,6 +180,14 @@ mod tests {
         assert!(subnet("10.43.0.0/16").is_ok());
         assert!(subnet("10.43.0.0").unwrap_err().contains("10.43.0.0/16"));
         assert!(subnet("ten").is_err());
+    }
+
+    #[test]
+    fn a_place_to_listen_is_an_address_and_a_port() {
+        assert!(socket_address("0.0.0.0:7443").is_ok() && socket_address("[::]:7443").is_ok());
+        for bad in ["7443", ":7443", "localhost:7443", "10.0.0.5", "::7443"] {
+            assert!(socket_address(bad).unwrap_err().contains("[::]:7443"), "{bad}");
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use model::{Name, Peer, PeerProof, PeerSpec};
 
 use super::connection::Connection;
 use super::exit::{Exit, Failure};
-use super::kind::{Kind, inspect, remove};
+use super::kind::{Inspect, Kind, inspect, remove};
 use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};
@@ -43,8 +43,10 @@ enum Verb {
     /// to be open at the gateway.
     #[command(after_help = "Examples:
   (umask 077; openssl rand -base64 33 > psk)      # makes a secret
-  droveway peer create office --address 198.51.100.1 --psk-file psk --remote-cidr 192.168.7.0/24
-  droveway peer create cloud --ca ca.pem --id vpn.example --host h1 --network backend …")]
+  droveway peer create office --address 198.51.100.1 --psk-file psk \\
+    --remote-cidr 192.168.7.0/24
+  droveway peer create cloud --address 198.51.100.2 --ca ca.pem \\
+    --id vpn.example --remote-cidr 10.99.0.0/16 --host h1 --network backend")]
     Create(Create),
     /// List foreign peers; their secrets are not shown
     #[command(
@@ -180,16 +182,18 @@ impl Kind for Peers {
         client.peers().await
     }
 
-    async fn one(client: &Client, name: &str) -> Result<Peer, Error> {
-        client.peer(name).await
-    }
-
     async fn remove(client: &Client, name: &str) -> Result<(), Error> {
         client.remove_peer(name).await
     }
 
     fn name(peer: &Peer) -> String {
         peer.name.to_string()
+    }
+}
+
+impl Inspect for Peers {
+    async fn one(client: &Client, name: &str) -> Result<Peer, Error> {
+        client.peer(name).await
     }
 }
 

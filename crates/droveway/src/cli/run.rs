@@ -35,6 +35,7 @@ async fn serve(args: ServerArgs) -> Result<(), Failure> {
         listen: args.listen,
         names: args.names,
         domain: args.domain,
+        retain: std::time::Duration::from_secs(args.retain),
         limits: args.limits.settle(),
         lives: args.lives.settle(),
         urls: args.urls.iter().map(|url| url.as_str().trim_end_matches('/').to_owned()).collect(),

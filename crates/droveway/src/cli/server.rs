@@ -28,10 +28,11 @@ use super::text;
 /// Losing the server loses changes, never traffic: hosts go on with what they know.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
-  droveway server                                        # as root
-  droveway server --data-dir ./dw --listen 127.0.0.1:7443   # to try it, as anyone
-  droveway server --name vpn.example.org                 # reached by that name too
-  droveway server --store etcd://10.0.0.8:2379,10.0.0.9:2379 --url https://10.0.0.5:7443   # one of several
+  droveway server                              # as root
+  droveway server --data-dir ./dw --listen 127.0.0.1:7443   # to try it: anyone
+  droveway server --name vpn.example.org       # a name in its certificate, too
+  droveway server --store etcd://10.0.0.8:2379,10.0.0.9:2379 \\
+    --url https://10.0.0.5:7443                # one of several
 
 Keep the data directory safe: admin.key in it may do everything, and the CA's key is there.")]
 pub(super) struct ServerArgs {
@@ -39,7 +40,7 @@ pub(super) struct ServerArgs {
     #[arg(long, value_name = "DIR", default_value = DATA_DIR)]
     pub(super) data_dir: PathBuf,
     /// Address and port for people, agents and programs alike
-    #[arg(long, value_name = "ADDRESS:PORT", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)))]
+    #[arg(long, value_name = "ADDRESS:PORT", default_value_t = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)), value_parser = parse::socket_address)]
     pub(super) listen: SocketAddr,
     /// Another name or address for the server's certificate, for programs that check it; may be repeated
     #[arg(long = "name", value_name = "NAME")]
@@ -47,6 +48,9 @@ pub(super) struct ServerArgs {
     /// The domain under which containers have names
     #[arg(long, value_name = "DOMAIN", default_value = model::DEFAULT_DOMAIN)]
     pub(super) domain: String,
+    /// For how long an address is kept for a container of label droveway.retain=true that is gone
+    #[arg(long, value_name = "TIME", default_value = "30d", value_parser = parse::ttl)]
+    pub(super) retain: u64,
     /// How agents reach this server, where there are several: each agent learns the URLs of all; may be repeated
     #[arg(long = "url", value_name = "URL", value_parser = parse::server_url)]
     pub(super) urls: Vec<Url>,
@@ -71,7 +75,7 @@ pub(super) enum Verb {
     /// as secret as the data directory.
     #[command(after_help = "Examples:
   droveway server backup /var/backups/droveway-monday
-  droveway server backup --store etcd://10.0.0.8:2379 /var/backups/droveway-monday")]
+  droveway server backup --store etcd://10.0.0.8:2379 /var/backups/droveway")]
     Backup {
         /// The file, which is not there yet; it is made with mode 0600
         file: PathBuf,
@@ -85,7 +89,7 @@ pub(super) enum Verb {
     /// what attaches to addresses that hosts hold, goes on.
     #[command(after_help = "Examples:
   droveway server restore /var/backups/droveway-monday
-  droveway server restore --force /var/backups/droveway-monday   # replaces the store that is there")]
+  droveway server restore --force /var/backups/droveway-monday")]
     Restore {
         /// What `droveway server backup` wrote
         file: PathBuf,
@@ -101,7 +105,9 @@ pub(super) enum Verb {
     /// host rm`.
     #[command(after_help = "Examples:
   droveway server adopt
-  droveway server adopt --without h7      # what h7 was leased after the backup may be leased to others")]
+  droveway server adopt --without h7
+
+With --without, what that host was leased after the backup may be leased to others.")]
     Adopt {
         #[command(flatten)]
         connection: Connection,

@@ -14,7 +14,7 @@ use super::{text, tunnel};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   droveway status
-  droveway status --ready          # ends with 0 if containers can attach, else with 1
+  droveway status --ready          # ends with 0 if containers can attach
   droveway status -o json | jq -e '.connection.state == \"up\"'
 
 Without a server the agent goes on: what runs, runs; new containers attach.")]

@@ -12,7 +12,7 @@ const LEAST: (usize, usize) = (3, 5);
 
 /// Rows under a header.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Table {
+pub(crate) struct Table {
     header: Vec<&'static str>,
     firm: &'static [&'static str],
     rows: Vec<Row>,
@@ -27,7 +27,7 @@ struct Row {
 
 impl Table {
     /// A table of these columns. Those that are `firm` are cut only when the others have given all they can.
-    pub(super) fn new<const N: usize>(header: [&'static str; N], firm: &'static [&'static str]) -> Self {
+    pub(crate) fn new<const N: usize>(header: [&'static str; N], firm: &'static [&'static str]) -> Self {
         debug_assert!(
             firm.iter().all(|column| header.contains(column)),
             "{firm:?} must be columns of {header:?}"
@@ -36,7 +36,7 @@ impl Table {
     }
 
     /// Adds a row. An empty cell shows as `-`.
-    pub(super) fn row<const N: usize>(&mut self, cells: [String; N]) {
+    pub(crate) fn row<const N: usize>(&mut self, cells: [String; N]) {
         debug_assert_eq!(N, self.header.len());
         let cell =
             |text: String| if text.is_empty() { "-".to_owned() } else { printable(&text).replace('\n', " ") };

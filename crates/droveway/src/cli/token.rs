@@ -6,11 +6,13 @@ use clap::{Args, Subcommand};
 use model::api::{TokenCreated, TokenRequest, TokenView};
 use reqwest::Url;
 
-use super::connection::{Connection, PORT, each, suggest};
+use super::connection::{Connection, PORT};
 use super::exit::Failure;
+use super::kind::{Kind, remove};
 use super::output::{Output, write};
 use super::table::Table;
 use super::{local, parse, text};
+use crate::client::{Client, Error};
 
 /// Join tokens: what a new host proves itself with
 #[derive(Debug, Args)]
@@ -80,18 +82,27 @@ impl TokenArgs {
                 let tokens = client.tokens().await?;
                 output.list(&tokens, table, "There is no token; `droveway token create` makes one.")
             }
-            Verb::Rm { ids } => {
-                let (_, result) = each(&ids, async |id| match client.remove_token(id).await {
-                    Ok(()) => output.done(id),
-                    Err(error) => Err(suggest(error, "token", id, async || {
-                        Ok(client.tokens().await?.into_iter().map(|token| token.id).collect())
-                    })
-                    .await),
-                })
-                .await;
-                result
-            }
+            Verb::Rm { ids } => remove::<Tokens>(&client, output, &ids).await,
         }
+    }
+}
+
+struct Tokens;
+
+impl Kind for Tokens {
+    const WHAT: &'static str = "token";
+    type View = TokenView;
+
+    async fn all(client: &Client) -> Result<Vec<TokenView>, Error> {
+        client.tokens().await
+    }
+
+    async fn remove(client: &Client, id: &str) -> Result<(), Error> {
+        client.remove_token(id).await
+    }
+
+    fn name(view: &TokenView) -> String {
+        view.id.clone()
     }
 }
 

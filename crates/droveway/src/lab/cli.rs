@@ -1,20 +1,21 @@
 //! `droveway lab …`: the lab's verbs as people type them.
 
 use std::collections::BTreeMap;
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 use std::net::IpAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, Subcommand};
 use model::{Name, Protocol, PublishedPort};
 use serde::Serialize;
 
 use super::process::exit_code;
+use super::spec::{DEFAULT, verb};
 use super::underlay::Share;
 use super::{Daemon, Kind, Lab, LabSpec, Node, RunSpec, Together, boxes, default_dir, nat};
-use crate::cli::Format;
+use crate::cli::{Exit, Failure, Format, Output, Table, warn, write};
 
 /// Several hosts on this one machine, as namespaces, to try things
 ///
@@ -23,7 +24,15 @@ use crate::cli::Format;
 #[derive(Debug, Args)]
 pub struct LabCommand {
     /// Which lab: several can be up at once
-    #[arg(long = "lab", global = true, value_name = "NAME", default_value = "lab", env = "DROVEWAY_LAB")]
+    #[arg(
+        long = "lab",
+        global = true,
+        value_name = "NAME",
+        default_value = DEFAULT,
+        env = "DROVEWAY_LAB",
+        hide_env_values = true,
+        display_order = 901
+    )]
     lab: Name,
     #[command(subcommand)]
     verb: Verb,
@@ -36,26 +45,27 @@ enum Verb {
 
 Examples:
   droveway lab up --hosts 3
-  droveway lab up --docker                     # as root: each host with a Docker Engine
+  droveway lab up --docker                     # as root: with Docker Engines
   droveway lab up --servers 2                  # `droveway lab kill server`: agents go on at the other
   droveway lab up --lab jumbo --mtu 9000
   droveway lab up --nat h2                     # h2 is behind a NAT box, nat1
-  droveway lab up --nat h2,h3                  # each behind one of its own: nat1, nat2
+  droveway lab up --nat h2,h3                  # each behind its own: nat1, nat2
   droveway lab up --nat h2+h3                  # both behind one")]
     Up(Up),
-    /// Run a program in an endpoint of its own: a container without an engine
+    /// Run a program as a container without an engine: with namespaces and an address of its own
     #[command(
-        after_help = "It prints the address. The program's output is in the lab's directory, unless -it is given.
+        after_help = "It prints the address. What the program says goes to HOST/run/NAME.log in the lab's directory (as root \
+/run/droveway-lab/lab), unless -it is given.
 
 Examples:
   droveway lab run h1 --name web -- python3 -m http.server 80
-  droveway lab run h2 --name db --stack shop --service db --label tier=1 -- sleep 1h
+  droveway lab run h2 --name db1 --stack shop --service db -- sleep 1h
   droveway lab run h2 --name me -it -- bash"
     )]
     Run(Run),
     /// Run a command on a host, or in a container of it
     #[command(
-        after_help = "The exit status is passed on. On the node `server`, and on hosts, droveway's own verbs need no options.
+        after_help = "The exit status is passed on. On the node `server`, and on hosts, droveway's own verbs need no options. \
 `underlay` is where the hosts' cables end.
 
 Examples:
@@ -113,12 +123,13 @@ Examples:
     Heal,
     /// Run a command, and say what was on the underlay meanwhile
     #[command(
-        after_help = "Everything that a host sends is looked at, whatever it is and whomever it is for. If one of the texts is in
+        after_help = "Everything that a host sends is looked at, whatever it is and whomever it is for. If one of the texts is in \
 it, the exit status is 1.
 
 Examples:
   droveway lab capture -- droveway lab exec h2/me -- ping -c 3 web
-  droveway lab capture --find secret -- droveway lab exec h2/me -- wget -qO- http://web/secret"
+  droveway lab capture --find secret -- \\
+    droveway lab exec h2/me -- wget -qO- http://web/secret"
     )]
     Capture {
         /// A text that should not be seen; may be repeated
@@ -149,7 +160,7 @@ Examples:
     },
     /// Switch a host off, as if its plug were pulled; or kill one container of it
     #[command(after_help = "Examples:
-  droveway lab kill h2                         # `droveway lab start h2` brings it back
+  droveway lab kill h2                  # `droveway lab start h2` brings it back
   droveway lab kill h1/web")]
     Kill {
         /// HOST, or HOST/NAME for a container
@@ -217,7 +228,7 @@ struct Run {
     /// A label; may be repeated
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = label)]
     labels: Vec<(String, String)>,
-    /// Ask for this address
+    /// Ask for this address, from the pool's first sixteenth or the host's own blocks
     #[arg(long, value_name = "ADDRESS")]
     address: Option<IpAddr>,
     /// Publish a port on the host; may be repeated
@@ -255,9 +266,12 @@ pub fn main(command: LabCommand, format: Format) -> Result<ExitCode> {
         },
         Verb::Start { host } => open()?.start(&host)?,
         Verb::Down => {
-            if !Lab::down_dir(&dir)? {
-                bail!("lab {} is not up: there is nothing to take down", command.lab);
-            }
+            let lab = &command.lab;
+            write(&if Lab::down_dir(&dir)? {
+                format!("Lab {lab} is down: nothing of it is left.\n")
+            } else {
+                format!("Lab {lab} is not up: there is nothing to take down.\n")
+            })?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -277,17 +291,26 @@ fn bring_up(name: &str, up: Up) -> Result<()> {
     spec.bare = up.bare;
     spec.nats = boxes(up.nat);
     spec.underlay = up.underlay.unwrap_or(spec.underlay);
-    let lab = Lab::up_with(spec, &mut |line| eprintln!("{line}"))?;
-    let bare = lab.spec().bare;
+    spec.validate().map_err(|error| Failure::new(Exit::Usage, format!("{error:#}")))?;
+    let lab = Lab::up_with(spec, &mut |line| warn(&format!("{line}\n")))?;
+    let (bare, hosts) = (lab.spec().bare, lab.hosts());
     lab.keep()?;
-    if !bare {
-        println!("The lab is up. Go on with:");
-        println!("  droveway lab run h1 --name web -- sleep 1h");
-        println!("  droveway lab run h2 --name me -it -- ping -c 3 web");
-        println!("  droveway lab exec server -- droveway endpoint ls");
-        println!("  droveway lab down");
-    }
+    write(&go_on(&verb(name), &hosts, bare))?;
     Ok(())
+}
+
+/// What can be typed next.
+fn go_on(lab: &str, hosts: &[String], bare: bool) -> String {
+    let (first, last) = (hosts.first().map_or("", String::as_str), hosts.last().map_or("", String::as_str));
+    let middle = if bare {
+        format!("  {lab} exec {first} -- ping -c 3 {last}\n")
+    } else {
+        format!(
+            "  {lab} run {first} --name web -- sleep 1h\n  {lab} run {last} --name me -it -- ping -c 3 web\n  \
+             {lab} exec server -- droveway endpoint ls\n"
+        )
+    };
+    format!("The lab is up. Go on with:\n{middle}  {lab} down\n")
 }
 
 fn run_container(lab: &Lab, run: Run) -> Result<ExitCode> {
@@ -312,7 +335,7 @@ fn run_container(lab: &Lab, run: Run) -> Result<ExitCode> {
     let container = lab.run(&run.host, &spec)?;
     let addresses: Vec<String> =
         container.attached.endpoint.addresses.iter().map(ToString::to_string).collect();
-    println!("{}", addresses.join(" "));
+    write(&(addresses.join(" ") + "\n"))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -327,18 +350,15 @@ fn capture(lab: &Lab, texts: &[String], command: &[String], format: Format) -> R
     let status = Command::new(program).args(args).env("DROVEWAY_LAB", lab.spec().name.as_str()).status();
     let status = status.with_context(|| format!("cannot run {program}"))?;
     let report = capture.report()?;
-    match format {
-        Format::Json => println!("{}", serde_json::to_string_pretty(&report)?),
-        Format::Yaml => print!("{}", serde_yaml_ng::to_string(&report)?),
-        Format::Table => {
-            print!("{report}");
-            for (i, text) in texts.iter().enumerate() {
-                let first = report.found.iter().find(|found| found.text == i);
-                let all = format!("is in none of {} frames ({} bytes)", report.frames, report.bytes);
-                println!("{text:?} {}", first.map_or(all, |found| format!("IS SEEN, first in {found}")));
-            }
-        }
-    }
+    Output::new(format).object(&report, |report| {
+        let lines = texts.iter().enumerate().map(|(i, text)| {
+            let first = report.found.iter().find(|found| found.text == i);
+            let all = format!("is in none of {} frames ({} bytes)", report.frames, report.bytes);
+            let outcome = first.map_or(all, |found| format!("IS SEEN, first in {found}"));
+            format!("{text:?} {outcome}\n")
+        });
+        std::iter::once(report.to_string()).chain(lines).collect()
+    })?;
     report.clean()?;
     Ok(ExitCode::from(exit_code(status)))
 }
@@ -402,12 +422,7 @@ fn list(lab: &Lab, format: Format) -> Result<()> {
             name,
         });
     }
-    let text = match format {
-        Format::Json => serde_json::to_string_pretty(&rows)? + "\n",
-        Format::Yaml => serde_yaml_ng::to_string(&rows)?,
-        Format::Table => table(&rows),
-    };
-    io::stdout().write_all(text.as_bytes())?;
+    Output::new(format).list(&rows, table, "")?;
     Ok(())
 }
 
@@ -431,8 +446,12 @@ fn docker_containers(lab: &Lab, host: &str) -> Result<Vec<ContainerRow>> {
     Ok(text.lines().filter_map(row).collect())
 }
 
-fn table(rows: &[HostRow]) -> String {
-    let mut text = line(["HOST", "STATE", "UNDERLAY", "BEHIND", "RUNS", "CONTAINER", "ADDRESS", "LOSES"]);
+/// A line for each container; what is said of its host stands in the first of them.
+fn table(rows: &[HostRow]) -> Table {
+    let mut table = Table::new(
+        ["HOST", "STATE", "UNDERLAY", "BEHIND", "RUNS", "CONTAINER", "ADDRESS", "LOSES"],
+        &["HOST", "STATE", "UNDERLAY", "CONTAINER", "ADDRESS"],
+    );
     for row in rows {
         let daemons = match row.kind {
             Kind::Nat => "nat".to_owned(),
@@ -440,46 +459,30 @@ fn table(rows: &[HostRow]) -> String {
                 row.daemons.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
             }
         };
-        let lost = row
-            .lost
-            .iter()
-            .map(|(from, share)| format!("{share}% from {from}"))
-            .collect::<Vec<_>>()
-            .join(", ");
-        let behind = row.behind.as_deref().unwrap_or("-");
-        let mut head = [row.name.as_str(), row.state, &row.address, behind, or_dash(&daemons)];
-        let mut tail = or_dash(&lost);
-        let none = [ContainerRow { name: "-".to_owned(), addresses: Vec::new(), docker: false }];
-        let containers = if row.containers.is_empty() { &none[..] } else { &row.containers };
-        for container in containers {
-            let addresses = container.addresses.join(" ");
-            let [host, state, underlay, behind, runs] = head;
-            let container = [container.name.as_str(), or_dash(&addresses), tail];
-            text.push_str(&line([
-                host,
-                state,
-                underlay,
-                behind,
-                runs,
-                container[0],
-                container[1],
-                container[2],
-            ]));
-            (head, tail) = ([""; 5], "");
+        let lost: Vec<String> =
+            row.lost.iter().map(|(from, share)| format!("{share}% from {from}")).collect();
+        let [host, state, underlay, behind, runs] = [
+            row.name.clone(),
+            row.state.to_owned(),
+            row.address.clone(),
+            row.behind.clone().unwrap_or_default(),
+            daemons,
+        ];
+        let (first, more) =
+            row.containers.split_first().map_or((None, &[][..]), |(first, more)| (Some(first), more));
+        let (name, addresses) = first.map(named).unwrap_or_default();
+        table.row([host, state, underlay, behind, runs, name, addresses, lost.join(", ")]);
+        for container in more {
+            let same = || " ".to_owned();
+            let (name, addresses) = named(container);
+            table.row([same(), same(), same(), same(), same(), name, addresses, same()]);
         }
     }
-    text
+    table
 }
 
-fn or_dash(text: &str) -> &str {
-    if text.is_empty() { "-" } else { text }
-}
-
-fn line(cells: [&str; 8]) -> String {
-    let [host, state, underlay, behind, runs, container, address, loses] = cells;
-    let line =
-        format!("{host:<8}{state:<7}{underlay:<16}{behind:<8}{runs:<15}{container:<16}{address:<16}{loses}");
-    line.trim_end().to_owned() + "\n"
+fn named(container: &ContainerRow) -> (String, String) {
+    (container.name.clone(), container.addresses.join(" "))
 }
 
 fn label(text: &str) -> Result<(String, String), String> {

@@ -1,6 +1,6 @@
 //! The lab as its users hold it: the command line and tests.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
@@ -11,14 +11,17 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use model::agent_api::Attached;
 use model::api::ApiError;
+use nix::fcntl::Flock;
 use nix::sys::signal::Signal;
 
 use super::daemons::{DEATH_LIMIT, Daemon, outer_pin};
 use super::enter::Door;
 use super::process::{tail, wait_for, wait_gone};
 use super::shim::{Answer, Record, RunSpec};
+use super::spec::verb;
 use super::state::{Supervisor, lock, write_json};
 use super::{Kind, LabSpec, Node, Pin, State, UNDERLAY, nat, supervisor};
+use crate::cli::{Exit, Failure};
 use crate::client;
 
 /// How long the kernel may take to empty a cgroup.
@@ -70,11 +73,7 @@ impl Lab {
     /// [`Lab::up`], telling how far it is.
     pub fn up_with(spec: LabSpec, progress: &mut dyn FnMut(&str)) -> Result<Self> {
         spec.validate()?;
-        make_dir(&spec)?;
-        let held = lock(&spec.dir)?;
-        if Supervisor::load(&spec.dir)?.is_some_and(|supervisor| supervisor.alive()) {
-            bail!("lab {} is up already; `droveway lab down` first, or give another --lab", spec.name);
-        }
+        let held = claim(&spec)?;
         clear(&spec)?;
         write_json(&spec.dir.join("spec.json"), &spec)?;
         fs::create_dir(spec.bin_dir())?;
@@ -91,17 +90,18 @@ impl Lab {
 
     /// The lab whose things are in that directory.
     pub fn open(dir: &Path) -> Result<Self> {
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        let up = Supervisor::load(dir)?.is_some_and(|supervisor| supervisor.alive());
-        let state = State::load(dir)?.filter(|_| up);
-        let state =
-            state.with_context(|| format!("lab {name} is not up; `droveway lab up` brings one up"))?;
-        Ok(Self { spec: state.spec, owned: None })
+        let up = Supervisor::load(dir)?.is_some_and(|supervisor| supervisor.up());
+        match State::load(dir)?.filter(|_| up) {
+            Some(state) => Ok(Self { spec: state.spec, owned: None }),
+            None => bail!(Failure::new(Exit::NotFound, not_up(dir))),
+        }
     }
 
     /// Lets the lab outlive this value and this process.
     pub fn keep(mut self) -> Result<()> {
         if let Some(mut owned) = self.owned.take() {
+            let supervisor = Supervisor::load(&self.spec.dir)?.context("the lab is gone")?;
+            Supervisor { caller: None, ..supervisor }.save(&self.spec.dir)?;
             owned.tie.write_all(supervisor::KEEP).context("the lab is gone")?;
         }
         Ok(())
@@ -114,6 +114,9 @@ impl Lab {
 
     /// [`Lab::down`] for whatever is in a lab's directory, also after a crash. Says whether there was anything.
     pub fn down_dir(dir: &Path) -> Result<bool> {
+        // One that is being brought up at this moment is let come so far that its processes are known.
+        let begins = dir.exists() && Supervisor::load(dir)?.is_none();
+        let _held = begins.then(|| lock(dir).ok());
         let spec = State::load(dir).ok().flatten().map(|state| state.spec);
         let Some(spec) = spec.or_else(|| supervisor::spec(dir).ok()) else {
             let there = dir.exists();
@@ -154,8 +157,8 @@ impl Lab {
         let init = self.init_of(node)?;
         let Some(name) = container else { return Ok(init.pid) };
         let pin = self.container_init(node, init, name)?;
-        let pin = pin.with_context(|| no_container(node, name))?;
-        Ok(outer_pin(init, pin.pid)?.with_context(|| no_container(node, name))?.pid)
+        let pin = pin.ok_or_else(|| no_container(node, name))?;
+        Ok(outer_pin(init, pin.pid)?.ok_or_else(|| no_container(node, name))?.pid)
     }
 
     /// Pid 1 of a node, or, for [`UNDERLAY`], of the lab.
@@ -301,7 +304,7 @@ impl Lab {
     /// Kills a container and waits until it is detached.
     pub fn kill_container(&self, host: &str, name: &str) -> Result<()> {
         let init = self.state()?.running(host)?;
-        let pin = self.container_init(host, init, name)?.with_context(|| no_container(host, name))?;
+        let pin = self.container_init(host, init, name)?.ok_or_else(|| no_container(host, name))?;
         outer_pin(init, pin.pid)?.map(|pin| pin.signal(Signal::SIGKILL)).transpose()?;
         let record = Record::path(&self.spec.containers_dir(host), name);
         let gone = wait_for(DEATH_LIMIT * 2, || Ok((!record.exists()).then_some(())))?;
@@ -472,10 +475,53 @@ impl Drop for Lab {
             && let Err(error) = self.take_down()
         {
             eprintln!(
-                "lab {}: something is left: {error:#}; `droveway lab down` takes it away",
-                self.spec.name
+                "lab {0}: something is left: {error:#}; `{1} down` takes it away",
+                self.spec.name,
+                verb(self.spec.name.as_str())
             );
         }
+    }
+}
+
+/// The lab's directory, locked, once nothing lives in it. What was interrupted a moment ago takes itself away.
+fn claim(spec: &LabSpec) -> Result<Flock<File>> {
+    loop {
+        make_dir(spec)?;
+        let held = lock(&spec.dir)?;
+        match Supervisor::load(&spec.dir)? {
+            Some(other) if other.up() => {
+                bail!(
+                    "lab {0} is up already; `{1} down` first, or give another --lab",
+                    spec.name,
+                    verb(spec.name.as_str())
+                )
+            }
+            Some(other) if other.alive() => {
+                drop(held);
+                wait_gone(other.supervisor, DEATH_LIMIT)?;
+                other.init.map_or(Ok(()), |init| wait_gone(init, DEATH_LIMIT))?;
+            }
+            // Its directory may have gone with it.
+            Some(_) | None if fs::metadata(&spec.dir).is_ok_and(|now| same_file(&held, &now)) => {
+                return Ok(held);
+            }
+            Some(_) | None => {}
+        }
+    }
+}
+
+fn same_file(held: &File, now: &fs::Metadata) -> bool {
+    held.metadata().is_ok_and(|held| (held.dev(), held.ino()) == (now.dev(), now.ino()))
+}
+
+/// Why there is no lab to be had in that directory.
+fn not_up(dir: &Path) -> String {
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let verb = verb(&name);
+    if dir.exists() {
+        format!("lab {name} is not up yet, or was interrupted; `{verb} down` takes away what there is of it")
+    } else {
+        format!("lab {name} is not up; `{verb} up` brings it up")
     }
 }
 
@@ -498,7 +544,7 @@ fn make_dir(spec: &LabSpec) -> Result<()> {
 fn launch(spec: &LabSpec) -> Result<Owned> {
     let log = fs::File::create(spec.dir.join("lab.log"))?;
     let mut command = Command::new(&spec.program);
-    command.args(["lab-init", "--tied"]).arg(&spec.dir);
+    command.args(["lab-init", "--tied", &std::process::id().to_string()]).arg(&spec.dir);
     let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).spawn();
     let mut child = spawned.with_context(|| format!("cannot run {}", spec.program.display()))?;
     let tie = child.stdin.take().context("the pipe to the lab is not there")?;
@@ -576,6 +622,9 @@ fn split(target: &str) -> (&str, Option<&str>) {
     target.split_once('/').map_or((target, None), |(node, container)| (node, Some(container)))
 }
 
-fn no_container(host: &str, name: &str) -> String {
-    format!("no container {name:?} runs on {host}; `droveway lab ls` shows those that do")
+fn no_container(host: &str, name: &str) -> Failure {
+    Failure::new(
+        Exit::NotFound,
+        format!("no container {name:?} runs on {host}; `droveway lab ls` shows those that do"),
+    )
 }

@@ -21,9 +21,9 @@ pub enum Hidden {
         /// Be pid 1.
         #[arg(long)]
         inner: bool,
-        /// End when standard input does.
+        /// The process that holds our standard input: end when that does.
         #[arg(long)]
-        tied: bool,
+        tied: Option<u32>,
         /// The lab's directory.
         dir: PathBuf,
     },

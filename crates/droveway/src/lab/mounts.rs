@@ -8,15 +8,16 @@ use std::path::{Component, Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
+use nix::fcntl::{OFlag, readlinkat};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns};
 
 const NONE: Option<&str> = None;
 
-/// Mounts made here stay here. With `shared`, namespaces made from this one follow what happens to them.
-pub(super) fn private(shared: bool) -> Result<()> {
+/// Mounts made here stay here, and namespaces made from this one follow what happens to them.
+pub(super) fn shared() -> Result<()> {
     propagate(MsFlags::MS_PRIVATE)?;
-    if shared { propagate(MsFlags::MS_SHARED) } else { Ok(()) }
+    propagate(MsFlags::MS_SHARED)
 }
 
 /// Follows what is unmounted in the namespace this one was made from, and passes nothing back.
@@ -26,6 +27,25 @@ pub(super) fn follow() -> Result<()> {
 
 fn propagate(how: MsFlags) -> Result<()> {
     mount(NONE, "/", NONE, MsFlags::MS_REC | how, NONE).context("cannot set the propagation of mounts")
+}
+
+/// Makes our root that of our mount namespace, which in a chroot is another: whoever enters the namespace (setns(2)), and an
+/// engine that leaves it for a container (pivot_root(2)), begins at the namespace's. Mounts made here stay here.
+pub(super) fn own_root() -> Result<()> {
+    let ours = open(Path::new("/"))?;
+    let process = open(Path::new("/proc/self")).context("the lab needs a /proc; mount one")?;
+    let namespace = File::open("/proc/self/ns/mnt")?;
+    // Entering it anew leads to its root.
+    let go = || setns(&namespace, CloneFlags::CLONE_NEWNS).context("cannot enter our own mount namespace");
+    go()?;
+    propagate(MsFlags::MS_PRIVATE)?;
+    let chroot = readlinkat(&process, format!("fd/{}", ours.as_raw_fd()).as_str())?;
+    if chroot == "/" {
+        return Ok(());
+    }
+    mount(Some(chroot.as_os_str()), "/", NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
+        .with_context(|| format!("cannot make {} the root of the lab", chroot.display()))?;
+    go()
 }
 
 /// A `/proc` of this namespace of process ids.

@@ -108,7 +108,7 @@ pub(super) fn inner(dir: &Path, node: &str) -> Result<()> {
     own_surroundings()?;
     say(UNPLUGGED)?;
     sethostname(node)?;
-    mounts::private(true)?;
+    mounts::shared()?;
     mounts::fresh_proc()?;
     mounts::fresh_run(&[dir, &spec.program])?;
     mounts::fresh_sys();

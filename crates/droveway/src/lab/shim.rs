@@ -23,7 +23,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use model::agent_api::{AttachRequest, Attached, SOCKET};
-use model::api::ErrorCode;
+use model::api::{ApiError, ErrorCode};
 use model::{EndpointId, Name, PublishedPort};
 use nix::fcntl::OFlag;
 use nix::sys::prctl::set_pdeathsig;
@@ -169,7 +169,11 @@ pub(super) fn shim(dir: &Path, foreground: bool, spec: &RunSpec) -> Result<ExitC
         }
     };
     if !foreground {
-        say(&serde_json::to_string(&Answer::Runs(Box::new(running.attached.clone())))?)?;
+        let answer = serde_json::to_string(&Answer::Runs(Box::new(running.attached.clone())))?;
+        if say(&answer).is_err() {
+            // Whoever asked for it was interrupted, and knows of no container.
+            put_down(&mut running.child);
+        }
     }
     let status = wait(&mut running.child, &events)?;
     end(dir, spec, &running.attached.endpoint.id);
@@ -217,7 +221,10 @@ fn take_name(dir: &Path, name: &str) -> Result<()> {
             return Err(error).with_context(|| format!("cannot make {}", path.display()));
         }
         if Record::load(dir, name)?.is_none_or(|record| record.shim.alive()) {
-            bail!("a container {name:?} runs on this host already; take another --name, or kill that one");
+            let why = format!(
+                "a container {name:?} runs on this host already; take another --name, or kill that one"
+            );
+            return Err(client::Error::Refused(ApiError::new(ErrorCode::Conflict, why)).into());
         }
         // Its shim was killed, which takes the container along.
         fs::write(&path, b"")?;
@@ -328,11 +335,24 @@ fn wait(child: &mut Child, events: &SignalFd) -> Result<std::process::ExitStatus
             return Ok(status);
         }
         let Some(event) = events.read_signal()? else { continue };
+        let signal = Signal::try_from(i32::try_from(event.ssi_signo)?)?;
+        // What the terminal sends, it sends to the program as well, which may have its own idea of it.
         let from_terminal = event.ssi_code > 0;
-        if i32::try_from(event.ssi_signo)? != Signal::SIGCHLD as i32 && !from_terminal {
+        if signal != Signal::SIGCHLD && !(from_terminal && minds(child.id(), signal)) {
             child.kill()?;
         }
     }
+}
+
+/// Whether a program catches or ignores that signal. One that does not would end by it, were it not its namespace's pid 1, to
+/// which the kernel then does nothing (`SigIgn` and `SigCgt` in proc_pid_status(5)).
+fn minds(pid: u32, signal: Signal) -> bool {
+    let status = fs::read_to_string(Pin::dir(pid).join("status")).unwrap_or_default();
+    let masks = status.lines().filter_map(|line| {
+        let mask = line.strip_prefix("SigIgn:").or_else(|| line.strip_prefix("SigCgt:"))?;
+        u64::from_str_radix(mask.trim(), 16).ok()
+    });
+    masks.into_iter().any(|mask| mask & (1 << (signal as i32 - 1)) != 0)
 }
 
 fn end(dir: &Path, spec: &RunSpec, endpoint: &EndpointId) {
@@ -389,4 +409,26 @@ fn adopt(fd: RawFd, write: bool) -> Result<File> {
     let file = File::options().read(!write).write(write).open(format!("/proc/self/fd/{fd}"))?;
     close(fd)?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_program_does_with_a_signal_is_known() {
+        let script = "trap : INT; trap '' HUP; echo ready; read -r end";
+        let mut child = Command::new("sh")
+            .args(["-c", script])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let signals = [Signal::SIGINT, Signal::SIGHUP, Signal::SIGTERM];
+        let minded = signals.map(|signal| minds(child.id(), signal));
+        put_down(&mut child);
+        assert_eq!(minded, [true, true, false]);
+    }
 }

@@ -12,6 +12,8 @@ use super::nat::Nat;
 
 /// The most hosts a lab can have.
 pub const HOSTS_MAX: u32 = 50;
+/// The lab that is meant where none is named.
+pub(super) const DEFAULT: &str = "lab";
 /// The node on which the server runs.
 pub const SERVER: &str = "server";
 /// Where the nodes' cables end: no node, but commands run there, captures for example.
@@ -152,8 +154,8 @@ impl LabSpec {
             self.mtu >= 1280 || matches!(self.underlay, IpNet::V4(_)),
             "lab {name}: IPv6 needs an MTU of 1280 or more; ask for that with --mtu"
         );
-        if self.docker && !nix::unistd::geteuid().is_root() {
-            bail!("lab {name}: Docker Engines need root; run it with sudo, or leave --docker out");
+        if self.docker {
+            self.validate_docker()?;
         }
         ensure!(
             self.dir.is_absolute(),
@@ -162,6 +164,26 @@ impl LabSpec {
         );
         self.validate_others()?;
         self.validate_nats()
+    }
+
+    fn validate_docker(&self) -> Result<()> {
+        let name = &self.name;
+        if !nix::unistd::geteuid().is_root() {
+            bail!("lab {name}: Docker Engines need root; run it with sudo, or leave --docker out");
+        }
+        let path = super::process::search_path();
+        ensure!(
+            std::env::split_paths(&path).any(|dir| dir.join("dockerd").exists()),
+            "lab {name}: dockerd is not installed; apt-get install docker.io, or leave --docker out"
+        );
+        let cgroups = Path::new("/sys/fs/cgroup");
+        ensure!(
+            cgroups.read_dir().is_ok_and(|mut entries| entries.next().is_some()),
+            "lab {name}: Docker Engines need cgroups, and there are none at {}; mount them (for a chroot: mount --rbind \
+             /sys DIR/sys), or leave --docker out",
+            cgroups.display()
+        );
+        Ok(())
     }
 
     fn validate_others(&self) -> Result<()> {
@@ -376,6 +398,11 @@ impl LabSpec {
 
 fn one() -> u32 {
     1
+}
+
+/// How the verbs of that lab begin when they are typed.
+pub(super) fn verb(lab: &str) -> String {
+    if lab == DEFAULT { "droveway lab".to_owned() } else { format!("droveway lab --lab {lab}") }
 }
 
 /// Address number `n` of a net.

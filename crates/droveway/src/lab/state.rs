@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use super::LabSpec;
 use super::daemons::Daemon;
+use crate::cli::{Exit, Failure};
 
 /// A process named for good: its number may be given to another, its number and start time not.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,9 +141,10 @@ impl State {
 
     /// A node by name.
     pub(super) fn node(&self, name: &str) -> Result<&NodeState> {
-        self.nodes.get(name).with_context(|| {
+        self.nodes.get(name).ok_or_else(|| {
             let known: Vec<&str> = self.nodes.keys().map(String::as_str).collect();
-            format!("lab {} has no host {name:?}; it has {}", self.spec.name, known.join(", "))
+            let why = format!("lab {} has no host {name:?}; it has {}", self.spec.name, known.join(", "));
+            Failure::new(Exit::NotFound, why).into()
         })
     }
 
@@ -160,6 +162,8 @@ impl State {
 pub(super) struct Supervisor {
     pub(super) supervisor: Pin,
     pub(super) init: Option<Pin>,
+    /// Whose lab it is, until it is let go: it ends with this process.
+    pub(super) caller: Option<Pin>,
 }
 
 impl Supervisor {
@@ -169,6 +173,11 @@ impl Supervisor {
 
     pub(super) fn save(&self, dir: &Path) -> Result<()> {
         write_json(&dir.join("supervisor.json"), self)
+    }
+
+    /// Whether there is a lab, and not only what comes before it or is left of it.
+    pub(super) fn up(&self) -> bool {
+        self.caller.is_none_or(Pin::alive) && self.init.is_some_and(Pin::alive)
     }
 
     pub(super) fn alive(&self) -> bool {

@@ -28,12 +28,15 @@ pub(super) const READY: &str = "ready";
 /// What the caller writes to let the lab outlive it.
 pub(super) const KEEP: &[u8] = b"k";
 
-/// The outer process. With `tied`, the lab ends when standard input does, unless [`KEEP`] is read from it.
-pub(super) fn outer(dir: &Path, tied: bool) -> Result<()> {
+/// The outer process. `tied` to a process, whose end of our standard input it is, the lab ends when that does, unless [`KEEP`]
+/// is read from it.
+pub(super) fn outer(dir: &Path, tied: Option<u32>) -> Result<()> {
     // Fails only for a session leader, which then has its own session already.
     let _ = setsid();
     let supervisor = Pin::of(std::process::id())?;
-    Supervisor { supervisor, init: None }.save(dir)?;
+    // One that is gone already has no start.
+    let caller = tied.map(|pid| Pin::of(pid).unwrap_or(Pin { pid, start: 0 }));
+    Supervisor { supervisor, init: None, caller }.save(dir)?;
     let spec = spec(dir)?;
     own_processes()?;
 
@@ -44,10 +47,10 @@ pub(super) fn outer(dir: &Path, tied: bool) -> Result<()> {
     let mut command = ourselves();
     command.args(["lab-init", "--inner"]).arg(dir).stdin(Stdio::piped());
     let mut child = command.spawn().context("cannot start pid 1 of the lab")?;
-    Supervisor { supervisor, init: Some(Pin::of(child.id())?) }.save(dir)?;
+    Supervisor { supervisor, init: Some(Pin::of(child.id())?), caller }.save(dir)?;
     dup2_stdout(io::stderr())?;
 
-    if watch(&mut child, &events, tied)? == End::CallerGone {
+    if watch(&mut child, &events, tied.is_some())? == End::CallerGone {
         put_down(&mut child);
         control::remove_leftovers(&spec);
     }
@@ -103,7 +106,8 @@ fn own_processes() -> Result<()> {
     let (uid, gid) = (geteuid(), getegid());
     unshare(CloneFlags::CLONE_NEWUSER).context(
         "the kernel makes no user namespace for this user (see sysctl user.max_user_namespaces, \
-         kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns); run it as root",
+         kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns), and none at all in a chroot; \
+         run it as root",
     )?;
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
@@ -127,7 +131,7 @@ pub(super) fn inner(dir: &Path) -> Result<()> {
     let sigchld = hold_sigchld()?;
     own_surroundings()?;
     sethostname(format!("lab-{}", spec.name))?;
-    mounts::private(false)?;
+    mounts::own_root()?;
     mounts::fresh_proc()?;
     mounts::fresh_run(&[dir, &spec.program])?;
     mounts::fresh_sys();

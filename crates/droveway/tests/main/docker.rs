@@ -178,6 +178,21 @@ fn a_published_port_is_reached_from_everywhere() {
             });
         }
     }
+    // Of containers on the engine's own bridges, only what is published there: also on a bridge that is made now.
+    docker(&lab, "h1", &["network", "create", "theirs"]);
+    for (network, port) in [("bridge", "8081"), ("theirs", "8082")] {
+        let published = format!("{port}:80");
+        let words = ["run", "-d", "--network", network, "--name", network, "-p", &published, IMAGE];
+        docker(&lab, "h1", &[&words[..], &["httpd", "-f", "-p", "80", "-h", "/www"]].concat());
+        let url = format!("http://10.0.0.5:{port}/");
+        until(LIMIT, &format!("near reaches {url}"), || {
+            says(&lab, "h1", &["docker", "exec", "near", "wget", "-q", "-O", "-", &url]).contains("served")
+        });
+        let own = address(&lab, "h1", network, network).to_string();
+        assert!(ttl(&lab, "h1", &own).is_some(), "the host reaches it");
+        until(LIMIT, &format!("Docker's rules keep near from {own}"), || !reaches(&lab, "h1", "near", &own));
+    }
+    docker(&lab, "h1", &["rm", "-f", "bridge", "theirs"]);
     docker(&lab, "h1", &["rm", "-f", "site", "near"]);
     docker(&lab, "h2", &["rm", "-f", "far"]);
     nothing_is_left(&lab, "h1");

@@ -1,11 +1,12 @@
 //! What a machine does to its daemons: a disk that is full. What people do to networks that are still in use somewhere.
 
+use agent::doctor::Kind;
 use droveway::client::ask_agent;
 use droveway::lab::{Daemon, Lab, SERVER};
 
-use crate::doctor::well;
+use crate::doctor::{findings, well};
 use crate::steady::Steady;
-use crate::support::{LIMIT, Look, idle, idle_in, lab, meet, says, succeeds, ttl, until};
+use crate::support::{LIMIT, Look, idle, idle_in, lab, meet, run_soon, says, succeeds, ttl, until};
 
 /// A directory of a node that is on a disk of its own, which is small.
 struct SmallDisk<'a> {
@@ -210,6 +211,29 @@ fn what_the_server_refuses_of_one_endpoint_is_in_no_others_way() {
     assert!(!text.contains("odd-0"), "it was to be refused: {text}");
     let log = std::fs::read_to_string(lab.daemon_log("h1", Daemon::Agent)).unwrap();
     assert!(log.contains("it has 65 aliases; at most 64"), "{log}");
+}
+
+#[test]
+fn a_container_whose_network_was_removed_while_its_host_was_away_is_named() {
+    let lab = lab(1);
+    lab.check(SERVER, &["droveway", "network", "create", "red", "--subnet", "10.62.0.0/16"]).unwrap();
+    let first = run_soon(&lab, "h1", &idle_in("red", "first"));
+    lab.kill_container("h1", &first.name).unwrap();
+    let listed = || says(&lab, SERVER, &["droveway", "endpoint", "ls"]);
+    until(LIMIT, "the server knows that nobody is on it", || !listed().contains("first"));
+    lab.cut("h1", SERVER).unwrap();
+    lab.run("h1", &idle_in("red", "second")).unwrap();
+    lab.check(SERVER, &["droveway", "network", "rm", "red"]).unwrap();
+    lab.heal().unwrap();
+    let troubles = || lab.agent_status("h1").unwrap().troubles;
+    until(LIMIT, "its host says so", || {
+        troubles().iter().any(|why| why.starts_with("second (e-") && why.contains("is cut off"))
+    });
+    let kinds: Vec<Kind> = findings(&lab, "h1", 5).iter().map(|finding| finding.kind).collect();
+    assert_eq!(kinds, [Kind::NetworkGone]);
+    lab.kill_container("h1", "second").unwrap();
+    until(LIMIT, "all is well again", || troubles().is_empty());
+    well(&lab);
 }
 
 #[test]

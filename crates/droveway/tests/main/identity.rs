@@ -133,7 +133,10 @@ fn an_agent_says_whether_it_is_ready_and_counts_what_it_does_at_its_socket_and_i
         readiness = serde_json::from_str::<Readiness>(&ask(&lab, "h1", "/readyz")).ok();
         readiness.as_ref().is_some_and(|readiness| readiness.ready)
     });
-    assert_eq!(readiness.unwrap().checks.keys().collect::<Vec<_>>(), ["kernel", "reconciler", "snapshot"]);
+    assert_eq!(
+        readiness.unwrap().checks.keys().collect::<Vec<_>>(),
+        ["kernel", "ledger", "reconciler", "snapshot"]
+    );
     let ready = says(&lab, "h1", &["droveway", "status", "--ready"]);
     assert!(ready.contains("reconciler: ok"), "{ready}");
     let port = lab.check("h1", &["curl", "-s", "-m", "5", "http://127.0.0.1:9473/metrics"]).unwrap();

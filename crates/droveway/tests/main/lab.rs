@@ -1,10 +1,12 @@
 //! The whole lab: server, agents, and containers that reach one another.
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use droveway::lab::{Container, Daemon, Lab};
+use nix::sys::signal::Signal;
 
-use crate::support::{idle, lab, ttl};
+use crate::support::{LIMIT, idle, lab, ttl, until};
 
 fn sleeper(lab: &Lab, host: &str, name: &str) -> Container {
     lab.run(host, &idle(name)).unwrap()
@@ -69,4 +71,21 @@ fn what_was_killed_is_started_again_and_works() {
     lab.wait_connected("h2").unwrap();
     let again = sleeper(&lab, "h2", "other");
     assert!(reaches(&lab, &one, &again));
+}
+
+#[test]
+fn a_container_whose_caller_was_interrupted_is_not_left_behind() {
+    let lab = lab(1);
+    // It does not answer before the caller is gone.
+    let agent = lab.state().unwrap().nodes["h1"].daemons[&Daemon::Agent];
+    agent.signal(Signal::SIGSTOP).unwrap();
+    let words =
+        ["lab", "--lab", lab.spec().name.as_str(), "run", "h1", "--name", "web", "--", "sleep", "1000"];
+    let mut caller = Command::new(&lab.spec().program).args(words).spawn().unwrap();
+    let record = lab.dir().join("h1/run/web.json");
+    until(LIMIT, "it is on its way", || record.exists());
+    caller.kill().unwrap();
+    caller.wait().unwrap();
+    agent.signal(Signal::SIGCONT).unwrap();
+    until(LIMIT, "nothing is left of it", || !record.exists() && lab.endpoints("h1").unwrap().is_empty());
 }

@@ -172,13 +172,88 @@ fn a_lab_is_refused_while_it_is_up_and_replaces_one_that_crashed() {
     let spec = bare(1);
     let lab = Lab::up(spec.clone()).unwrap();
     let error = Lab::up(spec.clone()).unwrap_err().to_string();
-    assert!(error.contains("is up already") && error.contains("lab down"), "{error}");
+    assert!(error.contains("is up already") && error.contains(" down`"), "{error}");
     assert!(pings(&lab, "h1", "server"), "the refusal does not touch it");
     lab.state().unwrap().init.unwrap().signal(Signal::SIGKILL).unwrap();
     until("it is gone", || Lab::open(&spec.dir).is_err());
     let again = Lab::up(spec).unwrap();
     assert!(pings(&again, "h1", "server"));
     std::mem::forget(lab);
+}
+
+/// `droveway lab` for a lab of that name.
+fn verb(name: &str) -> Command {
+    let mut command = Command::new(PROGRAM);
+    command.args(["lab", "--lab", name]);
+    command
+}
+
+#[test]
+fn a_lab_whose_up_is_interrupted_takes_itself_away_and_can_be_brought_up_at_once() {
+    let name = bare(2).name;
+    let up = || {
+        let mut command = verb(name.as_str());
+        command.args(["up", "--bare", "--hosts", "2"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut first = up();
+    let mut said = BufReader::new(first.stderr.take().unwrap()).lines();
+    assert!(said.any(|line| line.unwrap().contains("on the underlay")), "its nodes begin to come");
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let second = up().wait_with_output().unwrap();
+    assert!(second.status.success(), "{}", String::from_utf8_lossy(&second.stderr));
+    let next = String::from_utf8(second.stdout).unwrap();
+    assert!(next.contains(&format!("droveway lab --lab {name} exec h1 --")), "{next}");
+    for says in ["is down: nothing of it is left", "is not up: there is nothing to take down"] {
+        let down = verb(name.as_str()).arg("down").output().unwrap();
+        assert!(down.status.success(), "to take away what is not there is no fault");
+        assert!(String::from_utf8(down.stdout).unwrap().contains(says));
+    }
+    let ls = verb(name.as_str()).arg("ls").output().unwrap();
+    assert_eq!(ls.status.code(), Some(3), "there is no such lab");
+    let error = String::from_utf8(ls.stderr).unwrap();
+    assert!(error.contains(&format!("`droveway lab --lab {name} up` brings it up")), "{error}");
+}
+
+/// What a chroot that was made by hand has: a root that is no mount, on which the rest is mounted.
+const CHROOT: &str = r#"
+    set -e
+    mount -t tmpfs none "$1" && mkdir "$1/root" && cd "$1/root"
+    for dir in /*; do
+        if [ -L "$dir" ]; then cp -P "$dir" .; continue; fi
+        case $dir in /run | /proc | /sys | /dev | /etc | /usr | /lib* | /bin | /sbin) ;; *) continue ;; esac
+        [ -d "$dir" ] && mkdir ".$dir" && mount --rbind "$dir" ".$dir"
+    done
+    mkdir program tmp && mount --bind "$(dirname "$2")" program
+    lab="chroot . /program/$(basename "$2") lab --lab $3"
+    trap '$lab down' EXIT
+    $lab up --bare --hosts 2 >&2
+    $lab exec h1 -- ping -c 1 -W 2 h2 >&2
+    $lab exec h1 -- sh -c 'ls -d /program && mkdir /run/seen'
+    # As an engine does it for a container.
+    $lab exec h1 -- unshare -m sh -c 'mount --rbind /usr /usr && cd /usr && pivot_root . /usr/share && echo pivots'
+"#;
+
+#[test]
+fn a_lab_works_in_a_chroot_whose_root_is_no_mount() {
+    if !nix::unistd::geteuid().is_root() {
+        // Whoever is in a chroot gets no user namespace.
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let name = bare(2).name;
+    let output = Command::new("unshare")
+        .args(["-m", "--propagation", "private", "sh", "-c", CHROOT, "chroot"])
+        .arg(dir.path())
+        .args([PROGRAM, name.as_str()])
+        .output()
+        .unwrap();
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("/program\n") && said.contains("pivots\n") && said.contains("is down"), "{said}");
+    assert!(!Path::new("/run/seen").exists(), "nothing came out of it");
 }
 
 #[test]

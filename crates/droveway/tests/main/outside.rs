@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use droveway::lab::Lab;
 
-use crate::frame::{BROADCAST, echo, ipv4, mac, packet, udp};
+use crate::frame::{BROADCAST, echo, ipv4, mac, packet, tcp_syn, udp};
 use crate::probe;
 use crate::support::{
     Capture, LIMIT, Look, idle, in_router, lab, meet, router_words, says, silent, succeeds, ttl, until,
@@ -52,15 +52,21 @@ fn what_goes_out_is_masqueraded_and_no_address_of_the_pool_is_seen_beyond_the_ro
         }
     }
     // To the outside from addresses that are not the container's.
+    let server = Ipv4Addr::new(10, 0, 0, 2);
     for from in [Ipv4Addr::new(10, 42, 77, 77), far.ip(), Ipv4Addr::new(192, 0, 2, 1)] {
-        let server = Ipv4Addr::new(10, 0, 0, 2);
         frames.push(packet(gateway, me.0, &ipv4(from, server, 17, &udp(6666, 6666, canary().as_bytes()))));
     }
+    // From ports at which the host itself is asked: its tunnels', IKE's, a service's.
+    for own in [4500, 500] {
+        frames.push(packet(gateway, me.0, &ipv4(me.1, server, 17, &udp(own, 4500, b"own"))));
+    }
+    frames.push(packet(gateway, me.0, &ipv4(me.1, server, 6, &tcp_syn((me.1, 7443), (server, 4500)))));
     // Replies and resets that belong to no connection.
-    let server = Ipv4Addr::new(10, 0, 0, 2);
     let reset = [0, 80, 0, 90, 0, 0, 0, 1, 0, 0, 0, 0, 0x50, 0x14, 0, 0, 0, 0, 0, 0];
     frames.push(packet(gateway, me.0, &ipv4(me.1, server, 6, &reset)));
     frames.push(packet(gateway, me.0, &ipv4(me.1, server, 1, &[0, 0, 0xff, 0xfe, 0, 0, 0, 1])));
+    let at_server =
+        Capture::start(&lab, "server", &["env"], "eth0", "icmp or net 10.42.0.0/16 or dst port 4500");
     probe::send(&lab, &at, &frames);
     for to in nowhere {
         let ping = ["ping", "-n", "-c", "1", "-W", "0.4", "-I", "up0", to];
@@ -71,7 +77,6 @@ fn what_goes_out_is_masqueraded_and_no_address_of_the_pool_is_seen_beyond_the_ro
         ));
     }
     // What is meant for the outside goes there, in the host's name, and is seen at each place.
-    let at_server = Capture::start(&lab, "server", &["env"], "eth0", "icmp or net 10.42.0.0/16");
     assert!(ttl(&lab, &at, "10.0.0.2").is_some(), "{}", says(&lab, &at, &["ping", "-c", "1", "10.0.0.2"]));
     at_server.sees("10.0.0.5 > 10.0.0.2: ICMP echo request");
     let [up0, dw0, eth0] = captures.each_ref().map(|(_, capture)| capture);
@@ -82,6 +87,16 @@ fn what_goes_out_is_masqueraded_and_no_address_of_the_pool_is_seen_beyond_the_ro
         none_of_the_pool(what, capture);
     }
     none_of_the_pool("at the server", &at_server);
+    let lent: Vec<u16> = at_server
+        .lines()
+        .iter()
+        .filter(|line| line.contains("> 10.0.0.2.4500"))
+        .map(|line| {
+            let from = line.split("10.0.0.5.").nth(1).unwrap().split(' ').next().unwrap();
+            from.parse().unwrap()
+        })
+        .collect();
+    assert!(lent.len() == 3 && lent.iter().all(|port| *port >= 32_768), "{lent:?}");
 }
 
 #[test]

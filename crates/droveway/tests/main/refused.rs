@@ -146,6 +146,11 @@ fn a_network_that_cannot_be_is_refused_with_the_remedy() {
             town.refuses("server", &words, exit, says);
         };
         create(
+            &["red", "--subnet", "10.60.0.0/16", "--driver", "vxlan", "--port", "4500"],
+            2,
+            &["UDP port 4500", "another --port"],
+        );
+        create(
             &["managed", "--subnet", "10.60.0.0/16"],
             4,
             &["\"managed\" is there already", "another name"],
@@ -220,9 +225,9 @@ fn a_container_that_cannot_be_attached_is_refused_with_the_remedy() {
             check(&words, town.lab_verb(&words), exit, says);
         }
         let run = |host, name| ["run", host, "--name", name, "--", "true"];
-        check(&["name"], town.lab_verb(&run("h1", "near")), 1, &["\"near\"", "another --name"]);
+        check(&["name"], town.lab_verb(&run("h1", "near")), 4, &["\"near\"", "another --name"]);
         check(&["name"], town.lab_verb(&run("h1", "Bad!Name")), 2, &["use 1 to 63 of"]);
-        check(&["host"], town.lab_verb(&run("h9", "x")), 1, &["no host \"h9\"", "h1, h2"]);
+        check(&["host"], town.lab_verb(&run("h9", "x")), 3, &["no host \"h9\"", "h1, h2"]);
     });
 }
 

@@ -83,6 +83,18 @@ impl Street {
                 frames.push(ethernet(to, me.0, kind, &[0x60; 64]));
             }
         }
+        // What a bridge keeps to itself does not meet its prerouting hooks: it may teach nobody a MAC, nor be believed.
+        for group in [0x00, 0x02, 0x03, 0x0e].map(|last| [1, 0x80, 0xc2, 0, 0, last]) {
+            for from in [victim.0, far.0, self.gateway] {
+                frames.push(ethernet(group, from, 0x88cc, &[0x60; 64]));
+                frames.push(packet(group, from, &datagram(victim.1, other.1)));
+            }
+            let query = b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x06victim\x00\x00\x01\x00\x01";
+            for names in [Ipv4Addr::new(169, 254, 169, 250), Ipv4Addr::new(10, 42, 0, 1)] {
+                frames.push(packet(group, me.0, &ipv4(victim.1, names, 17, &udp(6666, 53, query))));
+                frames.push(packet(group, me.0, &ipv4(victim.1, names, 1, &echo(canary().as_bytes()))));
+            }
+        }
         frames
     }
 

@@ -158,7 +158,7 @@ pub(crate) fn desired() -> State {
         (r.clone(), Key::Table(Family::Inet), table(Family::Inet, "aaa")),
         (r.clone(), Key::Table(Family::Bridge), table(Family::Bridge, "bbb")),
         (h.clone(), Key::Table(Family::Inet), table(Family::Inet, "ccc")),
-        (r.clone(), Key::Link(name("br0")), link(LinkKind::Bridge, 1, None)),
+        (r.clone(), Key::Link(name("br0")), link(LinkKind::Bridge { link_local_learning: false }, 1, None)),
         (r.clone(), Key::Link(name("vxlan0")), link(vxlan, 4, None)),
         (r.clone(), Key::Link(name("up0")), up0),
         (h.clone(), Key::Link(name("dw1")), Object::Link(dw1)),

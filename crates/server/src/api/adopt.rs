@@ -194,7 +194,7 @@ fn adopt_claims(
             }
             Some(_) | None => {}
         }
-        let claim = Claim { host: host.clone(), ..claim.clone() };
+        let claim = Claim { host: host.clone(), wanted: None, ..claim.clone() };
         ops.push(put(keys.claim(&claim.network, &claim.address), &claim)?);
     }
     let gone =

@@ -12,11 +12,12 @@ use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, Method};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use model::api::{ApiError, BODY_MAX, ErrorCode, Role};
-use model::{EnvironmentId, HostId};
+use model::api::{ApiError, BODY_MAX, ErrorCode, INCARNATION, Role};
+use model::{EnvironmentId, HostId, Incarnation};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
+use super::incarnation::copied;
 use super::{Refusal, refuse};
 use crate::app::{App, no_environment, now};
 use crate::request;
@@ -61,9 +62,14 @@ pub(super) struct Agent {
     pub(super) environment: EnvironmentId,
     pub(super) host: HostId,
     pub(super) name: String,
+    /// Which life of the host's ledger it says it is of; that counts, or nothing is known of any.
+    pub(super) incarnation: Option<Incarnation>,
     /// Where it comes from, as far as that says how the host is reached ([`Peer::outside`]).
     pub(super) outside: Option<IpAddr>,
 }
+
+/// The agent of a host, whichever life of its ledger it is of.
+pub(super) struct Claimant(pub(super) Agent);
 
 impl fmt::Display for Person {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -81,6 +87,17 @@ impl FromRequestParts<Arc<App>> for Caller {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
+        let caller = Self::whoever(parts, app).await?;
+        if let Who::Agent(host, name) = &caller.who {
+            caller.counts(parts, app, host, name)?;
+            app.presence.saw(host, parts.extensions.get::<Peer>().and_then(|peer| peer.expires));
+        }
+        Ok(caller)
+    }
+}
+
+impl Caller {
+    async fn whoever(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
         let wanted = parameter(parts, app, "environment").await?;
         let (environment, who) = authenticate(parts, app, &wanted)?;
         let state = app.shared.read();
@@ -95,11 +112,22 @@ impl FromRequestParts<Arc<App>> for Caller {
             .into());
         }
         drop(state);
-        if let Who::Agent(host, _) = &who {
-            app.presence.saw(host, parts.extensions.get::<Peer>().and_then(|peer| peer.expires));
-        }
         Ok(Self { environment, who })
     }
+
+    /// Refuses an agent of another life of its host's ledger than the one that counts.
+    fn counts(&self, parts: &Parts, app: &App, host: &HostId, name: &str) -> Result<(), ApiError> {
+        let said = incarnation(parts);
+        let same = app.read(&self.environment, |env| {
+            Ok(env.lives.get(host).is_none_or(|life| Some(&life.current) == said.as_ref()))
+        })?;
+        if same { Ok(()) } else { Err(copied(name)) }
+    }
+}
+
+/// Which life of its host's ledger an agent says it is of.
+fn incarnation(parts: &Parts) -> Option<Incarnation> {
+    parts.headers.get(INCARNATION)?.to_str().ok()?.parse().ok()
 }
 
 /// Who asks, and that they may ask now. Whoever cannot say is counted by where they come from.
@@ -205,15 +233,29 @@ impl FromRequestParts<Arc<App>> for Agent {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
-        let Caller { environment, who } = Caller::from_request_parts(parts, app).await?;
-        match who {
+        Ok(Self::of(Caller::from_request_parts(parts, app).await?, parts)?)
+    }
+}
+
+impl FromRequestParts<Arc<App>> for Claimant {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, app: &Arc<App>) -> Result<Self, Refusal> {
+        Ok(Self(Agent::of(Caller::whoever(parts, app).await?, parts)?))
+    }
+}
+
+impl Agent {
+    fn of(caller: Caller, parts: &Parts) -> Result<Self, ApiError> {
+        match caller.who {
             Who::Agent(host, name) => {
                 let outside = parts.extensions.get::<Peer>().and_then(Peer::outside);
-                Ok(Self { environment, host, name, outside })
+                let incarnation = incarnation(parts);
+                Ok(Self { environment: caller.environment, host, name, incarnation, outside })
             }
             Who::Person(..) => {
                 let message = "this is for agents: it needs the client certificate of a host, not a key";
-                Err(refuse(ErrorCode::Forbidden, message).into())
+                Err(refuse(ErrorCode::Forbidden, message))
             }
         }
     }

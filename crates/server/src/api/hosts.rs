@@ -16,10 +16,11 @@ use super::extract::{self, Agent, Asked, Item, Person};
 use super::networks::collision;
 use super::page::{Cut, Page};
 use super::{Reply, Shared, peers, refuse};
-use crate::app::{App, Plan, Presence, put};
+use crate::app::{App, Plan, put};
 use crate::ca::Request;
 use crate::ipam;
 use crate::keys::{Keys, Report};
+use crate::presence;
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
 
@@ -35,7 +36,7 @@ pub(super) async fn list(State(app): Shared, person: Person, Asked(page): Asked<
     let chosen = app.read(&person.environment, |env| {
         let all = env.catalog.hosts.values().map(|host| (host.name.to_string(), host));
         let (hosts, next) = cut.choose(all);
-        Ok((hosts.into_iter().map(|host| view(env, &app.presence, host)).collect::<Vec<_>>(), next))
+        Ok((hosts.into_iter().map(|host| view(&app, env, host)).collect::<Vec<_>>(), next))
     })?;
     Ok(cut.answer(&person.environment, path::HOSTS, chosen))
 }
@@ -45,21 +46,24 @@ pub(super) async fn list(State(app): Shared, person: Person, Asked(page): Asked<
     params(("environment" = String, Path), ("id" = String, Path, description = "Name or id.")),
     responses((status = 200, body = HostView), (status = "default", body = ApiError)))]
 pub(super) async fn get(State(app): Shared, person: Person, Item(id): Item) -> Reply<Json<HostView>> {
-    Ok(Json(app.read(&person.environment, |env| Ok(view(env, &app.presence, find(env, &id)?)))?))
+    Ok(Json(app.read(&person.environment, |env| Ok(view(&app, env, find(env, &id)?)))?))
 }
 
-fn view(env: &Environment, presence: &Presence, host: &Host) -> HostView {
-    let seen = presence.of(&host.id);
+fn view(app: &App, env: &Environment, host: &Host) -> HostView {
+    let (connected, seen) = presence::of(app, env, &host.id);
+    let life = env.lives.get(&host.id);
     let mut blocks: Vec<_> =
         env.catalog.blocks.values().filter(|block| block.host == host.id).cloned().collect();
     blocks.sort_by(|a, b| (&a.network, a.leased).cmp(&(&b.network, b.leased)));
     let version = env.reports.get(&host.id).map(|report| report.version.clone());
     HostView {
         host: host.clone(),
-        connected: seen.is_some_and(|seen| seen.watches > 0),
-        seen: seen.map(|seen| seen.at),
+        connected,
+        seen,
         version: version.filter(|version| !version.is_empty()),
-        certificate_expires: seen.and_then(|seen| seen.certificate_expires),
+        certificate_expires: app.presence.of(&host.id).and_then(|seen| seen.certificate_expires),
+        incarnation: life.map(|life| life.current.number),
+        copy: life.and_then(|life| life.copy.clone()),
         blocks,
         endpoints: env.endpoint_count(&host.id),
     }
@@ -92,7 +96,7 @@ pub(super) async fn patch(
         })
         .await?;
     tracing::info!(environment = %person.environment, by = %person, host = %name, "host labelled");
-    Ok(Json(app.read(&person.environment, |env| Ok(view(env, &app.presence, find(env, &id)?)))?))
+    Ok(Json(app.read(&person.environment, |env| Ok(view(&app, env, find(env, &id)?)))?))
 }
 
 /// What a host says of itself. Routes that collide with a network are kept and logged, not refused: the host is there.
@@ -247,6 +251,7 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
                 Op::Delete(keys.host_key(&host.key)),
                 Op::Delete(keys.report(&host.id)),
                 Op::Delete(keys.unreported(&host.id)),
+                Op::Delete(keys.life(&host.id)),
             ];
             // Blocks that wait for this host wait no more; its own wait for the others.
             let mut waited_for = Vec::new();

@@ -9,7 +9,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::{Extension, Json};
 use model::api::{ApiError, ErrorCode, JoinAnswer, JoinRequest};
-use model::{Host, HostId, JoinToken};
+use model::{Driver, Host, HostId, JoinToken};
 
 use super::extract::{Environment, StrangersJson};
 use super::hosts::{check_labels, check_report, reached_at};
@@ -156,6 +156,14 @@ fn check(env: &state::Environment, host: &Host, asked: &JoinRequest) -> Result<(
         );
         return Err(refuse(ErrorCode::Conflict, message));
     }
+    let alike = |other: &&Host| other.name.as_str().eq_ignore_ascii_case(name);
+    if let Some(other) = env.catalog.hosts.values().find(alike) {
+        let message = format!(
+            "host {name:?}: there is a host \"{}\" already, and names are looked up without regard to case; choose another --name",
+            other.name
+        );
+        return Err(refuse(ErrorCode::Conflict, message));
+    }
     if env.peer(name).is_some() {
         let message = format!("host \"{name}\": a foreign peer is called so; choose another --name");
         return Err(refuse(ErrorCode::Conflict, message));
@@ -168,6 +176,15 @@ fn check(env: &state::Environment, host: &Host, asked: &JoinRequest) -> Result<(
         return Err(refuse(ErrorCode::Conflict, message));
     }
     for network in env.catalog.networks.values() {
+        if let Driver::Vxlan { port, .. } = network.driver
+            && host.tunnels_by(port)
+        {
+            let message = format!(
+                "host {name:?}: UDP port {port} is that of network \"{}\"; choose another --tunnel-port",
+                network.name
+            );
+            return Err(refuse(ErrorCode::Conflict, message));
+        }
         if let Some((pool, route)) = collision(&network.cidrs, &asked.routes) {
             let message = format!(
                 "network \"{}\": pool {pool} overlaps route {} dev {} on host {name}; remove that route, or make the network anew with another --subnet",

@@ -10,9 +10,9 @@ use axum::response::Response;
 use model::api::{
     ApiError, ClaimRequest, Consent, ErrorCode, GiveBack, Heard, IpamView, LeaseRequest, ReleaseClaim, path,
 };
-use model::{Block, Claim, Driver, Network, Revision};
+use model::{Block, Claim, Driver, Network, Retained, Revision};
 
-use super::extract::{self, Agent, Asked, Caller};
+use super::extract::{self, Agent, Asked, Caller, Person};
 use super::hosts::find as find_host;
 use super::networks::find;
 use super::page::{Cut, Page};
@@ -20,6 +20,7 @@ use super::{Reply, Shared, adopt, refuse};
 use crate::app::{App, Plan};
 use crate::ipam::{self, Grant};
 use crate::keys::Keys;
+use crate::presence;
 use crate::request;
 use crate::state::Environment;
 use crate::store::{Compare, Op, Txn};
@@ -145,12 +146,30 @@ pub(super) async fn claim(
     let ((claim, name), _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &asked.network)?;
+            let owner = asked.retain.as_deref().filter(|_| asked.address.is_none() && !asked.router);
+            if let Some(claim) = owner.and_then(|owner| ipam::retained(env, network, owner)) {
+                let (host, endpoint) = (&agent.host, &asked.endpoint);
+                return Ok(match ipam::move_retained(keys, env, revision, claim, (host, endpoint))? {
+                    Grant::Held(txn, claim) => Plan::Commit(txn, (claim, None)),
+                    Grant::New(txn, asked) => {
+                        adopt::all_reported(env)?;
+                        passes_nat(env, network, &agent)?;
+                        if !presence::of(&app, env, &claim.host).0 {
+                            return Err(not_there(env, claim));
+                        }
+                        Plan::Commit(txn, (asked, Some(network.name.clone())))
+                    }
+                });
+            }
             let of_endpoint = |claim: &&Claim| claim.endpoint == asked.endpoint && claim.host == agent.host;
             let address = match (asked.address, env.claims_of(&network.id).find(of_endpoint)) {
                 (Some(address), _) => address,
                 (None, Some(held)) => held.address,
+                (None, None) if owner.is_some() => ipam::unretained(env, network)?,
                 (None, None) => ipam::single(env, network)?,
             };
+            let retained =
+                owner.map(|owner| Retained { owner: owner.to_owned(), seconds: app.retain.as_secs() });
             let claim = Claim {
                 network: network.id.clone(),
                 address,
@@ -158,6 +177,8 @@ pub(super) async fn claim(
                 endpoint: asked.endpoint.clone(),
                 asked: false,
                 router: asked.router,
+                retained,
+                wanted: None,
             };
             Ok(match ipam::claim(keys, env, revision, network, &claim)? {
                 Grant::Held(txn, claim) => Plan::Commit(txn, (claim, None)),
@@ -170,7 +191,13 @@ pub(super) async fn claim(
             })
         })
         .await?;
-    let claim = if claim.asked { granted(&app, &agent, &claim).await? } else { claim };
+    let claim = if claim.asked {
+        granted(&app, &agent, &claim).await?
+    } else if claim.host != agent.host {
+        moved(&app, &agent, &claim).await?
+    } else {
+        claim
+    };
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
         tracing::info!(%environment, %host, %network, address = %claim.address, endpoint = %claim.endpoint, "address claimed");
@@ -236,7 +263,7 @@ async fn granted(app: &App, agent: &Agent, claim: &Claim) -> Result<Claim, ApiEr
     if let Some(now) = look()?.filter(|now| !now.asked && now.host == claim.host) {
         return Ok(now);
     }
-    let there = app.presence.of(&holder).is_some_and(|seen| seen.watches > 0);
+    let there = app.read(&agent.environment, |env| Ok(presence::of(app, env, &holder).0))?;
     let how = if there { "does not answer in time" } else { "is not connected" };
     let message = format!(
         "address {} lies in block {cidr} of host {host}, which has to let go of it first and {how}; choose another, or \
@@ -244,6 +271,80 @@ async fn granted(app: &App, agent: &Agent, claim: &Claim) -> Result<Claim, ApiEr
         claim.address
     );
     Err(refuse(ErrorCode::Unavailable, message))
+}
+
+/// That the host which has a retained address is not there.
+fn not_there(env: &Environment, claim: &Claim) -> ApiError {
+    let host = env.host_name(&claim.host);
+    let message = format!(
+        "address {} is retained for it on host {host}, which has to let go of it first and is not connected; \
+         `droveway host rm {host}` if it is gone for good",
+        claim.address
+    );
+    refuse(ErrorCode::Unavailable, message)
+}
+
+/// Waits until the host that has a retained address has let go of it; asks no more if it does not.
+async fn moved(app: &App, agent: &Agent, asked: &Claim) -> Result<Claim, ApiError> {
+    let name = (asked.network.clone(), asked.address);
+    let look = || app.read(&agent.environment, |env| Ok(env.catalog.claims.get(&name).cloned()));
+    let wanted = |claim: &Claim| claim.wanted == asked.wanted;
+    let ours = |claim: &Claim| {
+        claim.host == agent.host && asked.wanted.as_ref().is_some_and(|it| it.endpoint == claim.endpoint)
+    };
+    let mut revisions = app.shared.subscribe();
+    let deadline = tokio::time::Instant::now() + CONSENT;
+    while look()?.is_some_and(|claim| wanted(&claim)) {
+        if !matches!(tokio::time::timeout_at(deadline, revisions.changed()).await, Ok(Ok(()))) {
+            break;
+        }
+    }
+    let keys = Keys(&agent.environment);
+    app.change(&agent.environment, |env, _| {
+        Ok(ipam::ask_no_more(keys, env, asked)?.map_or(Plan::Nothing(()), |txn| Plan::Commit(txn, ())))
+    })
+    .await?;
+    // It may have been granted at the last moment.
+    match look()?.filter(ours) {
+        Some(claim) => Ok(claim),
+        None => {
+            let message = app.read(&agent.environment, |env| Ok(env.host_name(&asked.host).to_owned()))?;
+            let message = format!(
+                "address {} is retained for it on host {message}, which has not let go of it: it has given it to a \
+                 container again, or does not answer",
+                asked.address
+            );
+            Err(refuse(ErrorCode::Conflict, message))
+        }
+    }
+}
+
+/// Gives up a retained address: nobody gets it back. Whoever has it keeps it.
+#[utoipa::path(delete, path = "/v1/environments/{environment}/retained", tag = "addresses",
+    params(("environment" = String, Path)), request_body = ReleaseClaim,
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn retain_no_more(
+    State(app): Shared,
+    person: Person,
+    extract::Json(given): extract::Json<ReleaseClaim>,
+) -> Reply<StatusCode> {
+    let keys = Keys(&person.environment);
+    let (name, _) = app
+        .change(&person.environment, |env, _| {
+            let network = find(env, &given.network)?;
+            let txn = ipam::retain_no_more(keys, env, network, given.address)?.ok_or_else(|| {
+                let message = format!(
+                    "address {} of network \"{}\" is not retained; `droveway ipam ls` shows those that are",
+                    given.address, network.name
+                );
+                refuse(ErrorCode::NotFound, message)
+            })?;
+            Ok(Plan::Commit(txn, network.name.clone()))
+        })
+        .await?;
+    request::about(|| format!("address {} of network {:?}", given.address, name.as_str()));
+    tracing::info!(environment = %person.environment, by = %person, network = %name, address = %given.address, "not retained any more");
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// Lets go of an address in one of the agent's blocks that another host asked for, or refuses to. One that nobody asks for is
@@ -260,8 +361,11 @@ pub(super) async fn consent(
     app.change(&agent.environment, |env, _| {
         let network = find(env, &said.network)?;
         about_address(said.address, network);
-        let txn =
-            ipam::consent(keys, env, network, &agent.host, said.address, &said.endpoint, said.consents)?;
+        let (host, address) = (&agent.host, said.address);
+        let txn = match said.at {
+            Some(at) => ipam::consent_to_move(keys, env, network, host, address, at, said.consents)?,
+            None => ipam::consent(keys, env, network, host, address, &said.endpoint, said.consents)?,
+        };
         Ok(txn.map_or(Plan::Nothing(()), |txn| Plan::Commit(txn, ())))
     })
     .await?;

@@ -8,6 +8,7 @@ mod endpoints;
 mod extract;
 mod health;
 mod hosts;
+mod incarnation;
 mod join;
 mod keys;
 mod leases;
@@ -103,6 +104,7 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(networks::get, networks::remove))
         .routes(routes!(hosts::list))
         .routes(routes!(hosts::report))
+        .routes(routes!(incarnation::step))
         .routes(routes!(hosts::renew))
         .routes(routes!(adopt::held))
         .routes(routes!(adopt::list))
@@ -112,6 +114,7 @@ fn documented() -> OpenApiRouter<Arc<App>> {
         .routes(routes!(endpoints::get, endpoints::put, endpoints::remove))
         .routes(routes!(leases::list, leases::lease, leases::give_back))
         .routes(routes!(leases::claim, leases::consent, leases::release))
+        .routes(routes!(leases::retain_no_more))
         .routes(routes!(leases::heard))
         .routes(routes!(leases::show))
         .routes(routes!(peers::list, peers::create))
@@ -208,6 +211,7 @@ mod tests {
             (&format!("{base}/hosts"), &["get"]),
             (&format!("{base}/hosts/self"), &["put"]),
             (&format!("{base}/hosts/self/held"), &["put"]),
+            (&format!("{base}/hosts/self/incarnation"), &["put"]),
             (&format!("{base}/unreported"), &["get"]),
             (&format!("{base}/unreported/{{id}}"), &["delete"]),
             (&format!("{base}/hosts/{{id}}"), &["get", "patch", "delete"]),
@@ -215,6 +219,7 @@ mod tests {
             (&format!("{base}/endpoints/{{id}}"), &["get", "put", "delete"]),
             (&format!("{base}/blocks"), &["get", "post", "delete"]),
             (&format!("{base}/claims"), &["post", "delete"]),
+            (&format!("{base}/retained"), &["delete"]),
             (&format!("{base}/peers"), &["get", "post"]),
             (&format!("{base}/peers/{{id}}"), &["get", "delete"]),
             (&format!("{base}/tokens"), &["get", "post"]),

@@ -88,7 +88,8 @@ impl Api {
             store,
             shared,
             ca,
-            model::DEFAULT_DOMAIN.to_owned(),
+            (model::DEFAULT_DOMAIN.to_owned(), crate::RETAIN),
+            (String::new(), false),
             upkeep,
             crate::outbox::Outbox::new("s"),
         ));

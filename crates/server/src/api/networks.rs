@@ -115,6 +115,15 @@ fn plan(env: &Environment, spec: &NetworkSpec, id: &NetworkId, created: u64) -> 
         );
         return Err(refuse(ErrorCode::Conflict, message));
     }
+    if let Driver::Vxlan { port, .. } = network.driver
+        && let Some(host) = env.catalog.hosts.values().find(|host| host.tunnels_by(port))
+    {
+        let message = format!(
+            "network \"{name}\": UDP port {port} is that of the tunnels of host {}; choose another --port",
+            host.name
+        );
+        return Err(refuse(ErrorCode::Conflict, message));
+    }
     for (host, report) in &env.reports {
         if let Some((pool, route)) = collision(&network.cidrs, &report.routes) {
             let host = env.host_name(host);

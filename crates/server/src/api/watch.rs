@@ -23,8 +23,10 @@ use tokio::time::Instant;
 
 use super::extract::{Agent, Asked};
 use super::{Reply, Shared, adopt, hosts, refuse};
-use crate::app::{App, Watching};
+use crate::app::App;
+use crate::incarnation::Life;
 use crate::lines::Piece;
+use crate::presence::Watching;
 use crate::state;
 use crate::view::{Cursor, Step};
 
@@ -82,7 +84,8 @@ pub(super) async fn watch(
     }
     let mut open = Open {
         stopping,
-        watching: app.presence.watch(&agent.host),
+        watching: app.presence.watch(&agent.host, agent.incarnation.clone()),
+        asked: None,
         beat: Instant::now() + HEARTBEAT,
         pace: Instant::now(),
         ready: VecDeque::new(),
@@ -202,6 +205,8 @@ struct Open {
     ready: VecDeque<Bytes>,
     /// The servers' URLs that the agent was told.
     urls: Vec<String>,
+    /// What the agent was asked to prove that it lives.
+    asked: Option<String>,
     gzip: bool,
     revisions: watch::Receiver<Revision>,
     stopping: watch::Receiver<bool>,
@@ -226,8 +231,14 @@ impl Open {
         loop {
             tokio::time::sleep_until(self.pace).await;
             self.revisions.borrow_and_update();
-            let (line, urls) = {
+            let (line, urls, contest) = {
                 let state = self.app.shared.read();
+                let life = self.life(&state);
+                if life.is_some_and(|life| Some(&life.current) != self.agent.incarnation.as_ref()) {
+                    return None;
+                }
+                let contest = life.and_then(|life| life.contest.as_ref());
+                let contest = contest.map(|contest| contest.challenge.clone());
                 let line = match self.cursor.advance(&state) {
                     Step::Delta(touched) => {
                         let write = || {
@@ -244,9 +255,10 @@ impl Open {
                     Step::Gone | Step::Lost => return None,
                     Step::Nothing => None,
                 };
-                (line, urls_of(&state, &self.agent))
+                (line, urls_of(&state, &self.agent), contest)
             };
             self.tell_urls(urls);
+            self.ask(contest);
             if let Some(line) = line {
                 self.ready.push_back(line.bytes(self.gzip));
                 self.pace = Instant::now() + PACE;
@@ -264,6 +276,19 @@ impl Open {
                 return self.push(&Watch::Heartbeat { revision: self.cursor.at });
             }
         }
+    }
+
+    /// Which life of the host's ledger counts.
+    fn life<'a>(&self, state: &'a state::State) -> Option<&'a Life> {
+        state.environments.get(&self.agent.environment)?.lives.get(&self.agent.host)
+    }
+
+    /// Asks the agent to prove that it lives, once for each time that another comes.
+    fn ask(&mut self, contest: Option<String>) {
+        if let Some(challenge) = contest.clone().filter(|_| contest != self.asked) {
+            self.push(&Watch::Prove { challenge });
+        }
+        self.asked = contest;
     }
 
     /// Tells how the servers are reached, if that is news.

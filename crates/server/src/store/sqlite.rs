@@ -16,6 +16,8 @@ use model::{Epoch, Revision};
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
+use crate::keys::is_secret;
+
 use super::{
     Answer, Batch, Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end,
 };
@@ -208,7 +210,7 @@ fn open(path: &Path, fresh: &Epoch) -> Result<(Connection, Epoch, Revision, Revi
     let connection = Connection::open(path).map_err(&io)?;
     let known = recognize(&connection, path)?;
     connection
-        .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -4096;")
+        .execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA cache_size = -4096; PRAGMA secure_delete = ON;")
         .map_err(&io)?;
     if !known {
         connection
@@ -338,6 +340,12 @@ impl Worker {
                 for batch in batches {
                     self.publish(&batch);
                 }
+                let gone = |op: &Op| matches!(op, Op::Delete(key) if is_secret(key));
+                if group.iter().any(|(txn, _)| txn.success.iter().any(gone))
+                    && let Err(error) = self.wipe()
+                {
+                    tracing::warn!(%error, "what was deleted is in the store's journal still, for a while");
+                }
                 for ((_, reply), outcome) in group.into_iter().zip(outcomes) {
                     drop(reply.send(Ok(outcome)));
                 }
@@ -402,6 +410,12 @@ impl Worker {
         });
     }
 
+    /// Leaves nothing of what was deleted in the journal, where older pages are.
+    fn wipe(&self) -> Result<(), StoreError> {
+        self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+        Ok(())
+    }
+
     /// Forgets old changes, a thousand revisions at a time.
     fn compact(&mut self) -> Result<(), StoreError> {
         let Some(until) = self.revision.0.checked_sub(KEPT).filter(|until| *until >= self.compacted.0 + 1000)
@@ -450,6 +464,10 @@ fn apply(connection: &Connection, op: &Op, at: Revision, events: &mut Vec<Event>
         }
         Op::Delete(key) => {
             if connection.prepare_cached("DELETE FROM kv WHERE key = ?1")?.execute([key])? > 0 {
+                if is_secret(key) {
+                    // That it was there is of no use to those who hear that it is gone.
+                    connection.prepare_cached("DELETE FROM log WHERE key = ?1")?.execute([key])?;
+                }
                 log(connection, at, events.len(), key, None)?;
                 events.push(Event::Delete(key.clone()));
             }
@@ -554,6 +572,25 @@ mod tests {
         assert_eq!(all.iter().map(|kv| kv.created.0).collect::<Vec<_>>(), [1, 2]);
         let mut watch = store.watch("/", Revision(1)).await.unwrap();
         assert_eq!(watch.next().await.unwrap().revision, Revision(2));
+    }
+
+    #[tokio::test]
+    async fn of_a_peers_secret_nothing_is_left_in_the_file_once_it_is_deleted() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = SqliteStore::open(&dir.path().join("store.sqlite"), epoch(1)).unwrap();
+        let secret = b"the secret of the office";
+        let has = || {
+            let files = std::fs::read_dir(dir.path()).unwrap();
+            let mut files = files.map(|file| std::fs::read(file.unwrap().path()).unwrap());
+            files.any(|bytes| bytes.windows(secret.len()).any(|part| part == secret))
+        };
+        let key = "/droveway/default/peers/p-aaaaaaaaaa".to_owned();
+        store.txn(Txn::new(vec![], vec![Op::Put(key.clone(), secret.to_vec())])).await.unwrap();
+        assert!(has());
+        store.txn(Txn::new(vec![], vec![Op::Delete(key)])).await.unwrap();
+        assert!(!has());
+        let mut watch = store.watch("/", Revision(0)).await.unwrap();
+        assert_eq!(watch.next().await.unwrap().revision, Revision(2), "who was behind hears that it is gone");
     }
 
     #[test]

@@ -12,6 +12,7 @@ async fn claim(agent: &Agent, address: &str, endpoint: &EndpointId) -> Result<Cl
         address: Some(address.parse().unwrap()),
         endpoint: endpoint.clone(),
         router: false,
+        retain: None,
     };
     agent.client.post(&format!("{DEFAULT}/claims"), &request).await
 }
@@ -175,7 +176,7 @@ async fn consent(
     consents: bool,
 ) -> Result<(), ApiError> {
     let (network, endpoint) = ("managed".into(), endpoint.clone());
-    let said = Consent { network, address: address.parse().unwrap(), endpoint, consents };
+    let said = Consent { network, address: address.parse().unwrap(), endpoint, at: None, consents };
     agent.client.put(&format!("{DEFAULT}/claims"), &said).await
 }
 
@@ -280,6 +281,7 @@ async fn where_no_block_is_free_single_addresses_are_granted_and_no_block_is_mad
             address: address.map(|text| text.parse().unwrap()),
             endpoint: EndpointId::from_random([seed; 8]),
             router: seed == 0,
+            retain: None,
         };
         agent.client.post(&format!("{DEFAULT}/claims"), &request).await
     };

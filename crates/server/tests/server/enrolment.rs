@@ -105,6 +105,11 @@ async fn a_name_a_key_and_a_route_that_clash_are_refused_and_cost_no_use() {
         "--subnet",
     ];
     refused(server.join("h2", &token.token, &routes).await.err(), conflict, &words);
+    refused(
+        server.join("H1", &token.token, &[]).await.err(),
+        conflict,
+        &["host \"H1\"", "a host \"h1\" already", "--name"],
+    );
     refused(server.join("self", &token.token, &[]).await.err(), ErrorCode::Invalid, &["reserved"]);
     let id = first.id.as_str().to_owned();
     refused(server.join(&id, &token.token, &[]).await.err(), ErrorCode::Invalid, &["reserved"]);

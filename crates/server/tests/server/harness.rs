@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use model::api::{ApiError, ErrorCode, HostRoute, JoinAnswer, LeaseRequest, TokenCreated, TokenRequest};
+use model::api::{
+    ApiError, ErrorCode, HostRoute, INCARNATION, JoinAnswer, LeaseRequest, TokenCreated, TokenRequest,
+};
 use model::{
-    Block, Candidate, Change, Endpoint, EndpointId, EndpointKind, Fingerprint, HostId, Mac, Network, Object,
-    Revision, SERVER_NAME, Source, Watch,
+    Block, Candidate, Change, Endpoint, EndpointId, EndpointKind, Fingerprint, HostId, Incarnation, Mac,
+    Network, Object, Revision, SERVER_NAME, Source, Watch,
 };
 use rcgen::KeyPair;
 use reqwest::{Method, StatusCode};
@@ -37,6 +39,7 @@ pub fn config(dir: PathBuf) -> Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         names: vec!["drove.example".into()],
         domain: model::DEFAULT_DOMAIN.into(),
+        retain: server::RETAIN,
         limits: server::Limits::default(),
         lives: server::Lives::default(),
         store: server::StoreChoice::Embedded,
@@ -173,7 +176,7 @@ pub fn client(address: SocketAddr, ca: &str, identity: Option<(&str, &KeyPair)>)
         .no_proxy()
         .build()
         .unwrap();
-    Client { http, base: format!("https://{SERVER_NAME}:{}", address.port()), key: None }
+    Client { http, base: format!("https://{SERVER_NAME}:{}", address.port()), key: None, incarnation: None }
 }
 
 /// Someone who asks.
@@ -182,11 +185,17 @@ pub struct Client {
     pub http: reqwest::Client,
     pub base: String,
     pub key: Option<String>,
+    /// Which life of its ledger an agent says it is of.
+    pub incarnation: Option<Incarnation>,
 }
 
 impl Client {
     pub fn request(&self, method: Method, path: &str) -> reqwest::RequestBuilder {
         let request = self.http.request(method, format!("{}{path}", self.base));
+        let request = match &self.incarnation {
+            Some(incarnation) => request.header(INCARNATION, incarnation.to_string()),
+            None => request,
+        };
         match &self.key {
             Some(key) => request.bearer_auth(key),
             None => request,

@@ -6,6 +6,7 @@ mod edges;
 mod enrolment;
 mod etcd;
 mod harness;
+mod incarnations;
 mod limits;
 mod networks;
 mod peers;

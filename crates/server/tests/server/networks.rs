@@ -1,5 +1,5 @@
 use model::api::{ApiError, ErrorCode, HostReport, HostRoute, HostView};
-use model::{Driver, Network};
+use model::{Candidate, Driver, Network};
 use serde_json::json;
 
 use crate::harness::{Client, DEFAULT, Server, candidate};
@@ -56,8 +56,11 @@ async fn what_cannot_be_is_refused_with_the_remedy_and_nothing_changes() {
     let host = server.host("h2").await;
     let route = HostRoute { cidr: "10.60.8.0/24".parse().unwrap(), device: "eth1".into() };
     let default = HostRoute { cidr: "0.0.0.0/0".parse().unwrap(), device: "eth0".into() };
-    let report =
-        HostReport { candidates: vec![candidate(7)], routes: vec![default, route], version: "0.1.0".into() };
+    let report = HostReport {
+        candidates: vec![Candidate { port: Some(4501), ..candidate(7) }],
+        routes: vec![default, route],
+        version: "0.1.0".into(),
+    };
     host.client.put::<serde_json::Value>(&format!("{DEFAULT}/hosts/self"), &report).await.unwrap();
     let before: model::api::ServerInfo = admin.get("/v1/info").await.unwrap();
     let red = |cidr: &str| json!({ "name": "red", "cidrs": [cidr] });
@@ -107,6 +110,16 @@ async fn what_cannot_be_is_refused_with_the_remedy_and_nothing_changes() {
             json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "ipsec", "port": 4500 }),
             ErrorCode::Invalid,
             "--tunnel-port",
+        ),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "vxlan", "port": 4500 }),
+            ErrorCode::Invalid,
+            "UDP port 4500 is that of encrypted tunnels; choose another --port",
+        ),
+        (
+            json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "driver": "vxlan", "port": 4501 }),
+            ErrorCode::Conflict,
+            "UDP port 4501 is that of the tunnels of host h2",
         ),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "mtu": 100 }), ErrorCode::Invalid, "576"),
         (json!({ "name": "red", "cidrs": ["10.43.0.0/16"], "colour": "red" }), ErrorCode::Invalid, "colour"),

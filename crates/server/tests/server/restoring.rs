@@ -86,12 +86,15 @@ async fn an_old_backup_is_adopted(other: Option<StoreChoice>) {
         endpoint: one.endpoint(&late, "c", 3).id,
         asked: false,
         router: false,
+        retained: None,
+        wanted: None,
     };
     let request = ClaimRequest {
         network: "tight".into(),
         address: Some(claim.address),
         endpoint: claim.endpoint.clone(),
         router: false,
+        retain: None,
     };
     one.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
 

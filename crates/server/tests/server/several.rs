@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use model::api::{AuditEntry, ErrorCode, ServerInfo, TokenRequest};
-use model::{Catalog, Change, Object, Revision, Watch};
+use model::{Catalog, Change, Object, Revision, Step, Watch};
 use serde_json::json;
 use server::{Config, Error, StoreChoice};
 use tempfile::TempDir;
 
 use crate::etcd::Etcd;
-use crate::harness::{DEFAULT, Server};
+use crate::harness::{Client, DEFAULT, Server};
+use crate::incarnations::{Ledger, ledger, view_as};
 
 async fn server_on(etcd: &Etcd, dir: TempDir, url: &str) -> Result<Server, Error> {
     let store = StoreChoice::Etcd(etcd.config("/several"));
@@ -175,4 +176,50 @@ async fn leases_and_claims_at_both_servers_at_once_give_nothing_twice_while_one_
     for block in &blocks {
         assert!(lines.contains_key(&block.leased), "nobody wrote down {block:?}");
     }
+}
+
+#[tokio::test]
+async fn a_copy_that_comes_to_the_other_server_is_found_out_and_both_know_who_is_connected() {
+    let etcd = Etcd::start(1);
+    let one = server_on(&etcd, tempfile::tempdir().unwrap(), "https://one:7443").await.unwrap();
+    let host = one.host("h1").await;
+    let two = second(&etcd, &one).await;
+    let mut original = ledger(&host);
+    let agent = original.start().await.unwrap();
+    let mut watch = agent.watch().await;
+    while !matches!(watch.next().await, Some(Watch::Snapshot { .. })) {}
+    heard(&one, &two).await;
+    let elsewhere = two.agent(&host);
+    let mut copy = Ledger { agent: &elsewhere, ..original.copy(2) };
+    let coming = copy.next();
+    let (refused, agent) = tokio::join!(copy.tell(&coming), async {
+        let challenge = loop {
+            match watch.next().await {
+                Some(Watch::Prove { challenge }) => break challenge,
+                Some(_) => {}
+                None => panic!("it is not asked"),
+            }
+        };
+        let step = Step { proof: Some(challenge), ..original.next() };
+        original.tell(&step).await.unwrap();
+        original.lineage.taken(&step.to);
+        original.by(Some(step.to))
+    });
+    assert_eq!(refused.unwrap_err().code, ErrorCode::Copied);
+
+    let mut watch = agent.watch().await;
+    while !matches!(watch.next().await, Some(Watch::Snapshot { .. })) {}
+    let both_say = async |connected: bool| {
+        let begun = std::time::Instant::now();
+        let people = [one.admin(), Client { key: one.admin().key, ..two.nobody() }];
+        while view_as(&people[0]).await.connected != connected
+            || view_as(&people[1]).await.connected != connected
+        {
+            assert!(begun.elapsed().as_secs() < 15, "both say that it is connected: {connected}");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    both_say(true).await;
+    drop(watch);
+    both_say(false).await;
 }

@@ -22,7 +22,7 @@ async fn catch_up(watch: &mut Watching, catalog: &mut Catalog, info: &ServerInfo
                 at = revision.0;
             }
             Watch::Heartbeat { revision } => at = revision.0,
-            Watch::Servers { urls } => panic!("nobody said so: {urls:?}"),
+            other @ (Watch::Servers { .. } | Watch::Prove { .. }) => panic!("nobody said so: {other:?}"),
         }
     }
 }
@@ -99,6 +99,7 @@ async fn a_host_sees_a_network_whole_when_it_takes_part_and_no_more_when_it_stop
         address: Some("10.42.0.9".parse().unwrap()),
         endpoint: db.id.clone(),
         router: false,
+        retain: None,
     };
     two.client.post::<serde_json::Value>(&format!("{DEFAULT}/claims"), &request).await.unwrap();
     let claim = Key::Claim(network.clone(), request.address.unwrap());

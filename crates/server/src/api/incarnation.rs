@@ -1,0 +1,129 @@
+//! Another life of a host's ledger begins, or shows that it lives: see [`crate::incarnation`].
+
+use std::time::Duration;
+
+use axum::Extension;
+use axum::extract::State;
+use axum::http::StatusCode;
+use model::Step;
+use model::api::{ApiError, ErrorCode};
+use tokio::time::Instant;
+
+use super::extract::{self, Claimant};
+use super::{Reply, Shared, refuse};
+use crate::app::{App, Plan, now, put};
+use crate::incarnation::{Contest, Life, Verdict, judge, refused};
+use crate::keys::Keys;
+use crate::request;
+use crate::secret;
+use crate::serve::Peer;
+use crate::store::{Compare, Txn};
+
+/// For how long the holder of an incarnation may be silent before another that has it is believed.
+const ANSWER: Duration = Duration::from_secs(3);
+
+/// Another life of the ledger of the agent's host begins. Where the one before may live, it is asked first, for three seconds
+/// at most; a copy of the ledger, or an old one, is refused.
+#[utoipa::path(put, path = "/v1/environments/{environment}/hosts/self/incarnation", tag = "agents",
+    params(("environment" = String, Path)), request_body = Step,
+    responses((status = 204), (status = "default", body = ApiError)))]
+pub(super) async fn step(
+    State(app): Shared,
+    Claimant(agent): Claimant,
+    Extension(peer): Extension<Peer>,
+    extract::Json(step): extract::Json<Step>,
+) -> Reply<StatusCode> {
+    let last = step.from.as_ref().map_or(0, |from| from.number);
+    let stays = step.proof.is_some() && step.from.as_ref() == Some(&step.to);
+    if step.from.is_some() && !stays && step.to.number != last.saturating_add(1) {
+        let message =
+            format!("{} does not follow {last}; the next one is counted by one more", step.to.number);
+        return Err(refuse(ErrorCode::Invalid, message).into());
+    }
+    let from = peer.address.ip().to_canonical();
+    let (keys, deadline) = (Keys(&agent.environment), Instant::now() + ANSWER);
+    let place = keys.life(&agent.host);
+    let mut asked = false;
+    loop {
+        let (mut revisions, mut moves) = (app.shared.subscribe(), app.presence.subscribe());
+        let challenge = secret::secret().map_err(|error| refuse(ErrorCode::Internal, error.to_string()))?;
+        let (verdict, _) = app
+            .change(&agent.environment, |env, _| {
+                let known = env.lives.get(&agent.host);
+                let may_live =
+                    |life: &Life| app.presence.may_live(&agent.host, &life.current, app.shares_store);
+                let alive = known.is_some_and(may_live) && Instant::now() < deadline;
+                let restored = env.unreported.contains_key(&agent.host);
+                let verdict = judge(known, &step, alive, asked, restored);
+                let life = match (&verdict, known) {
+                    (Verdict::Take(life), _) => life.clone(),
+                    (Verdict::Contest, Some(life)) => {
+                        let contest = Contest { by: step.to.clone(), from, challenge: challenge.clone() };
+                        Life { contest: Some(contest), ..life.clone() }
+                    }
+                    (Verdict::Copy, Some(life)) => refused(life, from, now()),
+                    _ => return Ok(Plan::Nothing(verdict)),
+                };
+                let compares = match env.modified(&place) {
+                    Some(modified) => Compare::Modified(place.clone(), modified),
+                    None => Compare::Absent(place.clone()),
+                };
+                let compares = vec![compares, Compare::Present(keys.host(&agent.host))];
+                Ok(Plan::Commit(Txn::new(compares, vec![put(place.clone(), &life)?]), verdict))
+            })
+            .await?;
+        match verdict {
+            Verdict::Take(life) => {
+                request::about(|| format!("start {} of the agent", life.current.number));
+                app.presence.begins(&agent.host, &life.current);
+                if step.proof.is_some() {
+                    tracing::warn!(environment = %agent.environment, host = %agent.name, "another agent came with this host's \
+                        state directory while it was there: a copied machine; `droveway host inspect` says from where");
+                }
+                return Ok(StatusCode::NO_CONTENT);
+            }
+            Verdict::Taken => return Ok(StatusCode::NO_CONTENT),
+            Verdict::Copy => {
+                request::about(|| format!("a copy of the state directory of host {:?}", agent.name));
+                app.upkeep.metrics.copy_refused();
+                let error = copied(&agent.name);
+                tracing::warn!(environment = %agent.environment, host = %agent.name, %from, "refused: {}", error.message);
+                return Err(error.into());
+            }
+            Verdict::Behind => return Err(behind(&app, &agent.name, last).into()),
+            Verdict::Late => {
+                return Err(
+                    refuse(ErrorCode::Unavailable, "this was asked before, and is asked no more").into()
+                );
+            }
+            Verdict::Contest | Verdict::Wait => asked = true,
+        }
+        // The holder answers, goes away, or is silent for too long.
+        tokio::select! {
+            _ = revisions.changed() => {}
+            _ = moves.changed() => {}
+            () = tokio::time::sleep_until(deadline) => {}
+        }
+    }
+}
+
+/// That an agent's state directory is not the one that counts.
+pub(super) fn copied(host: &str) -> ApiError {
+    let message = format!(
+        "the state directory of this agent is a copy of that of host \"{host}\", or an old backup of it: another agent has \
+         gone on with it. It attaches nothing and has no tunnels. On a machine that was copied, delete the state directory \
+         and join it as a host of its own (`droveway token create`, another --name). If this machine is to be \"{host}\", stop \
+         the other one, `droveway host rm {host}`, and join this one anew"
+    );
+    refuse(ErrorCode::Copied, message)
+}
+
+/// That the store lost what an agent knows.
+fn behind(app: &App, host: &str, last: u64) -> ApiError {
+    let message = format!(
+        "host \"{host}\" was started {last} times, of which this server's store does not know: it is older; if it was put \
+         back from a copy, put it back with `droveway server restore`"
+    );
+    tracing::error!(revision = %app.shared.read().revision, "{message}");
+    refuse(ErrorCode::Conflict, message)
+}
