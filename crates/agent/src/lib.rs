@@ -44,13 +44,13 @@ use model::{EnvironmentId, JoinToken, Name, UnixMillis};
 use tokio::sync::watch;
 
 pub use control::Control;
-pub use ledger::FILE as LEDGER;
+pub use ledger::{FILE as LEDGER, Identity};
 pub use view::View;
 
 use crate::book::Book;
 use crate::control::Command;
 use crate::counts::Counts;
-use crate::ledger::{Identity, Ledger};
+use crate::ledger::Ledger;
 use crate::reconcile::Reconciler;
 use crate::server::Server;
 

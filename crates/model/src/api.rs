@@ -544,7 +544,7 @@ pub struct KeyView {
 pub struct AuditEntry {
     /// Its number in this server's log, without gaps.
     pub number: u64,
-    /// When it was answered.
+    /// When it was done or refused.
     pub at: UnixMillis,
     /// The request's id: the server's log has it, too.
     pub request: String,
@@ -562,7 +562,7 @@ pub struct AuditEntry {
     /// Why it was not done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub code: Option<ErrorCode>,
-    /// The revision that it made, if it changed anything.
+    /// The revision that it made, if it changed anything. A request that made several has a line for each.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revision: Option<Revision>,
 }

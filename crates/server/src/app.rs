@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use crate::ca::Ca;
 use crate::keys;
 use crate::lines::Lines;
+use crate::outbox::Outbox;
 use crate::presence::Presence;
 use crate::request;
 use crate::state::{Environment, Shared};
@@ -46,6 +47,8 @@ pub(crate) struct App {
     /// How many bodies of strangers may be read at the same time.
     pub(crate) strangers: Semaphore,
     pub(crate) upkeep: Upkeep,
+    /// Changes on their way into the audit log.
+    pub(crate) outbox: Outbox,
     /// What watches are told, written once for all.
     pub(crate) lines: Lines,
     /// The API's description, once somebody asked for it.
@@ -68,6 +71,7 @@ impl App {
         (domain, retain): (String, Duration),
         (name, shares_store): (String, bool),
         upkeep: Upkeep,
+        outbox: Outbox,
     ) -> Self {
         Self {
             store,
@@ -83,6 +87,7 @@ impl App {
             turn: tokio::sync::Mutex::new(()),
             strangers: Semaphore::new(STRANGERS),
             upkeep,
+            outbox,
             lines: Lines::default(),
             description: OnceLock::new(),
         }
@@ -99,34 +104,36 @@ impl App {
     }
 
     /// Plans a change on the state as it is, does it if nothing it compares has changed meanwhile, and plans anew
-    /// otherwise. When it answers, the state in memory has the change, too.
+    /// otherwise. Who asked for it is written down with it. When it answers, the state in memory has the change, too.
     pub(crate) async fn change<T>(
         &self,
         environment: &EnvironmentId,
         plan: impl Fn(&Environment, Revision) -> Result<Plan<T>, ApiError>,
     ) -> Result<(T, Revision), ApiError> {
         for _ in 0..ATTEMPTS {
-            let (planned, revision) = {
+            let (txn, answer, taking) = {
                 let state = self.shared.read();
                 let env = state.environments.get(environment);
                 let env = env.ok_or_else(|| no_environment(environment.as_str()))?;
-                (plan(env, state.revision)?, state.revision)
-            };
-            match planned {
-                Plan::Nothing(answer) => return Ok((answer, revision)),
-                Plan::Commit(txn, answer) => {
-                    let begun = Instant::now();
-                    let outcome = self.store.txn(txn).await;
-                    self.upkeep.stored(begun, &outcome);
-                    let outcome = outcome.map_err(|error| store_fault(&error))?;
-                    if outcome.succeeded {
-                        request::made(outcome.revision);
-                    }
-                    self.reach(outcome.revision).await?;
-                    if outcome.succeeded {
-                        return Ok((answer, outcome.revision));
+                match plan(env, state.revision)? {
+                    Plan::Nothing(answer) => return Ok((answer, state.revision)),
+                    Plan::Commit(mut txn, answer) => {
+                        let taking = self.outbox.enclose(environment, env, &mut txn)?;
+                        (txn, answer, taking)
                     }
                 }
+            };
+            let begun = Instant::now();
+            let outcome = self.store.txn(txn).await;
+            self.upkeep.stored(begun, &outcome);
+            let outcome = outcome.map_err(|error| store_fault(&error))?;
+            if outcome.succeeded {
+                request::made(outcome.revision);
+            }
+            self.reach(outcome.revision).await?;
+            drop(taking);
+            if outcome.succeeded {
+                return Ok((answer, outcome.revision));
             }
         }
         Err(ApiError::new(ErrorCode::Unavailable, "too many changes at the same time; try again"))

@@ -6,6 +6,7 @@
 //! Invariant: numbers go up by one, from the first line to the last, over restarts too; a line is whole or absent. No
 //! secret is in it: what is written is method, path, names and ids.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -19,6 +20,9 @@ use model::{Revision, UnixMillis};
 use serde::Deserialize;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::files;
+use crate::outbox::Entry;
+
 /// How large a file may become, bytes.
 const FILE_MAX: u64 = 16 << 20;
 /// How many files there are at most.
@@ -28,6 +32,8 @@ const WAITING: usize = 1024;
 /// How many lines are synced together at most.
 const TOGETHER: usize = 256;
 const NEWEST: &str = "audit.jsonl";
+/// What becomes the newest.
+const NEXT: &str = ".audit.next";
 
 /// A line without its number.
 #[derive(Debug, Clone)]
@@ -44,6 +50,22 @@ pub(crate) struct Line {
 }
 
 impl Line {
+    /// A change that was made.
+    pub(crate) fn of(entry: Entry, revision: Revision) -> Self {
+        Self { revision: Some(revision), ..Self::without_change(entry, None) }
+    }
+
+    /// A request that found all as it should be, or was refused.
+    pub(crate) fn without_change(entry: Entry, refusal: Option<ErrorCode>) -> Self {
+        let Entry { at, request, who, from, what, about } = entry;
+        let outcome = match refusal {
+            None => Outcome::Done,
+            Some(ErrorCode::Internal | ErrorCode::Unavailable) => Outcome::Failed,
+            Some(_) => Outcome::Refused,
+        };
+        Self { at, request, who, from, what, about, outcome, code: refusal, revision: None }
+    }
+
     fn numbered(self, number: u64) -> AuditEntry {
         let Self { at, request, who, from, what, about, outcome, code, revision } = self;
         AuditEntry { number, at, request, who, from, what, about, outcome, code, revision }
@@ -52,7 +74,20 @@ impl Line {
 
 struct Job {
     line: Line,
-    written: Option<oneshot::Sender<()>>,
+    written: oneshot::Sender<()>,
+}
+
+/// A line on its way to the disk.
+pub(crate) struct Written(Option<oneshot::Receiver<()>>);
+
+impl Written {
+    /// Waits until it is on disk; false if it cannot be written.
+    pub(crate) async fn written(self) -> bool {
+        match self.0 {
+            Some(done) => done.await.is_ok(),
+            None => false,
+        }
+    }
 }
 
 /// The log. When it is dropped, what waits is written and the thread ends.
@@ -87,24 +122,19 @@ impl Audit {
         Ok(Self { jobs, thread, written, directory: directory.to_owned(), failures })
     }
 
-    /// Writes a line; if `synced`, it is on disk when this answers.
-    pub(crate) async fn write(&self, line: Line, synced: bool) {
-        let (written, done) = if synced {
-            let (written, done) = oneshot::channel();
-            (Some(written), Some(done))
-        } else {
-            (None, None)
-        };
-        let Some(jobs) = &self.jobs else { return };
-        if jobs.send(Job { line, written }).await.is_err() {
-            tracing::error!("the audit log has ended; what happens is not written down");
-        } else if let Some(done) = done {
-            // A line that could not be written was told to the log.
-            drop(done.await);
+    /// Writes a line, after those before it.
+    pub(crate) async fn write(&self, line: Line) -> Written {
+        let (written, done) = oneshot::channel();
+        if let Some(jobs) = &self.jobs
+            && jobs.send(Job { line, written }).await.is_ok()
+        {
+            return Written(Some(done));
         }
+        tracing::error!("the audit log has ended; what happens is not written down");
+        Written(None)
     }
 
-    /// How many lines could not be written since the start.
+    /// How often a line could not be written since the start.
     pub(crate) fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)
     }
@@ -129,6 +159,8 @@ struct Writer {
     directory: PathBuf,
     file: File,
     size: u64,
+    /// Part of a line may be behind that size: it could not be taken away.
+    torn: bool,
     /// That of the last line.
     number: u64,
     most: u64,
@@ -146,7 +178,8 @@ impl Writer {
             size = whole;
         }
         let number = (0..FILES).find_map(|age| last_number(&file(directory, age))).unwrap_or_default();
-        Ok(Self { directory: directory.to_owned(), file: newest, size, number, most })
+        files::sync(directory)?;
+        Ok(Self { directory: directory.to_owned(), file: newest, size, torn: false, number, most })
     }
 
     fn run(mut self, mut inbox: mpsc::Receiver<Job>, tell: &watch::Sender<u64>, failures: &AtomicU64) {
@@ -161,25 +194,30 @@ impl Writer {
             let (lines, waiting): (Vec<_>, Vec<_>) =
                 jobs.into_iter().map(|job| (job.line, job.written)).unzip();
             match self.write(&lines) {
-                Ok(()) => drop(tell.send_replace(self.number)),
+                Ok(()) => {
+                    tell.send_replace(self.number);
+                    // Whoever asked may be gone.
+                    waiting.into_iter().for_each(|written| _ = written.send(()));
+                }
                 Err(error) => {
                     failures.fetch_add(count, Ordering::Relaxed);
-                    for line in &lines {
-                        tracing::error!(%error, who = line.who, from = line.from, what = line.what, about = line.about,
-                            outcome = ?line.outcome, revision = line.revision.map(|it| it.0),
-                            "cannot write the audit log; free space in the data directory");
+                    // Changes wait in the store; other lines are lost.
+                    tracing::error!(%error, count, "cannot write the audit log; free space in the data directory");
+                    for line in lines.iter().filter(|line| line.revision.is_none()) {
+                        tracing::error!(who = line.who, from = line.from, what = line.what, about = line.about,
+                            outcome = ?line.outcome, "a request that is not in the audit log");
                     }
                 }
-            }
-            for written in waiting.into_iter().flatten() {
-                // Whoever asked may be gone.
-                let _ = written.send(());
             }
         }
     }
 
     /// All of the lines or none.
     fn write(&mut self, lines: &[Line]) -> io::Result<()> {
+        if self.torn {
+            self.file.set_len(self.size)?;
+            self.torn = false;
+        }
         if self.size >= self.most {
             self.rotate()?;
         }
@@ -191,7 +229,7 @@ impl Writer {
         let outcome = self.file.write_all(&text).and_then(|()| self.file.sync_data());
         if outcome.is_err() {
             // What was written of it would be half a line.
-            let _ = self.file.set_len(self.size);
+            self.torn = self.file.set_len(self.size).is_err();
             return outcome;
         }
         self.size += text.len() as u64;
@@ -199,19 +237,48 @@ impl Writer {
         Ok(())
     }
 
+    /// Begins another file. It is made before the others move, so a disk without room for it costs no old lines.
     fn rotate(&mut self) -> io::Result<()> {
+        let next = self.directory.join(NEXT);
+        let begun = OpenOptions::new().create(true).append(true).mode(0o600).open(&next)?;
+        begun.set_len(0)?;
         for age in (0..FILES - 1).rev() {
             match fs::rename(file(&self.directory, age), file(&self.directory, age + 1)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 Ok(()) | Err(_) => {}
             }
         }
-        let newest = file(&self.directory, 0);
-        self.file = OpenOptions::new().create(true).append(true).mode(0o600).open(newest)?;
-        File::open(&self.directory)?.sync_all()?;
-        self.size = 0;
+        fs::rename(next, file(&self.directory, 0))?;
+        files::sync(&self.directory)?;
+        (self.file, self.size) = (begun, 0);
         Ok(())
     }
+}
+
+/// Which of these changes have their line. It reads the newest file first, and no more than it needs.
+pub(crate) fn known(directory: &Path, wanted: &BTreeMap<Revision, &Entry>) -> io::Result<BTreeSet<Revision>> {
+    let mut known = BTreeSet::new();
+    for age in 0..FILES {
+        if known.len() == wanted.len() {
+            break;
+        }
+        let lines = match File::open(file(directory, age)) {
+            Ok(file) => BufReader::new(file).split(b'\n'),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        for line in lines {
+            let Ok(line) = serde_json::from_slice::<AuditEntry>(&line?) else { continue };
+            // Another life of the store may have had the same revision.
+            let is = |entry: &Entry| entry.request == line.request && entry.at == line.at;
+            if let Some(revision) = line.revision
+                && wanted.get(&revision).is_some_and(|entry| is(entry))
+            {
+                known.insert(revision);
+            }
+        }
+    }
+    Ok(known)
 }
 
 /// Where the last line that ends with a newline ends.
@@ -367,7 +434,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let audit = Audit::open(dir.path()).unwrap();
         for n in 1..=5 {
-            audit.write(line(n), true).await;
+            audit.write(line(n)).await.written().await;
         }
         assert_eq!(all(&mut audit.reader(0)), [1, 2, 3, 4, 5]);
         assert_eq!(all(&mut audit.reader(4)), [4, 5]);
@@ -378,7 +445,7 @@ mod tests {
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         let audit = Audit::open(dir.path()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().len(), whole);
-        audit.write(line(6), true).await;
+        audit.write(line(6)).await.written().await;
         assert_eq!(all(&mut audit.reader(0)), [1, 2, 3, 4, 5, 6]);
     }
 
@@ -386,14 +453,33 @@ mod tests {
     async fn a_reader_that_follows_gets_what_comes_each_once() {
         let dir = tempfile::tempdir().unwrap();
         let audit = Audit::open(dir.path()).unwrap();
-        audit.write(line(1), true).await;
+        audit.write(line(1)).await.written().await;
         let mut reader = audit.reader(0);
         assert_eq!(all(&mut reader), [1]);
-        audit.write(line(2), true).await;
+        audit.write(line(2)).await.written().await;
         assert!(reader.more().await);
         assert_eq!(all(&mut reader), [2]);
         drop(audit);
         assert!(!reader.more().await);
+    }
+
+    #[test]
+    fn a_log_that_cannot_begin_another_file_loses_none_of_those_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), 400).unwrap();
+        for n in 1..=3 {
+            writer.write(&[line(n)]).unwrap();
+        }
+        let in_the_way = dir.path().join(NEXT);
+        fs::create_dir(&in_the_way).unwrap();
+        for _ in 0..2 * FILES {
+            writer.write(&[line(4)]).unwrap_err();
+        }
+        fs::remove_dir(&in_the_way).unwrap();
+        writer.write(&[line(4)]).unwrap();
+        let (_tell, written) = watch::channel(0);
+        let directory = dir.path().to_owned();
+        assert_eq!(all(&mut Reader { directory, written, since: 0, open: None, told: 0 }), [1, 2, 3, 4]);
     }
 
     #[test]

@@ -9,7 +9,7 @@
 //!
 //! Invariant: a file is used whole or not at all, and a store that is there is replaced on demand only.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ use crate::app::now;
 use crate::files::{self, DataDir};
 use crate::keys::{self, Keys, Slot, Unreported};
 use crate::store::{EtcdStore, KeyValue, Op, SqliteStore, Store, StoreError, Txn};
-use crate::{Error, StoreChoice, secret};
+use crate::{Error, OpenEtcdError, StoreChoice, secret};
 
 const FORMAT: u32 = 1;
 /// What a backup takes along of the data directory.
@@ -108,6 +108,7 @@ pub async fn restore(
     let epoch = Epoch::from_random(secret::random()?);
     let above = Revision(head.revision.0 + LEAP);
     let ops = ops(&all)?;
+    let keys = ops.len();
     match choice {
         StoreChoice::Embedded => {
             let next = data.path(".store.restored");
@@ -115,8 +116,11 @@ pub async fn restore(
             let store = SqliteStore::make(&next, epoch.clone(), above);
             let store = store.map_err(|error| Error::Store(error.to_string()))?;
             store.txn(Txn::new(vec![], ops)).await.map_err(unreadable)?;
-            // Dropped, it has moved its journal into its file.
+            // Dropped, it has moved its journal into its file; where there was no room for that, the journal is still there.
             drop(store);
+            if with_end(&next, "-wal").exists() {
+                return Err(Error::NoRoom(data.path(files::STORE)));
+            }
             write_files(&data, &texts)?;
             set_aside(&data)?;
             rename(&next, &data.path(files::STORE))?;
@@ -127,21 +131,25 @@ pub async fn restore(
             let store = store.ok_or_else(|| Error::InTheWay(format!("a store at {}", config.url)))?;
             write_files(&data, &texts)?;
             for chunk in ops.chunks(CHUNK) {
-                store.txn(Txn::new(vec![], chunk.to_vec())).await.map_err(unreadable)?;
+                let txn = Txn::new(vec![store.beginning()], chunk.to_vec());
+                if !store.txn(txn).await.map_err(unreadable)?.succeeded {
+                    return Err(fault(OpenEtcdError::TakenOver));
+                }
             }
             store.finish().await.map_err(fault)?;
         }
     }
-    Ok(Backup { epoch, keys: all.len(), hosts: hosts(&all).len(), ..head })
+    Ok(Backup { epoch, keys, hosts: hosts(&all).len(), ..head })
 }
 
-/// What the restored store holds. A block keeps its place in the order of leases; servers say anew where they are.
+/// What the restored store holds. A block keeps its place in the order of leases.
 fn ops(all: &[KeyValue]) -> Result<Vec<Op>, Error> {
     let unwritable = |error: serde_json::Error| Error::Store(error.to_string());
     let mut ops = Vec::new();
     for kv in all {
         let value = match keys::parse(&kv.key) {
-            Some((_, Slot::Server(_))) => continue,
+            // Servers say anew where they are, and what a log was to get it got since, or its file is not in the backup.
+            Some((_, Slot::Server(_) | Slot::Audit(..))) => continue,
             Some((_, Slot::Block(..))) => {
                 let block: Block = serde_json::from_slice(&kv.value).map_err(unwritable)?;
                 let leased = if block.leased == Revision::default() { kv.created } else { block.leased };
@@ -175,14 +183,13 @@ fn write_files(data: &DataDir, texts: &[(&'static str, String)]) -> Result<(), E
     texts.iter().try_for_each(|(name, text)| data.write(name, text))
 }
 
-/// The store that was there stays, under another name.
+/// The store that was there stays, under another name. Its file goes first: a server that is started on what a restore left
+/// that was cut short finds no store, rather than one without its journal. A journal that is there alone goes too: it is not
+/// that of the store to come.
 fn set_aside(data: &DataDir) -> Result<(), Error> {
     let old = data.path(files::STORE);
-    if !old.exists() {
-        return Ok(());
-    }
     let aside = data.path(&format!("{}.replaced-{}", files::STORE, now() / 1000));
-    for end in ["-wal", "-shm", ""] {
+    for end in ["", "-wal", "-shm"] {
         let (from, to) = (with_end(&old, end), with_end(&aside, end));
         if from.exists() {
             rename(&from, &to)?;
@@ -211,7 +218,7 @@ fn with_end(path: &Path, end: &str) -> PathBuf {
 }
 
 fn rename(from: &Path, to: &Path) -> Result<(), Error> {
-    let sync = || File::open(to.parent().unwrap_or(Path::new("/")))?.sync_all();
+    let sync = || files::sync(to.parent().unwrap_or(Path::new("/")));
     fs::rename(from, to).and_then(|()| sync()).map_err(|error| Error::File {
         what: "rename",
         path: from.to_owned(),
@@ -219,22 +226,31 @@ fn rename(from: &Path, to: &Path) -> Result<(), Error> {
     })
 }
 
-/// The whole file or none: it is written beside its place.
+/// The whole file or none: it is written beside its place, by one at a time.
 fn write(file: &Path, lines: &[Line]) -> std::io::Result<()> {
-    if file.exists() {
-        return Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, "it is there already"));
-    }
+    let fault = |why: &str| Err(std::io::Error::new(std::io::ErrorKind::AlreadyExists, why));
     let temporary = with_end(file, ".part");
-    let outcome = write_to(&temporary, lines).and_then(|()| fs::rename(&temporary, file));
+    let part = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&temporary)?;
+    match part.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return fault("another backup is being written to it"),
+        Err(TryLockError::Error(error)) => return Err(error),
+    }
+    let there = if file.exists() { fault("it is there already") } else { Ok(()) };
+    let outcome = there
+        .and_then(|()| write_to(part, lines))
+        .and_then(|()| fs::rename(&temporary, file))
+        .and_then(|()| files::sync(file.parent().unwrap_or(Path::new("/"))));
     if outcome.is_err() {
         drop(fs::remove_file(&temporary));
     }
     outcome
 }
 
-fn write_to(path: &Path, lines: &[Line]) -> std::io::Result<()> {
-    let mut file =
-        BufWriter::new(OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?);
+fn write_to(part: File, lines: &[Line]) -> std::io::Result<()> {
+    // One that was cut short may have left something.
+    part.set_len(0)?;
+    let mut file = BufWriter::new(part);
     let mut text = Vec::new();
     for line in lines {
         text.extend(serde_json::to_vec(line)?);

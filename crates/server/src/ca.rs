@@ -21,6 +21,9 @@ use crate::{Error, secret};
 
 const YEAR: Duration = Duration::from_hours(365 * 24);
 
+/// No clock that is right is before this.
+const RELEASED: (UnixMillis, &str) = (1_767_225_600_000, "2026-01-01");
+
 /// How long certificates are good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Lives {
@@ -111,6 +114,9 @@ impl Ca {
         if established && (key.is_none() || pem.is_none()) || key.is_none() && pem.is_some() {
             let missing = if key.is_none() { files::CA_KEY } else { files::CA_CERTIFICATE };
             return Err(Error::Missing(data.path(missing)));
+        }
+        if pem.is_none() && now() < RELEASED.0 {
+            return Err(Error::Clock(RELEASED.1));
         }
         let key = key_pair(data, files::CA_KEY, key)?;
         let pem = if let Some(pem) = pem {

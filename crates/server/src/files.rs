@@ -30,7 +30,12 @@ impl DataDir {
         let fault = |what: &'static str| move |error| Error::File { what, path: path.to_owned(), error };
         match fs::metadata(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let made: Vec<&Path> = path.ancestors().take_while(|path| !path.exists()).collect();
                 DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(fault("make"))?;
+                for parent in made.iter().filter_map(|path| path.parent()) {
+                    // What is in a directory that is not on disk is lost with it. One that may not be read is its owner's.
+                    drop(sync(parent));
+                }
             }
             Err(error) => return Err(fault("open")(error)),
             Ok(meta) if !meta.is_dir() => return Err(Error::NotADirectory(path.to_owned())),
@@ -82,7 +87,7 @@ impl DataDir {
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
             fs::rename(&temporary, self.path(name))?;
-            File::open(&self.path)?.sync_all()
+            sync(&self.path)
         };
         write().map_err(|error| Error::File { what: "write", path: self.path(name), error })
     }
@@ -99,6 +104,12 @@ impl DataDir {
             .map(drop)
             .map_err(|error| Error::File { what: "make", path, error })
     }
+}
+
+/// Has what a directory holds on disk: which files there are, not what is in them.
+pub(crate) fn sync(directory: &Path) -> io::Result<()> {
+    let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
+    File::open(directory)?.sync_all()
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@
 //! /droveway/{environment}/peers/{id}               Peer, with its secret        names/peer/{name}
 //! /droveway/{environment}/tokens/{id}              Token
 //! /droveway/{environment}/keys/{name}              ApiKey
+//! /droveway/{environment}/audit/{server}/{id}      Entry: a change that is to be in that server's audit log
 //! ```
 //! Values are JSON. What must be unique has a key of its own under `names`, made in the same transaction.
 
@@ -31,6 +32,7 @@ use model::{
 use serde::{Deserialize, Serialize};
 
 use crate::incarnation::Life;
+use crate::outbox::Entry;
 use crate::presence::Noted;
 use crate::store::{KeyValue, Op};
 
@@ -120,6 +122,8 @@ pub(crate) enum Slot {
     Peer(PeerId),
     Token(String),
     ApiKey(String),
+    /// A change on its way into a server's audit log.
+    Audit(String, String),
     /// An index key: read by nobody, compared by transactions.
     Index,
 }
@@ -134,6 +138,7 @@ pub(crate) enum Record {
     ApiKey(String, ApiKey),
     Server(String, Urls),
     Unreported(HostId, Unreported),
+    Audit(String, String, Entry),
     Life(HostId, Life),
     Presence(String, Noted),
     Environment,
@@ -240,6 +245,9 @@ impl Keys<'_> {
     pub(crate) fn api_key(self, name: &str) -> String {
         self.at(&format!("keys/{name}"))
     }
+    pub(crate) fn audit(self, server: &str, id: &str) -> String {
+        self.at(&format!("audit/{server}/{id}"))
+    }
 }
 
 /// Whether what is at a key is secret: nothing of it may be left once it is deleted.
@@ -273,6 +281,7 @@ pub(crate) fn parse(key: &str) -> Option<(EnvironmentId, Slot)> {
         ("peers", Some(id), None) => Slot::Peer(id.parse().ok()?),
         ("tokens", Some(id), None) => Slot::Token(id.to_owned()),
         ("keys", Some(name), None) => Slot::ApiKey(name.to_owned()),
+        ("audit", Some(server), Some(id)) => Slot::Audit(server.to_owned(), id.to_owned()),
         ("names", Some(_), Some(_)) => Slot::Index,
         _ => return None,
     };
@@ -313,6 +322,7 @@ pub(crate) fn decode(slot: &Slot, kv: &KeyValue) -> Result<Record, serde_json::E
         Slot::Report(id) => Record::Report(id.clone(), serde_json::from_slice(value)?),
         Slot::Token(id) => Record::Token(id.clone(), serde_json::from_slice(value)?),
         Slot::ApiKey(name) => Record::ApiKey(name.clone(), serde_json::from_slice(value)?),
+        Slot::Audit(server, id) => Record::Audit(server.clone(), id.clone(), serde_json::from_slice(value)?),
     })
 }
 
@@ -345,6 +355,7 @@ mod tests {
             (keys.peer(&peer), Slot::Peer(peer.clone())),
             (keys.token("ab"), Slot::Token("ab".into())),
             (keys.api_key("admin"), Slot::ApiKey("admin".into())),
+            (keys.audit("ab", "cd"), Slot::Audit("ab".into(), "cd".into())),
             (keys.vni(4789, 1), Slot::Index),
             (keys.host_name(&"h1".parse().unwrap()), Slot::Index),
             (keys.peer_name(&"office".parse().unwrap()), Slot::Index),

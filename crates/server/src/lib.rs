@@ -23,6 +23,7 @@ mod keys;
 mod limits;
 mod lines;
 mod metrics;
+mod outbox;
 mod presence;
 mod request;
 mod secret;
@@ -130,6 +131,17 @@ pub enum Error {
     /// A file that cannot be restored from.
     #[error("{0} cannot be restored from: {1}; nothing was changed")]
     NoBackup(PathBuf, String),
+    /// A restore on a disk that is full.
+    #[error(
+        "{0} cannot be restored: its disk has no room for it; free space, and restore again. Nothing was changed"
+    )]
+    NoRoom(PathBuf),
+    /// A clock that was never set.
+    #[error(
+        "the clock is wrong: it is before {0}, when this version was made; set it, and start again. Certificates made now \
+         would have run out when it is right"
+    )]
+    Clock(&'static str),
     /// A URL that no agent can use.
     #[error("{0:?} is not a URL of a server; write https://HOST:PORT for --url")]
     BadUrl(String),

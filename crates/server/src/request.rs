@@ -1,12 +1,14 @@
 //! What is known of the request that is being answered: its id, who asks, and what it came to.
 //!
-//! The layer [`around`] every handler gives each request an id, counts and times it, and has changes written to the audit
-//! log. Handlers and extractors tell it what they find by [`about`], [`by`] and [`made`], without being handed anything.
+//! The layer [`around`] every handler gives each request an id, counts and times it, and has it written to the audit log
+//! where it was refused or changed nothing. What it changes comes there by way of the store ([`crate::outbox`]), with the
+//! [`entry`] of the request. Handlers and extractors tell what they find by [`about`], [`by`] and [`made`], without being
+//! handed anything.
 //!
-//! Invariant: no answer leaves without an id, and no change that somebody asked for goes unwritten.
+//! Invariant: no answer leaves without an id, and none to a person before its line is on disk.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use axum::extract::{MatchedPath, Request, State};
 use axum::http::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
@@ -14,12 +16,13 @@ use axum::http::{HeaderMap, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use model::Revision;
-use model::api::{ApiError, ErrorCode, Outcome, REQUEST_ID};
+use model::api::{ApiError, ErrorCode, REQUEST_ID};
 use tokio::time::Instant;
 use tracing::Instrument;
 
 use crate::app::{App, now};
 use crate::audit::Line;
+use crate::outbox::Entry;
 use crate::secret;
 use crate::serve::Peer;
 
@@ -36,10 +39,22 @@ tokio::task_local! {
 #[derive(Debug)]
 struct Call {
     id: String,
+    /// The method and the path.
+    what: String,
+    from: String,
     who: OnceLock<Who>,
-    about: OnceLock<String>,
-    /// The revision that it made; 0 if none.
+    about: Mutex<Option<String>>,
+    /// The last revision that it made; 0 if none.
     revision: AtomicU64,
+}
+
+impl Call {
+    /// What the audit log says of it; `None` while nobody is known to ask.
+    fn entry(&self) -> Option<Entry> {
+        let about = self.about.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (request, from, what) = (self.id.clone(), self.from.clone(), self.what.clone());
+        Some(Entry { at: now(), request, who: self.who.get()?.to_string(), from, what, about })
+    }
 }
 
 /// Who asks, once it is known.
@@ -69,14 +84,19 @@ pub(crate) fn by(who: Who) {
     let _ = CALL.try_with(|call| call.who.set(who));
 }
 
-/// Tells what a change is about, where the path does not say it. Never a secret.
+/// Tells what a change is about, where the path does not say it, before it is made. Never a secret.
 pub(crate) fn about(what: impl FnOnce() -> String) {
-    let _ = CALL.try_with(|call| call.about.set(what()));
+    let _ = CALL.try_with(|call| *call.about.lock().unwrap_or_else(PoisonError::into_inner) = Some(what()));
 }
 
 /// Tells that the request made a revision.
 pub(crate) fn made(revision: Revision) {
     let _ = CALL.try_with(|call| call.revision.store(revision.0, Ordering::Relaxed));
+}
+
+/// What the audit log is to say of the request that is being answered; `None` where nobody who is known asks.
+pub(crate) fn entry() -> Option<Entry> {
+    CALL.try_with(|call| call.entry()).ok().flatten()
 }
 
 /// The id of the request that is being answered.
@@ -92,12 +112,18 @@ pub(crate) struct Refused(pub(crate) ErrorCode);
 pub(crate) async fn around(State(app): State<Arc<App>>, request: Request, next: Next) -> Response {
     let begun = Instant::now();
     let id = given(request.headers()).unwrap_or_else(fresh);
-    let call =
-        Arc::new(Call { id, who: OnceLock::new(), about: OnceLock::new(), revision: AtomicU64::new(0) });
     let method = request.method().clone();
     let path = request.uri().path().to_owned();
     let route = request.extensions().get::<MatchedPath>().map_or(UNMATCHED, MatchedPath::as_str).to_owned();
     let peer = request.extensions().get::<Peer>().cloned();
+    let call = Arc::new(Call {
+        id,
+        what: format!("{method} {path}"),
+        from: peer.as_ref().map(|peer| peer.address.to_string()).unwrap_or_default(),
+        who: OnceLock::new(),
+        about: Mutex::default(),
+        revision: AtomicU64::new(0),
+    });
     // People and hosts are counted when it is known who they are, all others by where they come from.
     let stranger =
         peer.as_ref().filter(|peer| !peer.is_known() && !request.headers().contains_key(AUTHORIZATION));
@@ -121,34 +147,33 @@ pub(crate) async fn around(State(app): State<Arc<App>>, request: Request, next: 
         tracing::debug!(%method, path, status = status.as_u16(), who = who.map(tracing::field::display),
             took_ms = begun.elapsed().as_secs_f64() * 1e3, "answered");
     });
-    let revision = Some(Revision(call.revision.load(Ordering::Relaxed))).filter(|revision| revision.0 > 0);
-    if let Some(who) = who.filter(|who| is_kept(&method, who, revision, refusal)) {
-        let line = Line {
-            at: now(),
-            request: call.id.clone(),
-            who: who.to_string(),
-            from: peer.map(|peer| peer.address.to_string()).unwrap_or_default(),
-            what: format!("{method} {path}"),
-            about: call.about.get().cloned(),
-            outcome: match refusal {
-                None => Outcome::Done,
-                Some(ErrorCode::Internal | ErrorCode::Unavailable) => Outcome::Failed,
-                Some(_) => Outcome::Refused,
-            },
-            code: refusal,
-            revision,
-        };
-        // What agents tell is what containers do: it is written in order, and nobody waits for the disk.
-        app.upkeep.audit.write(line, !matches!(who, Who::Host(..))).await;
+    let made = Revision(call.revision.load(Ordering::Relaxed));
+    // What agents tell is what containers do: it is written in order, and nobody waits for the disk.
+    let waits = who.is_some_and(|who| !matches!(who, Who::Host(..)));
+    match refusal {
+        None if made > Revision::default() => {
+            if waits {
+                app.outbox.has(made).await;
+            }
+        }
+        _ if who.is_some_and(|who| is_kept(&method, who, refusal)) => {
+            if let Some(entry) = call.entry() {
+                let line = app.upkeep.audit.write(Line::without_change(entry, refusal)).await;
+                if waits {
+                    line.written().await;
+                }
+            }
+        }
+        _ => {}
     }
     answer
 }
 
-/// Whether a request belongs into the audit log: each that asks for a change. What an agent tells again and again is left
-/// out where it changes nothing.
-fn is_kept(method: &Method, who: &Who, revision: Option<Revision>, refusal: Option<ErrorCode>) -> bool {
+/// Whether a request that changed nothing belongs into the audit log: each that asks for a change. What an agent tells again
+/// and again is left out.
+fn is_kept(method: &Method, who: &Who, refusal: Option<ErrorCode>) -> bool {
     let asks = !matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS);
-    let idle = matches!(who, Who::Host(..)) && revision.is_none() && refusal.is_none();
+    let idle = matches!(who, Who::Host(..)) && refusal.is_none();
     // Who asks too often would fill the log with it.
     asks && !idle && refusal != Some(ErrorCode::TooMany)
 }
@@ -180,6 +205,15 @@ pub(crate) fn response(mut error: ApiError) -> Response {
     response
 }
 
+/// Does it as if a person had asked for it.
+#[cfg(test)]
+pub(crate) fn asked_in_a_test<T>(act: impl FnOnce() -> T) -> T {
+    let who = OnceLock::from(Who::Key("tester".into()));
+    let (id, what, from) = ("test".to_owned(), "PUT /test".to_owned(), "here".to_owned());
+    let call = Call { id, what, from, who, about: Mutex::default(), revision: AtomicU64::new(0) };
+    CALL.sync_scope(Arc::new(call), act)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,11 +237,11 @@ mod tests {
     #[test]
     fn changes_are_kept_and_looks_and_idle_reports_are_not() {
         let (person, host) = (Who::Key("admin".into()), Who::Host("h1".into(), "h-1".into()));
-        assert!(is_kept(&Method::DELETE, &person, None, Some(ErrorCode::NotFound)));
-        assert!(is_kept(&Method::PATCH, &person, None, None));
-        assert!(is_kept(&Method::PUT, &host, Some(Revision(7)), None));
-        assert!(!is_kept(&Method::PUT, &host, None, None));
-        assert!(!is_kept(&Method::GET, &person, None, None));
-        assert!(!is_kept(&Method::POST, &person, None, Some(ErrorCode::TooMany)));
+        assert!(is_kept(&Method::DELETE, &person, Some(ErrorCode::NotFound)));
+        assert!(is_kept(&Method::PATCH, &person, None));
+        assert!(is_kept(&Method::PUT, &host, Some(ErrorCode::Conflict)));
+        assert!(!is_kept(&Method::PUT, &host, None));
+        assert!(!is_kept(&Method::GET, &person, None));
+        assert!(!is_kept(&Method::POST, &person, Some(ErrorCode::TooMany)));
     }
 }

@@ -19,6 +19,7 @@ use crate::app::{App, now};
 use crate::ca::Ca;
 use crate::files::{self, DataDir};
 use crate::keys::{ApiKey, Keys, Urls, put};
+use crate::outbox::Outbox;
 use crate::state::{Shared, State, feed};
 use crate::store::{Compare, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
@@ -29,6 +30,8 @@ use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls};
 pub(crate) const ADMIN: &str = "admin";
 /// What every key of people begins with.
 pub(crate) const KEY_PREFIX: &str = "dwk1.";
+/// How often the clock is looked at for the server's certificate: a clock may be set at any time.
+const CLOCK: Duration = Duration::from_secs(1);
 /// A key is not shorter than this: the prefix and 256 bits.
 const KEY_LEN: usize = 48;
 
@@ -58,23 +61,25 @@ pub async fn run(
     let tls = tls::config(&ca, certificate.clone())?;
     let store_file = matches!(config.store, StoreChoice::Embedded).then(|| data.path(files::STORE));
     let upkeep = Upkeep::open(limits, &config.data_dir, store_file.as_deref(), certificate);
-    let upkeep = upkeep.map_err(|error| Error::File {
-        what: "write the audit log in",
-        path: config.data_dir.clone(),
-        error,
-    })?;
+    let unwritable_log =
+        |error| Error::File { what: "write the audit log in", path: config.data_dir.clone(), error };
+    let upkeep = upkeep.map_err(unwritable_log)?;
     if first_start {
         make_environment(&*store, &environment, &ca).await?;
     }
     keep_ca(&data, &*store, &environment, &ca).await?;
     keep_admin_key(&data, &*store, &environment, &config.store).await?;
-    keep_urls(&*store, &keys.server(server.get(..16).unwrap_or_default()), &config.urls).await?;
-    let shared = Arc::new(Shared::new(State::load(&*store).await.map_err(fault)?));
+    let server = server.get(..16).unwrap_or_default();
+    keep_urls(&*store, &keys.server(server), &config.urls).await?;
+    let state = State::load(&*store).await.map_err(fault)?;
+    let outbox = Outbox::new(server);
+    outbox.recall(&state, &config.data_dir).map_err(unwritable_log)?;
+    let shared = Arc::new(Shared::new(state));
     let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
     let shares_store = matches!(config.store, StoreChoice::Etcd(_));
-    let name = (server.get(..16).unwrap_or_default().to_owned(), shares_store);
-    let app = Arc::new(App::new(store, shared, ca, (config.domain, config.retain), name, upkeep));
+    let name = (server.to_owned(), shares_store);
+    let app = Arc::new(App::new(store, shared, ca, (config.domain, config.retain), name, upkeep, outbox));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
     let mut store_ended = false;
@@ -88,11 +93,14 @@ pub async fn run(
     tokio::select! {
         () = serve::serve(listener, tls, app.clone(), end) => {}
         never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
+        never = app.outbox.run(&app.shared, &app.upkeep.audit) => match never {},
         never = presence::keep(&app, &environment) => match never {},
     }
     if !store_ended {
         presence::note(&app, &environment).await;
     }
+    // What cannot be written now is written at the next start.
+    app.outbox.write(&app.shared, &app.upkeep.audit).await;
     drop(app);
     if store_ended {
         return Err(Error::Store(
@@ -110,10 +118,8 @@ pub async fn run(
 /// Has the server's certificate renewed when two thirds of its life are over, for ever.
 async fn keep_certificate(app: &App, data: &DataDir, names: &[String], listen: IpAddr) -> Infallible {
     loop {
-        let wait = Duration::from_millis(app.upkeep.certificate.due().saturating_sub(now()));
-        // A clock that is set is noticed within the hour.
-        tokio::time::sleep(wait.clamp(Duration::from_secs(1), Duration::from_hours(1))).await;
-        if app.upkeep.certificate.due() > now() {
+        tokio::time::sleep(CLOCK).await;
+        if !app.upkeep.certificate.is_due(now()) {
             continue;
         }
         let renewed = app.ca.server(data, names, &local_addresses(listen));

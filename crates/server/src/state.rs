@@ -17,6 +17,7 @@ use tokio::sync::watch;
 
 use crate::incarnation::Life;
 use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
+use crate::outbox::Entry;
 use crate::presence::Noted;
 use crate::store::{Batch, Event, KeyValue, Store, StoreError};
 
@@ -46,6 +47,8 @@ pub(crate) struct Environment {
     servers: BTreeMap<String, Vec<String>>,
     /// Hosts that have not said what they hold since the store was restored.
     pub(crate) unreported: BTreeMap<HostId, Unreported>,
+    /// Changes on their way into audit logs, by server and id, with the revision that each made.
+    pub(crate) audit: BTreeMap<(String, String), (Revision, Entry)>,
     /// Which start of each host's agent counts.
     pub(crate) lives: BTreeMap<HostId, Life>,
     /// Who was there, as each server saw it.
@@ -174,6 +177,10 @@ impl Environment {
                 self.unreported.insert(id, unreported);
                 None
             }
+            Record::Audit(server, id, entry) => {
+                self.audit.insert((server, id), (kv.modified, entry));
+                None
+            }
             Record::Life(id, life) => {
                 self.lives.insert(id, life);
                 None
@@ -218,6 +225,10 @@ impl Environment {
             }
             Slot::Unreported(id) => {
                 self.unreported.remove(id);
+                return None;
+            }
+            Slot::Audit(server, id) => {
+                self.audit.remove(&(server.clone(), id.clone()));
                 return None;
             }
             Slot::Life(id) => {

@@ -60,10 +60,10 @@ impl ServerCertificate {
         self.0.read().unwrap_or_else(PoisonError::into_inner).expires
     }
 
-    /// When the next one is to be made: two thirds of its life are over.
-    pub(crate) fn due(&self) -> UnixMillis {
+    /// Whether the next one is to be made: two thirds of its life are over, or it was made by a clock that was set back since.
+    pub(crate) fn is_due(&self, now: UnixMillis) -> bool {
         let shown = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        shown.made + shown.expires.saturating_sub(shown.made) / 3 * 2
+        now < shown.made || now >= shown.made + shown.expires.saturating_sub(shown.made) / 3 * 2
     }
 }
 
@@ -97,7 +97,8 @@ pub(crate) fn key_of(certificate: &CertificateDer<'_>) -> Option<Fingerprint> {
     Some(secret::sha256(&parsed.subject_public_key_info()))
 }
 
-/// Authority is the key in the store: a certificate that ran out while its host was away locks nobody out.
+/// Authority is the key in the store: a certificate that ran out while its host was away locks nobody out, nor does one that
+/// was made while the server's clock was ahead.
 #[derive(Debug)]
 struct Lenient(Arc<dyn ClientCertVerifier>);
 
@@ -108,16 +109,20 @@ impl ClientCertVerifier for Lenient {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        match self.0.verify_client_cert(end_entity, intermediates, now) {
+        let verdict = self.0.verify_client_cert(end_entity, intermediates, now);
+        let good = match &verdict {
             Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext {
                 not_after, ..
-            })) => {
-                let valid = Duration::from_secs(not_after.as_secs().saturating_sub(1));
-                tracing::warn!("a client's certificate ran out; its key still counts");
-                self.0.verify_client_cert(end_entity, intermediates, UnixTime::since_unix_epoch(valid))
-            }
-            verdict => verdict,
-        }
+            })) => not_after.as_secs().saturating_sub(1),
+            Err(rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext {
+                not_before,
+                ..
+            })) => not_before.as_secs().saturating_add(1),
+            _ => return verdict,
+        };
+        tracing::warn!("a client's certificate ran out, or is not valid yet; its key still counts");
+        let good = UnixTime::since_unix_epoch(Duration::from_secs(good));
+        self.0.verify_client_cert(end_entity, intermediates, good)
     }
 
     fn verify_tls12_signature(

@@ -1,20 +1,22 @@
 //! Many agents on one server: the agent's own client, without a kernel. How long a change takes until all have seen it,
-//! and what it costs the server. Both are on this machine, and share its cores.
+//! what it costs the server, and how long it takes until all are back when the server was killed. Server and agents are on
+//! this machine, and share its cores.
 
 #![expect(clippy::cast_precision_loss, reason = "figures for people: counts and bytes far below 2^52")]
 
 use std::net::{Ipv4Addr, TcpListener};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use agent::Identity;
 use agent::control::Lessor;
 use agent::server::{Join, Server, WatchStream, join};
 use anyhow::{Context, Result, ensure};
 use droveway::client::{Client, Settings};
-use model::api::TokenRequest;
+use model::api::{ApiError, TokenRequest};
 use model::{
     Block, Change, Endpoint, EndpointId, EndpointKind, EnvironmentId, Epoch, Mac, NetworkSpec, Object,
     Revision, Watch,
@@ -26,12 +28,19 @@ use crate::figures::{Report, Samples};
 
 /// Changes a second.
 const RATE: u64 = 100;
+/// How many endpoints a host may have: each change is one of its own, so that none is told together with a later one.
+const ADDRESSES: usize = 60;
+/// How often an agent asks again before it is given up.
+const TRIES: u64 = 10;
+/// How often agents asked again.
+static AGAIN: AtomicU64 = AtomicU64::new(0);
 /// How many join at a time.
 const JOINING: usize = 32;
 /// How long all may take for one step.
 const LIMIT: Duration = Duration::from_secs(300);
 
 struct Process {
+    program: PathBuf,
     child: Child,
     // Removed after the process has ended.
     dir: tempfile::TempDir,
@@ -49,13 +58,16 @@ impl Process {
     fn start(program: &Path) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()?.port();
-        let child = Command::new(program)
-            .args(["server", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"])
-            .arg(dir.path().join("data"))
-            .env("DROVEWAY_LOG", "warn")
-            .stdout(Stdio::null())
-            .spawn()?;
-        Ok(Self { child, dir, port })
+        let child = spawn(program, dir.path(), port)?;
+        Ok(Self { program: program.to_owned(), child, dir, port })
+    }
+
+    /// Kills it, and starts it anew with what is on its disk.
+    fn restart(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.child = spawn(&self.program, self.dir.path(), self.port)?;
+        Ok(())
     }
 
     fn url(&self) -> String {
@@ -101,6 +113,12 @@ impl Process {
     }
 }
 
+fn spawn(program: &Path, dir: &Path, port: u16) -> Result<Child> {
+    let mut command = Command::new(program);
+    command.args(["server", "--listen", &format!("127.0.0.1:{port}"), "--data-dir"]).arg(dir.join("data"));
+    Ok(command.env("DROVEWAY_LOG", "warn").stdout(Stdio::null()).spawn()?)
+}
+
 /// What all agents saw.
 struct Seen {
     begun: Instant,
@@ -114,6 +132,7 @@ struct Seen {
 
 /// One agent of many.
 struct Agent {
+    identity: Identity,
     server: Server,
     block: Block,
     stream: Option<WatchStream>,
@@ -128,11 +147,10 @@ pub fn measure(program: &Path, count: usize, seconds: u64, report: &mut Report) 
 }
 
 async fn agents(program: &Path, count: usize, seconds: u64, report: &mut Report) -> Result<()> {
-    let process = Process::start(program)?;
+    let mut process = Process::start(program)?;
     let admin = process.client().await?;
-    let spec =
-        NetworkSpec { block_prefix: Some(28), ..NetworkSpec::new("many".parse()?, "10.77.0.0/16".parse()?) };
-    admin.create_network(&spec).await?;
+    ensure!(RATE * seconds <= (count * ADDRESSES) as u64, "{count} hosts have too few addresses");
+    admin.create_network(&NetworkSpec::new("many".parse()?, "10.64.0.0/12".parse()?)).await?;
     let token = admin.create_token(&TokenRequest { uses: None, ttl_seconds: None }).await?.token;
     let mut agents = Vec::new();
     let mut joining = JoinSet::new();
@@ -182,16 +200,45 @@ async fn agents(program: &Path, count: usize, seconds: u64, report: &mut Report)
         ),
     );
 
-    for (name, resume) in [("agents: all resume at once", true), ("agents: all begin anew at once", false)] {
+    for (name, how) in [
+        ("agents: all resume at once", How::Resume),
+        ("agents: all begin anew at once", How::Anew),
+        ("agents: all back, server killed and started", How::Killed),
+    ] {
+        let begun = Instant::now();
+        let started = match how {
+            How::Killed => {
+                process.restart()?;
+                process.client().await?;
+                format!(", of which {:.2} s until it answers", begun.elapsed().as_secs_f64())
+            }
+            How::Resume | How::Anew => String::new(),
+        };
         for agent in &mut agents {
             agent.stream = None;
+            agent.server.reconnect(&agent.identity)?;
         }
-        let (cpu, begun) = (process.cpu()?, Instant::now());
-        (agents, _) = connect(agents, resume).await?;
+        let cpu = process.cpu()?;
+        (agents, _) = connect(agents, how != How::Anew).await?;
         let (took, used) = (begun.elapsed().as_secs_f64(), process.cpu()? - cpu);
-        report.told(name, format!("{took:.2} s, {used:.2} s of CPU, peak {:.0} MiB", process.memory()?.1));
+        report.told(
+            name,
+            format!(
+                "{took:.2} s{started}, {used:.2} s of CPU, peak {:.0} MiB, {} asked again",
+                process.memory()?.1,
+                AGAIN.swap(0, Ordering::Relaxed)
+            ),
+        );
     }
     Ok(())
+}
+
+/// How agents come back, each by a connection of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    Resume,
+    Anew,
+    Killed,
 }
 
 async fn joined(url: String, token: String, n: usize) -> Result<Agent> {
@@ -224,7 +271,8 @@ async fn joined(url: String, token: String, n: usize) -> Result<Agent> {
     };
     let block = server.lease(networks.first().context("no network")?.clone(), 0).await?;
     // What is measured begins with connections of its own.
-    Ok(Agent { server: Server::of(&identity, &[])?, block, stream: None, at: None })
+    let server = Server::of(&identity, &[])?;
+    Ok(Agent { identity, server, block, stream: None, at: None })
 }
 
 /// All connect at once; the bytes that came.
@@ -233,9 +281,24 @@ async fn connect(agents: Vec<Agent>, resume: bool) -> Result<(Vec<Agent>, u64)> 
     for mut agent in agents {
         connecting.spawn(async move {
             let at = agent.at.clone().filter(|_| resume);
-            let mut stream =
-                agent.server.watch(at.as_ref().map(|(epoch, revision)| (epoch, *revision))).await?;
-            match stream.next().await? {
+            let at = at.as_ref().map(|(epoch, revision)| (epoch, *revision));
+            // As agents do: who is not let in at once asks again after a while.
+            let mut tried = 0;
+            let (stream, first) = loop {
+                let attempt = async {
+                    let mut stream = agent.server.watch(at).await?;
+                    let first = stream.next().await?;
+                    Ok::<_, ApiError>((stream, first))
+                };
+                match attempt.await {
+                    Ok(begun) => break begun,
+                    Err(error) if tried == TRIES => return Err(error.into()),
+                    Err(_) => tried += 1,
+                }
+                tokio::time::sleep(Duration::from_millis(100 * tried)).await;
+            };
+            AGAIN.fetch_add(tried, Ordering::Relaxed);
+            match first {
                 Watch::Snapshot { epoch, revision, .. } => agent.at = Some((epoch, revision)),
                 Watch::Delta { revision, .. } => agent.at = agent.at.map(|(epoch, _)| (epoch, revision)),
                 Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove { .. } => {
@@ -281,7 +344,7 @@ async fn changes(agents: &mut [Agent], seconds: u64) -> Result<(Vec<f64>, Arc<Se
     for n in 0..total {
         tick.tick().await;
         let agent = &agents[n % agents.len()];
-        let (server, endpoint) = (agent.server.clone(), endpoint(&agent.block, n)?);
+        let (server, endpoint) = (agent.server.clone(), endpoint(&agent.block, n, agents.len())?);
         let seen = seen.clone();
         putting.spawn(async move {
             seen.sent[n].store(seen.begun.elapsed().as_micros() as u64, Ordering::Relaxed);
@@ -335,17 +398,15 @@ async fn watch(
 }
 
 /// The change of that number: an endpoint of its own, which says when it was made.
-fn endpoint(block: &Block, n: usize) -> Result<Endpoint> {
-    let (base, size) = match block.cidr.network() {
-        std::net::IpAddr::V4(base) => (u32::from(base), 14),
+fn endpoint(block: &Block, n: usize, hosts: usize) -> Result<Endpoint> {
+    let base = match block.cidr.network() {
+        std::net::IpAddr::V4(base) => u32::from(base),
         std::net::IpAddr::V6(_) => anyhow::bail!("not IPv4"),
     };
-    // Each host's addresses one after another; an endpoint that comes again is another one.
-    let address = Ipv4Addr::from(base + 1 + (n as u32 / 1000) % size);
-    let mut id = [0; 8];
-    id[..4].copy_from_slice(&address.octets());
+    // Past the network's address and the gateway's, which the first block has.
+    let address = Ipv4Addr::from(base + 2 + (n / hosts) as u32);
     Ok(Endpoint {
-        id: EndpointId::from_random(id),
+        id: EndpointId::from_random((n as u64).to_be_bytes()),
         network: block.network.clone(),
         host: block.host.clone(),
         name: Some(format!("c{n}").parse()?),

@@ -46,6 +46,7 @@ enum Verb {
 Examples:
   droveway lab up --hosts 3
   droveway lab up --docker                     # as root: with Docker Engines
+  droveway lab up --servers 2                  # `droveway lab kill server`: agents go on at the other
   droveway lab up --lab jumbo --mtu 9000
   droveway lab up --nat h2                     # h2 is behind a NAT box, nat1
   droveway lab up --nat h2,h3                  # each behind its own: nat1, nat2
@@ -185,6 +186,9 @@ struct Up {
     /// How many hosts: h1, h2 and so on
     #[arg(long, default_value_t = 3, value_name = "N")]
     hosts: u32,
+    /// How many servers, 1 or 2: `server`, and `server2` which shares an etcd with it (needs etcd)
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    servers: u32,
     /// Give each host a Docker Engine of its own (needs root and dockerd)
     #[arg(long)]
     docker: bool,
@@ -281,6 +285,7 @@ fn become_that(mut command: Command) -> Result<ExitCode> {
 fn bring_up(name: &str, up: Up) -> Result<()> {
     let mut spec = LabSpec::new(name)?;
     spec.hosts = up.hosts;
+    spec.servers = up.servers;
     spec.docker = up.docker;
     spec.mtu = up.mtu;
     spec.bare = up.bare;
@@ -450,7 +455,7 @@ fn table(rows: &[HostRow]) -> Table {
     for row in rows {
         let daemons = match row.kind {
             Kind::Nat => "nat".to_owned(),
-            Kind::Server | Kind::Host | Kind::Other => {
+            Kind::Server | Kind::Store | Kind::Host | Kind::Other => {
                 row.daemons.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
             }
         };

@@ -340,9 +340,12 @@ impl Lab {
     fn daemons_of(&self, node: &str) -> Vec<Daemon> {
         let kind = self.spec.node(node).map_or(Kind::Other, |node| node.kind);
         match (kind, self.spec.bare, self.spec.docker) {
-            (Kind::Nat | Kind::Other, _, _) | (Kind::Server, true, _) | (Kind::Host, true, false) => vec![],
+            (Kind::Nat | Kind::Other, _, _)
+            | (Kind::Server | Kind::Store, true, _)
+            | (Kind::Host, true, false) => vec![],
             (Kind::Host, true, true) => vec![Daemon::Docker],
             (Kind::Server, false, _) => vec![Daemon::Server],
+            (Kind::Store, false, _) => vec![Daemon::Etcd],
             (Kind::Host, false, false) => vec![Daemon::Agent],
             (Kind::Host, false, true) => vec![Daemon::Docker, Daemon::Agent],
         }
@@ -419,9 +422,15 @@ impl Lab {
             }
         }
         if !spec.bare {
-            self.start_server()?;
+            for store in spec.nodes().filter(|node| node.kind == Kind::Store) {
+                self.start_daemon(&store.name, Daemon::Etcd)?;
+                progress(&format!("{}: answers", store.name));
+            }
+            for server in spec.nodes().filter(|node| node.kind == Kind::Server) {
+                self.start_daemon(&server.name, Daemon::Server)?;
+                progress(&format!("{}: answers at {}", server.name, spec.server_url(server.address)));
+            }
             self.make_token()?;
-            progress(&format!("server: answers at {}", spec.server_url()));
         }
         if spec.docker {
             for host in &hosts {

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::enter::{Door, root_of};
 use super::process::{tail, wait_for, wait_gone};
-use super::spec::{SERVER, SERVER_PORT};
+use super::spec::{SECOND, SERVER, SERVER_PORT, STORE_PORT};
 use super::state::lock;
 use super::{Lab, LabSpec, Pin};
 use crate::client::ask_agent;
@@ -37,6 +37,8 @@ pub enum Daemon {
     Agent,
     /// `dockerd`.
     Docker,
+    /// `etcd`.
+    Etcd,
 }
 
 impl Daemon {
@@ -46,24 +48,43 @@ impl Daemon {
             Self::Server => "server",
             Self::Agent => "agent",
             Self::Docker => "dockerd",
+            Self::Etcd => "etcd",
         }
     }
 
     /// How it is started on that node.
-    fn command(self, spec: &LabSpec, node: &str) -> Vec<String> {
+    fn command(self, spec: &LabSpec, node: &str) -> Result<Vec<String>> {
         let program = spec.program.display().to_string();
         let path = |path: PathBuf| path.display().to_string();
         let words = |words: &[&str]| words.iter().map(|&word| word.to_owned()).collect::<Vec<_>>();
-        match self {
+        Ok(match self {
             Self::Server => {
-                let listen = SocketAddr::new(spec.address(2), SERVER_PORT).to_string();
-                let data = path(spec.server_dir());
+                let server = spec.node(node)?;
+                let listen = SocketAddr::new(server.address, SERVER_PORT).to_string();
+                let data = path(spec.server_dir(node));
                 let mut command = words(&[&program, "server", "--data-dir", &data, "--listen", &listen]);
+                command.extend(spec.store_args(&server));
                 command.extend_from_slice(&spec.server_args);
                 command
             }
+            Self::Etcd => {
+                let url = format!("http://{}", SocketAddr::new(spec.node(node)?.address, STORE_PORT));
+                let data = path(spec.node_dir(node).join("store"));
+                // What a lab stores need not outlive the machine.
+                words(&[
+                    "etcd",
+                    "--data-dir",
+                    &data,
+                    "--listen-client-urls",
+                    &url,
+                    "--advertise-client-urls",
+                    &url,
+                    "--max-txn-ops=10000",
+                    "--unsafe-no-fsync",
+                ])
+            }
             Self::Agent => {
-                let (url, token) = (spec.server_url(), path(spec.token_file()));
+                let (url, token) = (spec.server_urls(), path(spec.token_file()));
                 let state = path(spec.node_dir(node).join("agent"));
                 let mut command = words(&[&program, "agent", "--server", &url, "--token-file", &token]);
                 command.extend(words(&["--name", node, "--state-dir", &state]));
@@ -90,7 +111,7 @@ impl Daemon {
                 command.extend_from_slice(&spec.docker_args);
                 command
             }
-        }
+        })
     }
 }
 
@@ -198,7 +219,7 @@ impl Lab {
         ensure!(!known.is_some_and(|pin| pin.alive()), "{daemon} of {node} runs already");
         self.prepare(node, daemon)?;
         let log = self.daemon_log(node, daemon);
-        let command = daemon.command(&state.spec, node);
+        let command = daemon.command(&state.spec, node)?;
         let pin = self.spawn_daemon(init, &log, &command).with_context(|| format!("{daemon} of {node}"))?;
         if let Some(entry) = state.nodes.get_mut(node) {
             entry.daemons.insert(daemon, pin);
@@ -208,11 +229,19 @@ impl Lab {
 
     fn prepare(&self, node: &str, daemon: Daemon) -> Result<()> {
         let dir = match daemon {
-            Daemon::Server => self.spec().server_dir(),
+            Daemon::Server => self.spec().server_dir(node),
             Daemon::Agent => self.spec().node_dir(node).join("agent"),
             Daemon::Docker => self.spec().docker_root().join(node),
+            Daemon::Etcd => self.spec().node_dir(node).join("store"),
         };
-        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))
+        fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        let key = dir.join("ca.key");
+        if node == SECOND && !key.exists() {
+            // As its operator would.
+            let first = self.spec().server_dir(SERVER).join("ca.key");
+            fs::copy(&first, &key).with_context(|| format!("cannot copy {}", first.display()))?;
+        }
+        Ok(())
     }
 
     /// A process below a node's pid 1, named as the caller's machine sees it.
@@ -235,8 +264,9 @@ impl Lab {
             self.still_alive(node, daemon)?;
             let answers = match daemon {
                 Daemon::Server => {
-                    listens(init, SERVER_PORT) && self.spec().server_dir().join("admin.key").exists()
+                    listens(init, SERVER_PORT) && self.spec().server_dir(SERVER).join("admin.key").exists()
                 }
+                Daemon::Etcd => listens(init, STORE_PORT),
                 Daemon::Agent => match self.agent_status(node) {
                     Ok(_) => true,
                     Err(error) => {

@@ -37,5 +37,5 @@ pub use control::{Container, Lab};
 pub use daemons::Daemon;
 pub use nat::{Nat, Together, boxes};
 pub use shim::RunSpec;
-pub use spec::{HOSTS_MAX, Kind, LabSpec, Node, SERVER, UNDERLAY, default_dir};
+pub use spec::{HOSTS_MAX, Kind, LabSpec, Node, SECOND, SERVER, STORE, UNDERLAY, default_dir};
 pub use state::{Fault, NodeState, Pin, State};

@@ -18,8 +18,14 @@ pub(super) const DEFAULT: &str = "lab";
 pub const SERVER: &str = "server";
 /// Where the nodes' cables end: no node, but commands run there, captures for example.
 pub const UNDERLAY: &str = "underlay";
-/// Port of the server.
+/// The node on which the second of two servers runs.
+pub const SECOND: &str = "server2";
+/// The node on which their store runs.
+pub const STORE: &str = "etcd";
+/// Port of a server.
 pub(super) const SERVER_PORT: u16 = 7443;
+/// Port of the store that two servers share.
+pub(super) const STORE_PORT: u16 = 2379;
 /// Below it, dockerd keeps images and containers: it cannot on a tmpfs.
 const DOCKER_ROOT: &str = "/var/lib/droveway-lab";
 
@@ -30,8 +36,10 @@ const NODE_NAME_MAX: usize = 12;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Kind {
-    /// Runs the server.
+    /// Runs a server.
     Server,
+    /// Runs the etcd that two servers share.
+    Store,
     /// Runs an agent.
     Host,
     /// Is between the underlay and those behind it, and gives its address for theirs.
@@ -60,6 +68,9 @@ pub struct LabSpec {
     pub name: Name,
     /// How many hosts, from 1 to [`HOSTS_MAX`]: `h1`, `h2` and so on.
     pub hosts: u32,
+    /// How many servers, 1 or 2. Two share an etcd, on a node of its own.
+    #[serde(default = "one")]
+    pub servers: u32,
     /// Whether each host has a Docker Engine of its own. Needs root.
     pub docker: bool,
     /// Only nodes and the underlay: no server, no agents.
@@ -70,7 +81,7 @@ pub struct LabSpec {
     pub dir: PathBuf,
     /// The droveway program.
     pub program: PathBuf,
-    /// The underlay, of either family. `.1` is the bridge, `.2` the server, `.5` host `h1`, `.101` the NAT box `nat1`,
+    /// The underlay, of either family. `.1` is the bridge, `.2` the server, `.3` a second one, `.4` its etcd, `.5` host `h1`, `.101` the NAT box `nat1`,
     /// `.201` the first of `others`.
     pub underlay: IpNet,
     /// NAT boxes, `nat1` and so on, each with those who are behind it.
@@ -99,6 +110,7 @@ impl LabSpec {
         let name: Name = name.parse()?;
         Ok(Self {
             hosts: 3,
+            servers: 1,
             docker: false,
             bare: false,
             mtu: 1500,
@@ -122,6 +134,11 @@ impl LabSpec {
             (1..=HOSTS_MAX).contains(&self.hosts),
             "lab {name}: {} hosts are not possible; ask for 1 to {HOSTS_MAX} with --hosts",
             self.hosts
+        );
+        ensure!(
+            (1..=2).contains(&self.servers),
+            "lab {name}: {} servers are not possible; ask for 1 or 2 with --servers",
+            self.servers
         );
         ensure!(
             (576..=65_000).contains(&self.mtu),
@@ -246,7 +263,12 @@ impl LabSpec {
             (0..).zip(&self.nats).map(move |(i, _)| node(super::nat::name(i as usize), Kind::Nat, 101 + i));
         let hosts = (1..=self.hosts).map(move |i| node(format!("h{i}"), Kind::Host, 4 + i));
         let others = (201..).zip(&self.others).map(move |(i, name)| node(name.to_string(), Kind::Other, i));
-        std::iter::once(node(SERVER.to_owned(), Kind::Server, 2)).chain(nats).chain(hosts).chain(others)
+        let mut servers = vec![node(SERVER.to_owned(), Kind::Server, 2)];
+        if self.servers > 1 {
+            let store = node(STORE.to_owned(), Kind::Store, 4);
+            servers.extend([node(SECOND.to_owned(), Kind::Server, 3), store]);
+        }
+        servers.into_iter().chain(nats).chain(hosts).chain(others)
     }
 
     /// A node by name.
@@ -308,16 +330,33 @@ impl LabSpec {
         format!("/droveway-lab/{}", self.name)
     }
 
-    pub(super) fn server_dir(&self) -> PathBuf {
-        self.node_dir(SERVER).join("data")
+    /// Where a server's data is.
+    pub(super) fn server_dir(&self, node: &str) -> PathBuf {
+        self.node_dir(node).join("data")
     }
 
     pub(super) fn token_file(&self) -> PathBuf {
         self.dir.join("join.token")
     }
 
-    pub(super) fn server_url(&self) -> String {
-        format!("https://{}", SocketAddr::new(self.address(2), SERVER_PORT))
+    /// The URL of a server. The other things of a lab speak to the first, agents to both.
+    pub(super) fn server_url(&self, address: IpAddr) -> String {
+        format!("https://{}", SocketAddr::new(address, SERVER_PORT))
+    }
+
+    /// The URLs of all servers, as agents take them.
+    pub(super) fn server_urls(&self) -> String {
+        let servers = self.nodes().filter(|node| node.kind == Kind::Server);
+        servers.map(|node| self.server_url(node.address)).collect::<Vec<_>>().join(",")
+    }
+
+    /// What two servers are told of their store, and how they are reached.
+    pub(super) fn store_args(&self, server: &Node) -> Vec<String> {
+        if self.servers < 2 {
+            return Vec::new();
+        }
+        let store = format!("etcd://{}", SocketAddr::new(self.address(4), STORE_PORT));
+        vec!["--store".to_owned(), store, "--url".to_owned(), self.server_url(server.address)]
     }
 
     pub(super) fn resolv_conf(&self) -> String {
@@ -334,11 +373,11 @@ impl LabSpec {
 
     /// What a program on a node finds in its environment, so that `droveway host ls` needs no flags there.
     pub(super) fn environment(&self) -> Vec<(&'static str, String)> {
-        let data = self.server_dir();
+        let data = self.server_dir(SERVER);
         let mut variables = vec![("PATH", self.search_path())];
         if !self.bare {
             variables.extend([
-                ("DROVEWAY_SERVER", self.server_url()),
+                ("DROVEWAY_SERVER", self.server_url(self.address(2))),
                 ("DROVEWAY_KEY_FILE", data.join("admin.key").display().to_string()),
                 ("DROVEWAY_CA_FILE", data.join("ca.pem").display().to_string()),
             ]);
@@ -355,6 +394,10 @@ impl LabSpec {
     pub(super) fn bin_dir(&self) -> PathBuf {
         self.dir.join("bin")
     }
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// How the verbs of that lab begin when they are typed.
@@ -396,11 +439,22 @@ mod tests {
     }
 
     #[test]
+    fn two_servers_share_a_store_and_agents_are_told_of_both() {
+        let spec = LabSpec { hosts: 1, servers: 2, ..LabSpec::new("t").unwrap() };
+        spec.validate().unwrap();
+        let nodes: Vec<_> = spec.nodes().map(|node| format!("{} {}", node.name, node.address)).collect();
+        assert_eq!(nodes, ["server 10.0.0.2", "server2 10.0.0.3", "etcd 10.0.0.4", "h1 10.0.0.5"]);
+        assert_eq!(spec.server_urls(), "https://10.0.0.2:7443,https://10.0.0.3:7443");
+        let args = spec.store_args(&spec.node(SECOND).unwrap()).join(" ");
+        assert_eq!(args, "--store etcd://10.0.0.4:2379 --url https://10.0.0.3:7443");
+    }
+
+    #[test]
     fn an_underlay_of_ipv6_is_numbered_alike() {
         let spec = LabSpec { underlay: "fd00::/64".parse().unwrap(), ..LabSpec::new("t").unwrap() };
         spec.validate().unwrap();
         assert_eq!(spec.node("h1").unwrap().address.to_string(), "fd00::5");
-        assert_eq!(spec.server_url(), "https://[fd00::2]:7443");
+        assert_eq!(spec.server_urls(), "https://[fd00::2]:7443");
         assert_eq!(spec.add_address(spec.address(5), "eth0"), "addr add fd00::5/64 dev eth0 nodad\n");
     }
 
@@ -438,6 +492,7 @@ mod tests {
         for (bad, says) in [
             (LabSpec { hosts: 0, ..good.clone() }, "1 to 50"),
             (LabSpec { hosts: 51, ..good.clone() }, "1 to 50"),
+            (LabSpec { servers: 3, ..good.clone() }, "1 or 2"),
             (LabSpec { mtu: 100, ..good.clone() }, "576"),
             (LabSpec { others: vec!["h1".parse().unwrap()], ..good.clone() }, "is taken"),
             (LabSpec { others: vec!["underlay".parse().unwrap()], ..good.clone() }, "is taken"),

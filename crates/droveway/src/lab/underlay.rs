@@ -78,8 +78,8 @@ impl Lab {
         let init = state.running(node)?;
         let (spec, planned) = (self.spec(), self.spec().node(node)?);
         ensure!(
-            planned.kind != Kind::Server,
-            "the server is known to all by its address {}; give another to a host",
+            !matches!(planned.kind, Kind::Server | Kind::Store),
+            "{node} is known to all by its address {}; give another to a host",
             planned.address
         );
         let (net, gateway) = match planned.behind {

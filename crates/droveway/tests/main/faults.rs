@@ -146,6 +146,39 @@ fn a_server_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
         says(&lab, SERVER, &["droveway", "endpoint", "ls"]).contains("new")
     });
     well(&lab);
+    a_backup_comes_back_whole_or_not_at_all(&lab, &disk.dir);
+}
+
+/// However small the disk is that it is put back to.
+fn a_backup_comes_back_whole_or_not_at_all(lab: &Lab, data: &str) {
+    let backup = lab.dir().join("backup").display().to_string();
+    lab.check(SERVER, &["droveway", "server", "backup", "--data-dir", data, &backup]).unwrap();
+    let keys = |said: &str| {
+        said.split_once(" keys of ").map(|(before, _)| before.rsplit(' ').next().unwrap().to_owned())
+    };
+    let (mut whole, mut refused) = (0, 0);
+    for kib in (32..=768).step_by(32) {
+        let mount = format!("mkdir -p /run/tiny && mount -t tmpfs -o size={kib}k,mode=700 tiny /run/tiny");
+        lab.check(SERVER, &["sh", "-c", &mount]).unwrap();
+        let restore = ["droveway", "server", "restore", "--data-dir", "/run/tiny", &backup];
+        let output = lab.exec(SERVER, &restore).unwrap();
+        let there = lab.exec(SERVER, &["test", "-e", "/run/tiny/store.sqlite"]).unwrap().status.success();
+        assert_eq!(output.status.success(), there, "{kib} KiB: {output:?}");
+        if there {
+            whole += 1;
+            let copy = "rm -f /run/copy; exec droveway server backup --data-dir /run/tiny /run/copy";
+            let copied = lab.check(SERVER, &["sh", "-c", copy]).unwrap();
+            let restored = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert!(keys(&copied).is_some() && keys(&copied) == keys(&restored), "{restored} {copied}");
+        } else {
+            refused += 1;
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            let says = ["full", "No space", "no room"].iter().any(|why| error.contains(why));
+            assert!(error.starts_with("error: ") && says, "{error}");
+        }
+        lab.check(SERVER, &["umount", "/run/tiny"]).unwrap();
+    }
+    assert!(whole > 0 && refused > 0, "{whole} restored, {refused} refused");
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! The server killed at any moment of its transactions: what it answered is there, and nothing is half done.
+//! The server killed at any moment of its transactions: what it answered is there, nothing is half done, and each change
+//! has its line in the audit log.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, TcpListener};
@@ -11,8 +12,10 @@ use std::time::{Duration, Instant};
 use agent::control::Lessor;
 use agent::server::{Join, Server, join};
 use droveway::client::{Client, Settings};
-use model::api::{ErrorCode, TokenRequest};
+use model::api::{AuditEntry, ErrorCode, TokenRequest};
 use model::{Block, Endpoint, EndpointId, EndpointKind, EnvironmentId, Mac, NetworkId, Object, Watch};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 const KILLS: usize = 50;
 const HOSTS: usize = 4;
@@ -46,6 +49,12 @@ impl Process {
     fn kill(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
+    }
+
+    /// `SIGTERM`: it finishes what it does.
+    fn stop(&mut self) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        assert!(self.child.wait().unwrap().success());
     }
 
     async fn client(&mut self) -> Client {
@@ -231,5 +240,25 @@ fn a_server_killed_at_fifty_moments_of_its_transactions_loses_nothing_it_answere
             };
             assert!(blocks.iter().any(|block| inside(&block)), "{} has no block", endpoint.id);
         }
+        process.stop();
+        each_change_has_one_line(&data);
     });
+}
+
+/// By the store's own account of what changed.
+fn each_change_has_one_line(data: &Path) {
+    let store = rusqlite::Connection::open(data.join("store.sqlite")).unwrap();
+    let mut log = store.prepare("SELECT revision, group_concat(key) FROM log GROUP BY revision").unwrap();
+    let changes = log.query_map([], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, String>(1)?))).unwrap();
+    // What a first start makes nobody asked for, nor what a server notes of who was there.
+    let own = |keys: &str| ["/environment", "/keys/admin", "/presence/"].iter().any(|key| keys.contains(key));
+    let asked: BTreeSet<u64> =
+        changes.map(Result::unwrap).filter(|(_, keys)| !own(keys)).map(|(at, _)| at.unsigned_abs()).collect();
+    let text = std::fs::read_to_string(data.join("audit.jsonl")).unwrap();
+    let lines: Vec<AuditEntry> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.windows(2).all(|pair| pair[1].number == pair[0].number + 1), "numbers have gaps");
+    let written: Vec<u64> = lines.iter().filter_map(|line| Some(line.revision?.0)).collect();
+    let once: BTreeSet<u64> = written.iter().copied().collect();
+    assert_eq!(once.len(), written.len(), "a change has two lines");
+    assert_eq!(once, asked, "missing: {:?}, too much: {:?}", &asked - &once, &once - &asked);
 }

@@ -8,6 +8,7 @@ mod api;
 mod away;
 mod bogus;
 mod charon;
+mod clock;
 mod copied;
 mod docker;
 mod docker_label;

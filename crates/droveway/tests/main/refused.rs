@@ -97,6 +97,29 @@ fn check(words: &[&str], (code, text): (Option<i32>, String), exit: i32, says: &
 }
 
 #[test]
+fn a_server_whose_store_cannot_be_reached_or_is_half_described_ends_and_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, none) = (dir.path().join("data").display().to_string(), "/nonexistent/password");
+    for (words, exit, says) in [
+        (&["--store", "etcd://127.0.0.1:9,127.0.0.1:10"][..], 1, "127.0.0.1:10: Connection refused"),
+        (&["--store", "etcd://drover:secret@127.0.0.1:9"], 2, "write etcd://HOST:PORT"),
+        (&["--store", "http://127.0.0.1:9"], 2, "write etcd://HOST:PORT"),
+        (&["--store", "etcd://127.0.0.1:9", "--store-user", "drover"], 2, "--store-password-file"),
+        (
+            &["--store", "etcd://127.0.0.1:9", "--store-user", "drover", "--store-password-file", none],
+            1,
+            "/nonexistent/password for etcd: No such file",
+        ),
+        (&["--store", "etcd://127.0.0.1:9", "--store-cert", none, "--store-key", none], 2, "--store-ca"),
+    ] {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_droveway"));
+        command.args(["server", "--listen", "127.0.0.1:0", "--data-dir", &data]).args(words);
+        let output = command.env("DROVEWAY_LOG", "off").output().unwrap();
+        check(words, (output.status.code(), String::from_utf8(output.stderr).unwrap()), exit, &[says]);
+    }
+}
+
+#[test]
 fn a_network_that_cannot_be_is_refused_with_the_remedy() {
     let town = &*TOWN;
     town.unchanged(|| {

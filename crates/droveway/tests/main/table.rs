@@ -108,6 +108,20 @@ struct Churn {
 }
 
 impl Churn {
+    /// Rounds on all hosts, for so long. Hosts that have no server have a block of 61 addresses each, and what is released
+    /// rests: there are no more rounds than that allows.
+    fn rounds(&mut self, lab: &Lab, length: Duration) {
+        let (begin, rounds) = (Instant::now(), long(6, 20));
+        for round in 1..=rounds {
+            self.round(lab, &lab.hosts());
+            if self.alive.len() > 40 {
+                let name = self.alive.keys().next().unwrap().clone();
+                self.end(lab, &name);
+            }
+            std::thread::sleep((length * round / rounds).saturating_sub(begin.elapsed()));
+        }
+    }
+
     /// Two attaches on each host, and a detach of the one before.
     fn round(&mut self, lab: &Lab, hosts: &[String]) {
         for host in hosts {
@@ -172,14 +186,7 @@ fn the_server_is_away_while_all_hosts_attach_and_detach() {
     let (secret, clear) = (traffic.secretly(), traffic.clearly());
     let mut churn = Churn::default();
     lab.kill_server().unwrap();
-    let (begin, length) = (Instant::now(), long(Duration::from_secs(4), Duration::from_secs(60)));
-    while begin.elapsed() < length {
-        churn.round(&lab, &lab.hosts());
-        if churn.alive.len() > 40 {
-            let name = churn.alive.keys().next().unwrap().clone();
-            churn.end(&lab, &name);
-        }
-    }
+    churn.rounds(&lab, long(Duration::from_secs(4), Duration::from_secs(60)));
     // An agent that starts meanwhile has all of it still.
     churn.is_there(&lab);
     lab.start_server().unwrap();
@@ -257,10 +264,7 @@ fn a_host_that_is_cut_off_and_healed_goes_on_and_no_other_notices() {
         lab.cut("h1", other).unwrap();
     }
     let mut churn = Churn::default();
-    let (begin, length) = (Instant::now(), long(Duration::from_secs(2), Duration::from_secs(40)));
-    while begin.elapsed() < length {
-        churn.round(&lab, &lab.hosts());
-    }
+    churn.rounds(&lab, long(Duration::from_secs(2), Duration::from_secs(40)));
     lab.heal().unwrap();
     traffic.all_arrived(Some(secret), Some(clear));
     until(LIMIT * 4, "it is reached again", || {
@@ -308,7 +312,7 @@ fn a_host_that_loses_its_power_comes_back_with_its_name_and_without_what_ran_on_
 }
 
 /// Where libfaketime is, on Debian.
-const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+pub const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
 
 #[test]
 fn a_clock_that_jumps_an_hour_either_way_disturbs_nothing() {

@@ -69,6 +69,7 @@ pub(super) async fn lease(
                 Grant::New(txn, block) => {
                     adopt::all_reported(env)?;
                     passes_nat(env, network, &agent)?;
+                    request::about(|| format!("block {} of network {:?}", block.cidr, name.as_str()));
                     Plan::Commit(txn, (block, name))
                 }
             })
@@ -78,7 +79,6 @@ pub(super) async fn lease(
     if block.leased == Revision::default() {
         block.leased = revision;
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("block {} of network {:?}", block.cidr, name.as_str()));
         tracing::info!(%environment, %host, network = %name, block = %block.cidr, "block leased");
     }
     Ok((StatusCode::CREATED, Json(block)))
@@ -119,6 +119,7 @@ pub(super) async fn give_back(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
+            request::about(|| format!("block {} of network {:?}", given.cidr, network.name.as_str()));
             let txn = ipam::give_back(keys, env, revision, network, &agent.host, given.cidr, given.leased)?;
             Ok(txn.map_or(Plan::Nothing(None), |txn| Plan::Commit(txn, Some(network.name.clone()))))
         })
@@ -126,7 +127,6 @@ pub(super) async fn give_back(
     drop(turn);
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("block {} of network {:?}", given.cidr, network.as_str()));
         tracing::info!(%environment, %host, %network, block = %given.cidr, "block given back");
     }
     Ok(StatusCode::NO_CONTENT)
@@ -185,6 +185,7 @@ pub(super) async fn claim(
                 Grant::New(txn, claim) => {
                     adopt::all_reported(env)?;
                     passes_nat(env, network, &agent)?;
+                    about_address(claim.address, network);
                     Plan::Commit(txn, (claim, Some(network.name.clone())))
                 }
             })
@@ -199,10 +200,13 @@ pub(super) async fn claim(
     };
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("address {} of network {:?}", claim.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %claim.address, endpoint = %claim.endpoint, "address claimed");
     }
     Ok((StatusCode::CREATED, Json(claim)))
+}
+
+fn about_address(address: IpAddr, network: &Network) {
+    request::about(|| format!("address {address} of network {:?}", network.name.as_str()));
 }
 
 /// How long the holder of a block may take to let go of an address.
@@ -356,6 +360,7 @@ pub(super) async fn consent(
     let keys = Keys(&agent.environment);
     app.change(&agent.environment, |env, _| {
         let network = find(env, &said.network)?;
+        about_address(said.address, network);
         let (host, address) = (&agent.host, said.address);
         let txn = match said.at {
             Some(at) => ipam::consent_to_move(keys, env, network, host, address, at, said.consents)?,
@@ -419,6 +424,7 @@ pub(super) async fn release(
     let (name, _) = app
         .change(&agent.environment, |env, revision| {
             let network = find(env, &given.network)?;
+            about_address(given.address, network);
             let txn = ipam::release(
                 keys,
                 env,
@@ -433,7 +439,6 @@ pub(super) async fn release(
         .await?;
     if let Some(network) = name {
         let (environment, host) = (&agent.environment, &agent.name);
-        request::about(|| format!("address {} of network {:?}", given.address, network.as_str()));
         tracing::info!(%environment, %host, %network, address = %given.address, "claim released");
     }
     Ok(StatusCode::NO_CONTENT)

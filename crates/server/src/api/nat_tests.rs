@@ -91,6 +91,7 @@ impl Api {
             (model::DEFAULT_DOMAIN.to_owned(), crate::RETAIN),
             (String::new(), false),
             upkeep,
+            crate::outbox::Outbox::new("s"),
         ));
         Self { app, _dir: dir }
     }

@@ -28,6 +28,8 @@ use crate::EtcdConfig;
 const HEAD: &str = "/droveway/.head";
 /// The life of this store.
 const LIFE: &str = "/droveway/.life";
+/// The epoch of a life that is being restored.
+const BEGINNING: &str = "/droveway/.beginning";
 /// Before keys that are etcd's business and nobody else's.
 const OWN: &str = "/droveway/.";
 /// The newest way to lay out keys that this version knows.
@@ -64,9 +66,12 @@ struct Life {
 /// Why an etcd cannot be the store. Nothing in it was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenEtcdError {
-    /// A user without a password.
-    #[error("--store-user needs --store-password-file")]
-    NoPassword,
+    /// A user without a password, or the reverse.
+    #[error("--store-user and --store-password-file go together")]
+    HalfLogin,
+    /// A certificate that nobody would see.
+    #[error("--store-cert needs --store-ca: without it, TLS is not used")]
+    NoCa,
     /// A certificate without its key.
     #[error("--store-cert and --store-key go together")]
     HalfIdentity,
@@ -87,6 +92,11 @@ pub enum OpenEtcdError {
          program's; restore again with --force, or choose another prefix in --store"
     )]
     Foreign(String),
+    /// Two restores at once.
+    #[error(
+        "another restore to the same place began meanwhile, with --force; look which of the two is wanted, and restore it again"
+    )]
+    TakenOver,
     /// Anything else.
     #[error("{0}")]
     Store(String),
@@ -108,7 +118,7 @@ impl EtcdStore {
             if inner.holds_keys().await? {
                 return Err(OpenEtcdError::Foreign(format!("{}/droveway/", inner.prefix)));
             }
-            inner.make_life().await?;
+            inner.make_life(&[]).await?;
         }
         let made = Self::existing(config).await?;
         made.ok_or_else(|| OpenEtcdError::Store("etcd does not show what was put there".into()))
@@ -143,12 +153,21 @@ impl EtcdStore {
             }
             inner.clear().await?;
         }
-        Ok(Some(Self { inner: Arc::new(inner) }))
+        let begun = Self { inner: Arc::new(inner) };
+        let mark = Op::Put(BEGINNING.to_owned(), begun.epoch().to_string().into());
+        let txn = Txn::new(vec![Compare::Absent(BEGINNING.to_owned())], vec![mark]);
+        Ok(begun.txn(txn).await?.succeeded.then_some(begun))
+    }
+
+    /// That it is still this one who restores.
+    pub(crate) fn beginning(&self) -> Compare {
+        Compare::Value(BEGINNING.to_owned(), self.epoch().to_string().into())
     }
 
     /// Lets servers open what was made since [`EtcdStore::begin`].
     pub(crate) async fn finish(&self) -> Result<(), OpenEtcdError> {
-        self.inner.make_life().await
+        let compares = self.inner.compare(&self.beginning());
+        if self.inner.make_life(&compares).await? { Ok(()) } else { Err(OpenEtcdError::TakenOver) }
     }
 }
 
@@ -249,20 +268,21 @@ impl Inner {
         Ok(!answer.kvs.is_empty())
     }
 
-    /// Begins a life, unless another server was faster.
-    async fn make_life(&self) -> Result<(), OpenEtcdError> {
+    /// Begins a life, unless another server was faster, or more than that does not hold; whether it began.
+    async fn make_life(&self, compares: &[Value]) -> Result<bool, OpenEtcdError> {
         let life = serde_json::to_vec(&self.life).map_err(|error| OpenEtcdError::Store(error.to_string()))?;
         let absent =
             json!({ "key": self.key(LIFE), "target": "CREATE", "result": "EQUAL", "create_revision": "0" });
+        let compares = [&[absent], compares].concat();
         let body = json!({
-            "compare": [absent],
+            "compare": compares,
             "success": [
                 { "request_put": { "key": self.key(LIFE), "value": encode(life) } },
                 { "request_put": { "key": self.key(HEAD) } },
+                { "request_delete_range": { "key": self.key(BEGINNING) } },
             ],
         });
-        self.gateway.write::<Value>("/v3/kv/txn", &body).await?;
-        Ok(())
+        Ok(self.gateway.write::<Done>("/v3/kv/txn", &body).await?.succeeded)
     }
 
     async fn clear(&self) -> Result<(), StoreError> {
@@ -406,6 +426,10 @@ impl Inner {
         } });
         let mut stream = self.gateway.stream("/v3/watch", &body).await?;
         let first: Watched = stream.next().await?;
+        if first.canceled && first.compact_revision.0 == 0 {
+            let why = format!("etcd opens no watch on {prefix}: {}", first.cancel_reason);
+            return Err(self.gateway.refused(&why));
+        }
         if first.created { Ok(stream) } else { Err(StoreError::Unreachable("etcd opens no watch".into())) }
     }
 

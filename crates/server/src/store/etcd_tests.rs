@@ -8,7 +8,7 @@ use crate::store::suite;
 #[path = "../../tests/server/etcd.rs"]
 mod etcd;
 
-use etcd::Etcd;
+use etcd::{Etcd, PASSWORD};
 
 fn epoch(seed: u8) -> Epoch {
     Epoch::from_random([seed; 8])
@@ -99,7 +99,7 @@ async fn an_etcd_that_takes_small_transactions_only_is_refused_with_the_remedy()
 async fn keys_without_a_life_are_not_taken_for_a_store() {
     let etcd = Etcd::start(1);
     let config = etcd.config("/x");
-    let half = EtcdStore::begin(&config, epoch(2), Revision(1000), false).await.unwrap().unwrap();
+    let half = EtcdStore::begin(&config, epoch(9), Revision(1000), false).await.unwrap().unwrap();
     half.txn(put("/droveway/default/environment", "{}")).await.unwrap();
     let Err(error) = EtcdStore::open(&config, epoch(1)).await else { panic!("opened") };
     assert!(error.to_string().contains("cut short"), "{error}");
@@ -107,6 +107,13 @@ async fn keys_without_a_life_are_not_taken_for_a_store() {
         EtcdStore::begin(&config, epoch(3), Revision(0), false).await.unwrap().is_none(),
         "not without force"
     );
+    // Another restore, which was told to, takes over; the first one is told so and adds nothing more.
+    let first = half;
+    let half = EtcdStore::begin(&config, epoch(2), Revision(1000), true).await.unwrap().unwrap();
+    let late = Txn::new(vec![first.beginning()], vec![Op::Put("/droveway/default/late".into(), vec![])]);
+    assert!(!first.txn(late).await.unwrap().succeeded);
+    assert!(matches!(first.finish().await.unwrap_err(), OpenEtcdError::TakenOver));
+    half.txn(put("/droveway/default/environment", "{}")).await.unwrap();
     half.finish().await.unwrap();
     let store = EtcdStore::open(&config, epoch(1)).await.unwrap();
     assert_eq!(store.epoch(), epoch(2));
@@ -202,4 +209,103 @@ async fn an_etcd_that_nobody_serves_is_said() {
     assert!(matches!(&first, StoreError::Unknown(_) | StoreError::Unreachable(_)), "{first}");
     let error = store.txn(put("/a", "1")).await.unwrap_err();
     assert!(matches!(&error, StoreError::Unreachable(why) if why.contains("refused")), "{error}");
+}
+
+#[tokio::test]
+async fn etcd_with_tls_and_users_keeps_the_promises_of_every_store_and_a_session_that_runs_out_is_renewed() {
+    let etcd = Etcd::start_secure("/").await;
+    let mut count = 0;
+    suite::run(async || {
+        count += 1;
+        EtcdStore::open(&etcd.config(&format!("/{count}")), epoch(1)).await.unwrap()
+    })
+    .await;
+
+    let store = EtcdStore::open(&etcd.config("/sessions"), epoch(1)).await.unwrap();
+    let start = store.range("/").await.unwrap().0;
+    let mut early = store.watch("/", start).await.unwrap();
+    let look = json!({ "key": encode("/sessions"), "count_only": true });
+    for next in ["watch", "transaction", "look"] {
+        let session = store.inner.gateway.session().unwrap();
+        // Whoever asks with it prolongs it.
+        loop {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            let answer = etcd.ask_with(&session, 0, "/v3/kv/range", look.clone()).await;
+            if answer["error"].as_str().is_some_and(|error| error.contains("invalid auth token")) {
+                break;
+            }
+        }
+        let mut late = if next == "watch" { Some(store.watch("/", start).await.unwrap()) } else { None };
+        if next == "look" {
+            store.range("/").await.unwrap();
+        }
+        let made = store.txn(put("/a", next)).await.unwrap().revision;
+        assert_eq!(early.next().await.unwrap().revision, made, "a watch outlives the session it began with");
+        if let Some(late) = &mut late {
+            assert_eq!(late.next().await.unwrap().revision, made);
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_etcd_that_lets_us_not_in_is_said_with_the_remedy_and_without_the_password() {
+    let (etcd, plain) = (Etcd::start_secure("/ours/").await, Etcd::start(1));
+    let good = etcd.config("/ours");
+    let file = |name: &str| Some(etcd.file(name));
+    let nobody = EtcdConfig { user: None, password_file: None, ..good.clone() };
+    let gone = "etcd://127.0.0.1:9".parse().unwrap();
+    let clear = EtcdConfig { ca: None, certificate: None, key: None, ..good.clone() };
+    for (config, says) in [
+        (EtcdConfig { ca: file("other-ca.pem"), ..good.clone() }, "not from the CA in --store-ca"),
+        (EtcdConfig { ca: file("password"), ..good.clone() }, "it holds no such thing in PEM"),
+        (EtcdConfig { ca: None, ..good.clone() }, "--store-cert needs --store-ca"),
+        (clear.clone(), "if it speaks TLS, give its CA with --store-ca"),
+        (EtcdConfig { certificate: None, key: None, ..good.clone() }, "--store-cert"),
+        (
+            EtcdConfig {
+                certificate: file("other-client.pem"),
+                key: file("other-client.key"),
+                ..good.clone()
+            },
+            "refuses our certificate",
+        ),
+        (
+            EtcdConfig { certificate: file("named.pem"), key: file("named.key"), ..good.clone() },
+            "takes no certificate that has a CommonName",
+        ),
+        (nobody.clone(), "log in with --store-user and --store-password-file"),
+        (EtcdConfig { user: Some("who".into()), ..good.clone() }, "check --store-user and the password"),
+        (
+            EtcdConfig { password_file: file("other-password"), ..good.clone() },
+            "check --store-user and the password",
+        ),
+        (EtcdConfig { password_file: file("none"), ..good.clone() }, "none for etcd: No such file"),
+        (EtcdConfig { password_file: None, ..good.clone() }, "go together"),
+        (
+            EtcdConfig { user: Some("stranger".into()), ..good.clone() },
+            "grant the role of --store-user readwrite",
+        ),
+        (etcd.config("/theirs"), "grant the role of --store-user readwrite"),
+        (
+            EtcdConfig { url: plain.config("").url, ..good.clone() },
+            "if it does not speak TLS, leave --store-ca out",
+        ),
+        (EtcdConfig { url: plain.config("").url, ..clear }, "leave --store-user out"),
+        (EtcdConfig { url: gone, ..nobody }, "https://127.0.0.1:9: Connection refused"),
+    ] {
+        let Err(error) = EtcdStore::open(&config, epoch(1)).await else { panic!("opened: {says}") };
+        let error = error.to_string();
+        assert!(error.contains(says), "{says:?} is not said: {error}");
+        assert!(!error.contains(PASSWORD) && !error.contains("may have been made"), "{error}");
+    }
+    assert!(EtcdStore::existing(&good).await.unwrap().is_none(), "nothing was written");
+    // A right that is taken away while the store is open.
+    let store = EtcdStore::open(&good, epoch(1)).await.unwrap();
+    let root = etcd.ask(0, "/v3/auth/authenticate", json!({ "name": "root", "password": PASSWORD })).await;
+    let revoke = json!({ "name": etcd::USER, "role": "droveway" });
+    etcd.ask_with(root["token"].as_str().unwrap(), 0, "/v3/auth/user/revoke", revoke).await;
+    let refused =
+        |error: StoreError| matches!(&error, StoreError::Refused(why) if why.contains("grant the role"));
+    assert!(refused(store.txn(put("/a", "1")).await.unwrap_err()));
+    assert!(refused(store.watch("/", Revision(0)).await.unwrap_err()), "not again and again without a pause");
 }

@@ -47,9 +47,13 @@ impl Gateway {
     /// Reads certificates and password; talks to nobody yet.
     pub(crate) fn new(config: &EtcdConfig) -> Result<Self, OpenEtcdError> {
         let scheme = if config.ca.is_some() { "https" } else { "http" };
+        // Without TLS it would be shown to nobody.
+        if config.ca.is_none() && config.certificate.is_some() {
+            return Err(OpenEtcdError::NoCa);
+        }
         let login = match (&config.user, &config.password_file) {
-            (None, _) => None,
-            (Some(_), None) => return Err(OpenEtcdError::NoPassword),
+            (None, None) => None,
+            (Some(_), None) | (None, Some(_)) => return Err(OpenEtcdError::HalfLogin),
             (Some(user), Some(file)) => {
                 let password = read(file)?.trim_end_matches(['\r', '\n']).to_owned();
                 Some(Login { user: user.clone(), password })
@@ -116,8 +120,10 @@ impl Gateway {
         Err(last)
     }
 
-    /// Opens a stream of answers.
+    /// Opens a stream of answers. It begins with a session of its own: etcd says of a session that has run out only that the
+    /// watch is not permitted, as of a user who may not watch.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> Result<Stream, StoreError> {
+        self.forget_token();
         let mut last = StoreError::Closed;
         for _ in 0..self.members.len() {
             match self.send(path, body, None).await {
@@ -132,9 +138,22 @@ impl Gateway {
         Err(last)
     }
 
+    /// What etcd refused after it had answered: with the remedy, if one is known.
+    pub(crate) fn refused(&self, message: &str) -> StoreError {
+        match trouble(&format!("{}: {message}", self.member())) {
+            Trouble::Refused(why) => StoreError::Refused(why),
+            Trouble::NotTaken(why) | Trouble::Unknown(why) => StoreError::Unreachable(why),
+        }
+    }
+
     /// Turns to another member.
     pub(crate) fn next(&self) {
         self.current.fetch_add(1, Ordering::Relaxed);
+    }
+
+    #[cfg(test)]
+    pub(crate) fn session(&self) -> Option<String> {
+        self.token.read().unwrap().clone()
     }
 
     #[cfg(test)]
@@ -153,10 +172,12 @@ impl Gateway {
         response.json().await.map_err(|error| Trouble::Unknown(format!("{member}: {}", cause(&error))))
     }
 
-    /// One request to one member; one more where its session had run out.
+    /// One request to one member; one more where its session had run out, or was from before users were changed.
     async fn send(&self, path: &str, body: &Value, limit: Option<Duration>) -> Result<Response, Trouble> {
+        let old =
+            |why: &str| why.contains("invalid auth token") || why.contains("revision of auth store is old");
         match self.attempt(path, body, limit).await {
-            Err(Trouble::Refused(why)) if why.contains("invalid auth token") && self.login.is_some() => {
+            Err(Trouble::Refused(why)) if old(&why) && self.login.is_some() => {
                 self.forget_token();
                 self.attempt(path, body, limit).await
             }
@@ -179,18 +200,11 @@ impl Gateway {
         let sent = tokio::time::timeout(REQUEST, request.send()).await;
         let response = sent
             .map_err(|_| Trouble::Unknown(format!("{member}: no answer in {} s", REQUEST.as_secs())))?
-            .map_err(|error| {
-                let why = format!("{member}: {}", cause(&error));
-                if error.is_connect() { Trouble::NotTaken(why) } else { Trouble::Unknown(why) }
-            })?;
+            .map_err(|error| lost(&member, &error))?;
         if response.status().is_success() {
             return Ok(response);
         }
-        let status = response.status();
-        let text = response.text().await.unwrap_or_default();
-        let message = serde_json::from_str(&text)
-            .map_or_else(|_| format!("HTTP {status}"), |refusal: Refusal| refusal.message());
-        Err(trouble(&format!("{member}: {message}")))
+        Err(trouble(&format!("{member}: {}", refusal(response).await)))
     }
 
     async fn token(&self, member: &str) -> Result<Option<String>, Trouble> {
@@ -200,21 +214,19 @@ impl Gateway {
         }
         let request = self.client.post(format!("{member}/v3/auth/authenticate")).timeout(REQUEST);
         let request = request.json(&json!({ "name": login.user, "password": login.password }));
-        let response = request
-            .send()
-            .await
-            .map_err(|error| Trouble::NotTaken(format!("{member}: {}", cause(&error))))?;
+        let not_taken = |error: reqwest::Error| match lost(member, &error) {
+            // The login may have been made; what was to be asked was not.
+            Trouble::NotTaken(why) | Trouble::Unknown(why) | Trouble::Refused(why) => Trouble::NotTaken(why),
+        };
+        let response = request.send().await.map_err(not_taken)?;
         if !response.status().is_success() {
-            let why = format!(
-                "{member}: user {:?} cannot log in; check --store-user and the password's file",
-                login.user
-            );
-            return Err(Trouble::Refused(why));
+            let why = format!("{member}: user {:?} cannot log in: {}", login.user, refusal(response).await);
+            return Err(match trouble(&why) {
+                Trouble::NotTaken(why) | Trouble::Unknown(why) => Trouble::NotTaken(why),
+                Trouble::Refused(why) => Trouble::Refused(why),
+            });
         }
-        let session: Session = response
-            .json()
-            .await
-            .map_err(|error| Trouble::NotTaken(format!("{member}: {}", cause(&error))))?;
+        let session: Session = response.json().await.map_err(not_taken)?;
         *self.token.write().unwrap_or_else(PoisonError::into_inner) = Some(session.token.clone());
         Ok(Some(session.token))
     }
@@ -234,18 +246,99 @@ enum Trouble {
     Refused(String),
 }
 
+/// What a request that got no answer came to.
+fn lost(member: &str, error: &reqwest::Error) -> Trouble {
+    match tls_fault(error) {
+        Some(why) => Trouble::NotTaken(format!("{member}: {why}")),
+        // So ends a handshake with an etcd that waits for requests in clear.
+        None if cause(error) == "tls handshake eof" => {
+            let remedy = "if it does not speak TLS, leave --store-ca out";
+            Trouble::NotTaken(format!("{member}: {}; {remedy}", cause(error)))
+        }
+        None if error.is_connect() => Trouble::NotTaken(format!("{member}: {}", cause(error))),
+        // So ends a request in clear to an etcd that waits for TLS.
+        None if member.starts_with("http:") && cause(error).starts_with("connection closed before") => {
+            let remedy = "if it speaks TLS, give its CA with --store-ca";
+            Trouble::Unknown(format!("{member}: {}; {remedy}", cause(error)))
+        }
+        None => Trouble::Unknown(format!("{member}: {}", cause(error))),
+    }
+}
+
+/// Why TLS was not agreed on, and what to do; `None` if that is not the trouble. No request was taken then.
+fn tls_fault(error: &reqwest::Error) -> Option<String> {
+    use rustls::{AlertDescription, CertificateError, Error};
+    let mut next: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    let fault = loop {
+        let cause = next?;
+        if let Some(fault) = cause.downcast_ref::<Error>() {
+            break fault;
+        }
+        // An error of input and output hides the one it wraps from those who ask for its source.
+        next = match cause.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => cause.source(),
+        };
+    };
+    let remedy = match fault {
+        Error::InvalidCertificate(CertificateError::UnknownIssuer | CertificateError::BadSignature) => {
+            "its certificate is not from the CA in --store-ca; give the CA that made etcd's certificate"
+        }
+        Error::InvalidCertificate(
+            CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+        ) => "its certificate is for another name or address; name it in --store as its certificate does",
+        Error::InvalidCertificate(CertificateError::Expired | CertificateError::ExpiredContext { .. }) => {
+            "its certificate has run out; renew it, and look whether the clocks are right"
+        }
+        Error::AlertReceived(AlertDescription::CertificateRequired) => {
+            "it wants a certificate; give one with --store-cert and --store-key"
+        }
+        Error::AlertReceived(_) => {
+            "it refuses our certificate, or that we have none; look at --store-cert, --store-key and etcd's --trusted-ca-file"
+        }
+        Error::InvalidMessage(_) => "if it does not speak TLS, leave --store-ca out",
+        _ => "TLS could not be agreed on",
+    };
+    Some(format!("{remedy} ({fault})"))
+}
+
+/// What etcd says as it refuses.
+async fn refusal(response: Response) -> String {
+    let status = response.status();
+    let text = match response.text().await {
+        Ok(text) => text,
+        Err(error) => return format!("HTTP {status}, and then {}", cause(&error)),
+    };
+    serde_json::from_str(&text).map_or_else(
+        |_| format!("HTTP {status} {:?}", text.trim().chars().take(200).collect::<String>()),
+        |refusal: Refusal| refusal.message(),
+    )
+}
+
 /// What etcd's message means for the request.
 fn trouble(message: &str) -> Trouble {
     let says = |text: &str| message.contains(text);
     let why = message.to_owned();
+    let refused = |remedy: &str| Trouble::Refused(format!("{message}; {remedy}"));
     if says("no leader") || says("too many requests") || says("not a leader") || says("is stopping") {
         Trouble::NotTaken(why)
     } else if says("database space exceeded") {
-        Trouble::Refused(format!(
-            "{why}; compact and defragment etcd, then clear its alarm with `etcdctl alarm disarm`"
-        ))
+        refused("compact and defragment etcd, then clear its alarm with `etcdctl alarm disarm`")
     } else if says("too many operations") {
-        Trouble::Refused(format!("{why}; start etcd with --max-txn-ops=10000"))
+        refused("start etcd with --max-txn-ops=10000")
+    } else if says("user name is empty") {
+        refused("its authentication is on: log in with --store-user and --store-password-file")
+    } else if says("authentication is not enabled") {
+        refused("leave --store-user out, or turn it on")
+    } else if says("CommonName of client sending a request against gateway") {
+        refused(
+            "with its authentication on, its gateway takes no certificate that has a CommonName: give one without in \
+             --store-cert",
+        )
+    } else if says("invalid user ID or password") {
+        refused("check --store-user and the password in --store-password-file")
+    } else if says("permission denied") {
+        refused("grant the role of --store-user readwrite on the keys with the prefix that --store names")
     } else if says("timed out") || says("leader changed") || says("code = Unavailable") || says("HTTP 5") {
         Trouble::Unknown(why)
     } else {
@@ -399,5 +492,6 @@ mod tests {
         assert_eq!(kind("m: etcdserver: leader changed"), "unknown");
         assert_eq!(kind("m: etcdserver: mvcc: database space exceeded"), "refused");
         assert_eq!(kind("m: etcdserver: duplicate key given in txn request"), "refused");
+        assert_eq!(kind("m: user \"u\" cannot log in: HTTP 503 Service Unavailable"), "unknown");
     }
 }

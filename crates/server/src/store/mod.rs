@@ -62,7 +62,6 @@ pub(crate) enum Compare {
     /// The key is there.
     Present(String),
     /// The key has this value.
-    #[cfg_attr(not(test), expect(dead_code, reason = "a part of etcd's model that nothing needs yet"))]
     Value(String, Vec<u8>),
     /// The key was made at this revision, and is still there.
     #[cfg_attr(not(test), expect(dead_code, reason = "a part of etcd's model that nothing needs yet"))]

@@ -155,6 +155,14 @@ fn io(path: &Path) -> impl Fn(rusqlite::Error) -> OpenError + '_ {
     |error: rusqlite::Error| match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::NotADatabase) => OpenError::Foreign(path.to_owned()),
         Some(rusqlite::ErrorCode::DatabaseCorrupt) => OpenError::Damaged(path.to_owned(), error.to_string()),
+        // The index of its journal has no room: SQLite says no more than that there was an error.
+        Some(_)
+            if error
+                .sqlite_error()
+                .is_some_and(|error| error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE) =>
+        {
+            OpenError::Io(path.to_owned(), "its disk is full".to_owned())
+        }
         _ => OpenError::Io(path.to_owned(), error.to_string()),
     }
 }

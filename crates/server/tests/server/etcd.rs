@@ -4,9 +4,14 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use serde_json::{Value, json};
 use server::{EtcdConfig, EtcdUrl};
 use tempfile::TempDir;
 
@@ -19,7 +24,13 @@ const START: Duration = Duration::from_secs(60);
 pub struct Etcd {
     pub members: Vec<Member>,
     dir: TempDir,
+    /// Whether it speaks TLS, wants certificates of its clients, and knows users.
+    secure: bool,
 }
+
+/// A user who may do all under a prefix, and the password.
+pub const USER: &str = "drover";
+pub const PASSWORD: &str = "a-dog-and-a-stick";
 
 /// One member.
 pub struct Member {
@@ -38,6 +49,33 @@ impl Etcd {
 
     /// The same with options.
     pub fn start_with(members: usize, extra: &[&str]) -> Self {
+        Self::start_as(members, extra, false)
+    }
+
+    /// One member with TLS that wants certificates of its clients, and with a user who may do all under `prefix`. A session
+    /// that is not used ends within two seconds.
+    pub async fn start_secure(prefix: &str) -> Self {
+        let etcd = Self::start_as(1, &["--auth-token-ttl=1", "--bcrypt-cost=4"], true);
+        let ask = async |path: &str, body| {
+            let answer = etcd.ask(0, path, body).await;
+            assert!(answer["error"].is_null(), "{path}: {answer}");
+        };
+        for user in [USER, "root", "stranger"] {
+            ask("/v3/auth/user/add", json!({ "name": user, "password": PASSWORD })).await;
+        }
+        let base64 = |text: &str| base64::prelude::BASE64_STANDARD.encode(text);
+        let end = format!("{}0", prefix.trim_end_matches('/'));
+        let all = json!({ "permType": "READWRITE", "key": base64(prefix), "range_end": base64(&end) });
+        for (role, user) in [("root", "root"), ("droveway", USER)] {
+            ask("/v3/auth/role/add", json!({ "name": role })).await;
+            ask("/v3/auth/user/grant", json!({ "user": user, "role": role })).await;
+        }
+        ask("/v3/auth/role/grant", json!({ "name": "droveway", "perm": all })).await;
+        ask("/v3/auth/enable", json!({})).await;
+        etcd
+    }
+
+    fn start_as(members: usize, extra: &[&str], secure: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         // Nobody else is on such an address, so the ports are free.
         let addresses: Vec<IpAddr> = (0..members)
@@ -59,7 +97,10 @@ impl Etcd {
             extra: extra.iter().map(|&word| word.to_owned()).collect(),
             process: None,
         });
-        let mut etcd = Self { members: members.collect(), dir };
+        let mut etcd = Self { members: members.collect(), dir, secure };
+        if secure {
+            etcd.make_certificates();
+        }
         for n in 0..etcd.members.len() {
             etcd.start_member(n);
         }
@@ -72,9 +113,8 @@ impl Etcd {
     /// Starts a member that does not run.
     pub fn start_member(&mut self, n: usize) {
         let log = std::fs::File::create(self.dir.path().join(format!("{n}.log"))).unwrap();
+        let (client, peer) = (self.url(n), format!("http://{}:{PEER}", self.members[n].address));
         let member = &mut self.members[n];
-        let (client, peer) =
-            (format!("http://{}:{CLIENT}", member.address), format!("http://{}:{PEER}", member.address));
         let mut command = Command::new("etcd");
         command
             .args(["--name", &member.name, "--data-dir"])
@@ -87,8 +127,14 @@ impl Etcd {
                 "--max-txn-ops=10000",
                 "--unsafe-no-fsync",
             ]);
-        if !member.extra.iter().any(|word| word.starts_with("--listen-client-urls")) {
-            command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        command.args(["--listen-client-urls", &client, "--advertise-client-urls", &client]);
+        if self.secure {
+            for (option, file) in
+                [("cert-file", "member.pem"), ("key-file", "member.key"), ("trusted-ca-file", "ca.pem")]
+            {
+                command.arg(format!("--{option}")).arg(self.dir.path().join(file));
+            }
+            command.arg("--client-cert-auth");
         }
         command.args(&member.extra).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let process =
@@ -106,26 +152,93 @@ impl Etcd {
         let members: Vec<String> =
             self.members.iter().map(|member| format!("{}:{CLIENT}", member.address)).collect();
         let url: EtcdUrl = format!("etcd://{}{prefix}", members.join(",")).parse().unwrap();
-        EtcdConfig { url, ca: None, certificate: None, key: None, user: None, password_file: None }
+        let file = |name: &str| self.secure.then(|| self.file(name));
+        EtcdConfig {
+            url,
+            ca: file("ca.pem"),
+            certificate: file("client.pem"),
+            key: file("client.key"),
+            user: self.secure.then(|| USER.to_owned()),
+            password_file: file("password"),
+        }
+    }
+
+    /// A file of one that is secure: certificates, keys, and the password. Those of another CA begin with `other-`.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn url(&self, n: usize) -> String {
+        let scheme = if self.secure { "https" } else { "http" };
+        format!("{scheme}://{}:{CLIENT}", self.members[n].address)
+    }
+
+    /// etcd's gateway is a client of the member that it is in: its certificate has to be good for both.
+    fn make_certificates(&self) {
+        use rcgen::{
+            BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+        };
+        for before in ["", "other-"] {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let ca = params.self_signed(&key).unwrap();
+            std::fs::write(self.file(&format!("{before}ca.pem")), ca.pem()).unwrap();
+            let issuer = Issuer::new(params, key);
+            for name in ["member", "client", "named"] {
+                let key = KeyPair::generate().unwrap();
+                let mut params = CertificateParams::default();
+                if name == "client" {
+                    // By its gateway, etcd takes no name of a client for a user, and refuses it.
+                    params.distinguished_name = rcgen::DistinguishedName::new();
+                }
+                params.subject_alt_names =
+                    self.members.iter().map(|member| SanType::IpAddress(member.address)).collect();
+                params.extended_key_usages =
+                    vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+                let certificate = params.signed_by(&key, &issuer).unwrap();
+                std::fs::write(self.file(&format!("{before}{name}.pem")), certificate.pem()).unwrap();
+                std::fs::write(self.file(&format!("{before}{name}.key")), key.serialize_pem()).unwrap();
+            }
+        }
+        std::fs::write(self.file("password"), format!("{PASSWORD}\n")).unwrap();
+        std::fs::write(self.file("other-password"), "guessed\n").unwrap();
     }
 
     /// A verb of etcd's gateway, at one member.
-    pub async fn ask(&self, n: usize, path: &str, body: serde_json::Value) -> serde_json::Value {
-        let url = format!("http://{}:{CLIENT}{path}", self.members[n].address);
-        let client =
-            reqwest::Client::builder().no_proxy().tls_backend_preconfigured(plain()).build().unwrap();
-        client.post(url).json(&body).send().await.unwrap().json().await.unwrap()
+    pub async fn ask(&self, n: usize, path: &str, body: Value) -> Value {
+        self.ask_with("", n, path, body).await
     }
-}
 
-/// No TLS is spoken with it; reqwest wants to be told how it would be.
-fn plain() -> rustls::ClientConfig {
-    let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(rustls::RootCertStore::empty())
-        .with_no_client_auth()
+    /// The same in a session.
+    pub async fn ask_with(&self, session: &str, n: usize, path: &str, body: Value) -> Value {
+        let client =
+            reqwest::Client::builder().no_proxy().tls_backend_preconfigured(self.tls()).build().unwrap();
+        let mut request = client.post(format!("{}{path}", self.url(n)));
+        if !session.is_empty() {
+            request = request.header("Authorization", session);
+        }
+        request.json(&body).send().await.unwrap().json().await.unwrap()
+    }
+
+    /// Where no TLS is spoken, reqwest wants to be told all the same how it would be.
+    fn tls(&self) -> rustls::ClientConfig {
+        let mut roots = rustls::RootCertStore::empty();
+        if self.secure {
+            roots.add(CertificateDer::from_pem_file(self.file("ca.pem")).unwrap()).unwrap();
+        }
+        let provider = std::sync::Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let builder = rustls::ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots);
+        if !self.secure {
+            return builder.with_no_client_auth();
+        }
+        let certificate = CertificateDer::from_pem_file(self.file("client.pem")).unwrap();
+        let key = PrivateKeyDer::from_pem_file(self.file("client.key")).unwrap();
+        builder.with_client_auth_cert(vec![certificate], key).unwrap()
+    }
 }
 
 impl Member {

@@ -45,7 +45,9 @@ async fn all_hear(server: &Server, agents: [&Agent; 2]) {
 }
 
 /// An old backup, restored: what hosts hold is adopted, and nothing is leased before all have said it.
-async fn an_old_backup_is_adopted(store: StoreChoice) {
+/// Put back to another store where one is given.
+async fn an_old_backup_is_adopted(other: Option<StoreChoice>) {
+    let store = StoreChoice::Embedded;
     let server = server_in(tempfile::tempdir().unwrap(), &store).await;
     let data = server.dir.path().join("data");
     let files = tempfile::tempdir().unwrap();
@@ -102,6 +104,7 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
     let dir = server.crash().await;
     let error = restore(&file, &data, &store, false).await.unwrap_err();
     assert!(error.to_string().contains("--force"), "{error}");
+    let store = other.unwrap_or(store);
     restore(&file, &data, &store, true).await.unwrap();
     let server = server_in(dir, &store).await;
     let now: ServerInfo = server.nobody().get("/v1/info").await.unwrap();
@@ -177,13 +180,13 @@ async fn an_old_backup_is_adopted(store: StoreChoice) {
 
 #[tokio::test]
 async fn an_old_backup_of_the_embedded_store_is_adopted_before_anything_is_leased() {
-    an_old_backup_is_adopted(StoreChoice::Embedded).await;
+    an_old_backup_is_adopted(None).await;
 }
 
 #[tokio::test]
-async fn an_old_backup_of_a_store_in_etcd_is_adopted_before_anything_is_leased() {
+async fn an_old_backup_of_the_embedded_store_is_put_into_etcd_and_adopted_before_anything_is_leased() {
     let etcd = Etcd::start(1);
-    an_old_backup_is_adopted(StoreChoice::Etcd(etcd.config("/restored"))).await;
+    an_old_backup_is_adopted(Some(StoreChoice::Etcd(etcd.config("/restored")))).await;
 }
 
 #[tokio::test]
@@ -241,4 +244,48 @@ async fn a_backup_that_is_cut_short_or_changed_restores_nothing() {
         assert!(error.to_string().contains("nothing was changed"), "{name}: {error}");
         assert!(!target.exists(), "{name}");
     }
+}
+
+#[tokio::test]
+async fn two_backups_to_one_file_do_not_mix_and_what_one_left_that_was_killed_is_in_nobodys_way() {
+    let server = Server::start().await;
+    let (data, file) = (server.dir.path().join("data"), server.dir.path().join("backup"));
+    let part = server.dir.path().join("backup.part");
+    std::fs::write(&part, "half of a backup, and longer than a whole one\n".repeat(1000)).unwrap();
+    let other = std::fs::OpenOptions::new().write(true).open(&part).unwrap();
+    other.lock().unwrap();
+    let error = backup(&data, &StoreChoice::Embedded, &file).await.unwrap_err().to_string();
+    assert!(error.contains("another backup is being written") && !file.exists(), "{error}");
+    drop(other);
+    backup(&data, &StoreChoice::Embedded, &file).await.unwrap();
+    assert!(!part.exists());
+    restore(&file, &server.dir.path().join("target"), &StoreChoice::Embedded, false).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_restore_that_was_cut_short_is_repeated_and_the_journal_of_the_old_store_is_not_taken_for_the_new_ones()
+ {
+    let server = Server::start().await;
+    let (data, file) = (server.dir.path().join("data"), server.dir.path().join("backup"));
+    backup(&data, &StoreChoice::Embedded, &file).await.unwrap();
+    server.admin().make_network(json!({ "name": "later", "cidrs": ["10.60.0.0/16"] })).await.unwrap();
+    let journal = std::fs::read(data.join("store.sqlite-wal")).unwrap();
+    assert!(!journal.is_empty());
+    let dir = server.crash().await;
+    // The store's file was moved away, its journal was not.
+    std::fs::remove_file(data.join("store.sqlite")).unwrap();
+    std::fs::write(data.join("store.sqlite-wal"), &journal).unwrap();
+    let Err(error) = Server::start_with(TempDir::new_in(dir.path()).unwrap(), |config| Config {
+        data_dir: data.clone(),
+        ..config
+    })
+    .await
+    else {
+        panic!("started")
+    };
+    assert!(matches!(error, server::Error::Missing(_)), "{error}");
+    restore(&file, &data, &StoreChoice::Embedded, true).await.unwrap();
+    let server = Server::start_in(dir).await;
+    let networks: Vec<model::Network> = server.admin().get(&format!("{DEFAULT}/networks")).await.unwrap();
+    assert_eq!(networks.len(), 1, "{networks:?}");
 }

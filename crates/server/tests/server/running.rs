@@ -301,12 +301,10 @@ async fn the_audit_log_says_who_asked_for_what_and_how_it_ended_and_no_secret() 
     assert!(since.iter().all(|entry| entry.at >= last.at) && since.last() == Some(last));
     assert_eq!(host.client.raw(Method::GET, &format!("{DEFAULT}/audit"), "").await.0, 403);
 
-    let mut follow = admin
-        .request(Method::GET, &format!("{DEFAULT}/audit?follow=true&since={}", millis() + 1))
-        .send()
-        .await
-        .unwrap();
-    until("the clock goes on", async || millis() > last.at + 1).await;
+    let from = millis() + 1;
+    let follow = admin.request(Method::GET, &format!("{DEFAULT}/audit?follow=true&since={from}"));
+    let mut follow = follow.send().await.unwrap();
+    until("the clock goes on", async || millis() >= from).await;
     alice.delete(&format!("{DEFAULT}/networks/red")).await.unwrap();
     let line = tokio::time::timeout(ENOUGH, follow.chunk()).await.unwrap().unwrap().unwrap();
     let entry: AuditEntry = serde_json::from_slice(&line).unwrap();
@@ -315,6 +313,44 @@ async fn the_audit_log_says_who_asked_for_what_and_how_it_ended_and_no_secret() 
     let count = audit(&admin, "").await.len();
     let server = Server::start_in(server.stop().await).await;
     assert_eq!(audit(&server.admin(), "").await.len(), count, "it is there after a restart");
+}
+
+#[tokio::test]
+async fn a_change_that_the_audit_log_did_not_get_before_the_server_died_is_in_it_after_its_next_start_once() {
+    let server = Server::start().await;
+    let mut made = Vec::new();
+    for name in ["red", "green", "blue"] {
+        let second = made.len();
+        let spec = json!({ "name": name, "cidrs": [format!("10.{}.0.0/16", 60 + second)] });
+        server.admin().make_network(spec).await.unwrap();
+        made.push(name);
+    }
+    let whole = audit(&server.admin(), "").await;
+    let mut dir = server.crash().await;
+    let file = dir.path().join("data/audit.jsonl");
+    let text = std::fs::read_to_string(&file).unwrap();
+    // Killed before the last line, within it, and after it.
+    let last = text.trim_end().rfind('\n').unwrap() + 1;
+    for kept in [last, last + 20, text.len() - 1, text.len()] {
+        std::fs::write(&file, &text[..kept]).unwrap();
+        for _ in 0..2 {
+            let server = Server::start_in(dir).await;
+            until("the line is there", async || audit(&server.admin(), "").await.len() >= whole.len()).await;
+            assert_eq!(audit(&server.admin(), "").await, whole, "{kept} of {} bytes", text.len());
+            dir = server.crash().await;
+        }
+    }
+    // What the log has is taken out of the store by what comes next.
+    let server = Server::start_in(dir).await;
+    for name in &made {
+        server.admin().delete(&format!("{DEFAULT}/networks/{name}")).await.unwrap();
+    }
+    let data = server.stop().await;
+    let store = rusqlite::Connection::open(data.path().join("data/store.sqlite")).unwrap();
+    let left: i64 = store
+        .query_row("SELECT count(*) FROM kv WHERE key LIKE '/droveway/default/audit/%'", [], |row| row.get(0))
+        .unwrap();
+    assert_eq!(left, 1, "the last change's alone");
 }
 
 /// A server whose certificates are good for so many seconds.
@@ -361,6 +397,33 @@ async fn a_host_gets_a_new_certificate_for_its_own_key_and_for_no_other() {
     let removed = client.post::<RenewAnswer>(&path, &csr(&host.key)).await.unwrap_err();
     assert_eq!(removed.code, ErrorCode::Unauthenticated);
     assert!(removed.message.contains("join again with a token"), "{removed}");
+}
+
+#[tokio::test]
+async fn a_host_whose_certificate_was_made_while_the_clock_was_ahead_is_let_in_all_the_same() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let ca = rcgen::Issuer::from_ca_cert_pem(
+        &server.file("ca.pem"),
+        KeyPair::from_pem(&server.file("ca.key")).unwrap(),
+    )
+    .unwrap();
+    let mut params = rcgen::CertificateParams::default();
+    params.not_before = rcgen::date_time_ymd(2070, 1, 1);
+    params.not_after = rcgen::date_time_ymd(2071, 1, 1);
+    params.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
+    let early = params.signed_by(&host.key, &ca).unwrap().pem();
+    let client = server.client(&host.answer.ca, Some((&early, &host.key)));
+    client.get::<Vec<Network>>(&format!("{DEFAULT}/networks")).await.unwrap();
+    // So it can have one that is good.
+    let csr = rcgen::CertificateParams::default().serialize_request(&host.key).unwrap().pem().unwrap();
+    let path = format!("{DEFAULT}/hosts/self/certificate");
+    client.post::<RenewAnswer>(&path, &json!({ "csr": csr })).await.unwrap();
+    let key = KeyPair::generate().unwrap();
+    let other = params.signed_by(&key, &ca).unwrap().pem();
+    let stranger = server.client(&host.answer.ca, Some((&other, &key)));
+    let refused = stranger.get::<Vec<Network>>(&format!("{DEFAULT}/networks")).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Unauthenticated, "the key is that of no host");
 }
 
 #[tokio::test]

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use model::api::{ErrorCode, ServerInfo, TokenRequest};
-use model::{Catalog, Change, Object, Step, Watch};
+use model::api::{AuditEntry, ErrorCode, ServerInfo, TokenRequest};
+use model::{Catalog, Change, Object, Revision, Step, Watch};
 use serde_json::json;
 use server::{Config, Error, StoreChoice};
 use tempfile::TempDir;
@@ -39,7 +39,7 @@ async fn heard(of: &Server, at: &Server) {
 
 #[tokio::test]
 async fn a_second_server_needs_the_cas_key_and_then_serves_the_same_environment() {
-    let etcd = Etcd::start(1);
+    let etcd = Etcd::start_secure("/several/").await;
     let one = server_on(&etcd, tempfile::tempdir().unwrap(), "https://one:7443").await.unwrap();
     let Err(error) = server_on(&etcd, tempfile::tempdir().unwrap(), "https://two:7443").await else {
         panic!("started without the CA's key")
@@ -145,7 +145,7 @@ async fn leases_and_claims_at_both_servers_at_once_give_nothing_twice_while_one_
     }
     tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     let admin = one.admin();
-    one.crash().await;
+    let dir = one.crash().await;
     let mut given: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
     for task in tasks {
         for (held, cidr, host) in task.await.unwrap() {
@@ -160,6 +160,21 @@ async fn leases_and_claims_at_both_servers_at_once_give_nothing_twice_while_one_
     for (cidr, holders) in &given {
         let (host, _) = holders.first().unwrap();
         assert!(blocks.iter().any(|block| block.cidr == *cidr && block.host == *host), "{cidr} is lost");
+    }
+    // Each change stands in one of the two audit logs, once; what the dead one could not write it writes when it is back.
+    let one = server_on(&etcd, dir, "https://one:7443").await.unwrap();
+    let mut lines: BTreeMap<Revision, usize> = BTreeMap::new();
+    for dir in [one.stop().await, two.stop().await] {
+        let text = std::fs::read_to_string(dir.path().join("data/audit.jsonl")).unwrap();
+        for line in text.lines() {
+            let entry: AuditEntry = serde_json::from_str(line).unwrap();
+            *lines.entry(entry.revision.unwrap_or_default()).or_default() += 1;
+        }
+    }
+    lines.remove(&Revision::default());
+    assert!(lines.values().all(|&count| count == 1), "{lines:?}");
+    for block in &blocks {
+        assert!(lines.contains_key(&block.leased), "nobody wrote down {block:?}");
     }
 }
 
