@@ -197,7 +197,9 @@ impl Writer {
                 Ok(()) => {
                     tell.send_replace(self.number);
                     // Whoever asked may be gone.
-                    waiting.into_iter().for_each(|written| _ = written.send(()));
+                    for written in waiting {
+                        let _ = written.send(());
+                    }
                 }
                 Err(error) => {
                     failures.fetch_add(count, Ordering::Relaxed);

@@ -151,11 +151,8 @@ pub(crate) async fn around(State(app): State<Arc<App>>, request: Request, next: 
     // What agents tell is what containers do: it is written in order, and nobody waits for the disk.
     let waits = who.is_some_and(|who| !matches!(who, Who::Host(..)));
     match refusal {
-        None if made > Revision::default() => {
-            if waits {
-                app.outbox.has(made).await;
-            }
-        }
+        None if made > Revision::default() && waits => app.outbox.has(made).await,
+        None if made > Revision::default() => {}
         _ if who.is_some_and(|who| is_kept(&method, who, refusal)) => {
             if let Some(entry) = call.entry() {
                 let line = app.upkeep.audit.write(Line::without_change(entry, refusal)).await;

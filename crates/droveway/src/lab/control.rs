@@ -428,7 +428,7 @@ impl Lab {
             }
             for server in spec.nodes().filter(|node| node.kind == Kind::Server) {
                 self.start_daemon(&server.name, Daemon::Server)?;
-                progress(&format!("{}: answers at {}", server.name, spec.server_url(server.address)));
+                progress(&format!("{}: answers at {}", server.name, LabSpec::server_url(server.address)));
             }
             self.make_token()?;
         }

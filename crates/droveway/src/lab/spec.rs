@@ -339,15 +339,15 @@ impl LabSpec {
         self.dir.join("join.token")
     }
 
-    /// The URL of a server. The other things of a lab speak to the first, agents to both.
-    pub(super) fn server_url(&self, address: IpAddr) -> String {
+    /// The URL of a server.
+    pub(super) fn server_url(address: IpAddr) -> String {
         format!("https://{}", SocketAddr::new(address, SERVER_PORT))
     }
 
     /// The URLs of all servers, as agents take them.
     pub(super) fn server_urls(&self) -> String {
         let servers = self.nodes().filter(|node| node.kind == Kind::Server);
-        servers.map(|node| self.server_url(node.address)).collect::<Vec<_>>().join(",")
+        servers.map(|node| Self::server_url(node.address)).collect::<Vec<_>>().join(",")
     }
 
     /// What two servers are told of their store, and how they are reached.
@@ -356,7 +356,7 @@ impl LabSpec {
             return Vec::new();
         }
         let store = format!("etcd://{}", SocketAddr::new(self.address(4), STORE_PORT));
-        vec!["--store".to_owned(), store, "--url".to_owned(), self.server_url(server.address)]
+        vec!["--store".to_owned(), store, "--url".to_owned(), Self::server_url(server.address)]
     }
 
     pub(super) fn resolv_conf(&self) -> String {
@@ -377,7 +377,7 @@ impl LabSpec {
         let mut variables = vec![("PATH", self.search_path())];
         if !self.bare {
             variables.extend([
-                ("DROVEWAY_SERVER", self.server_url(self.address(2))),
+                ("DROVEWAY_SERVER", Self::server_url(self.address(2))),
                 ("DROVEWAY_KEY_FILE", data.join("admin.key").display().to_string()),
                 ("DROVEWAY_CA_FILE", data.join("ca.pem").display().to_string()),
             ]);
