@@ -46,7 +46,7 @@ enum Verb {
 Examples:
   droveway lab up --hosts 3
   droveway lab up --docker                     # as root: with Docker Engines
-  droveway lab up --servers 2                  # `droveway lab kill server`: agents go on at the other
+  droveway lab up --servers 2   # `lab kill server`: agents go on at the other
   droveway lab up --lab jumbo --mtu 9000
   droveway lab up --nat h2                     # h2 is behind a NAT box, nat1
   droveway lab up --nat h2,h3                  # each behind its own: nat1, nat2
