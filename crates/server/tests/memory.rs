@@ -1,4 +1,5 @@
-//! What a server with 3 hosts and 500 endpoints takes. The clients are in the same process, so this is an upper bound.
+//! What a server with 3 hosts and 500 endpoints takes, the program's own text left out, which is large in a debug build. The
+//! clients are in the same process, so this is an upper bound; `make bench` measures a server alone.
 #![allow(missing_docs, dead_code, clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "server/harness.rs"]
@@ -8,7 +9,7 @@ use harness::Server;
 
 fn resident_kib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
@@ -45,6 +46,7 @@ async fn a_server_with_three_hosts_and_500_endpoints_stays_below_60_mb() {
     let all: Vec<model::Endpoint> = server.admin().get("/v1/environments/default/endpoints").await.unwrap();
     assert_eq!(all.len(), 500);
     let resident = resident_kib();
-    assert!(resident < 60_000, "{resident} KiB");
+    // The program's text is some 10 MB where it is released.
+    assert!(resident < 48_000, "{resident} KiB");
     println!("{resident} KiB with the clients");
 }
