@@ -244,7 +244,9 @@ impl Writer {
         let next = self.directory.join(NEXT);
         let begun = OpenOptions::new().create(true).append(true).mode(0o600).open(&next)?;
         begun.set_len(0)?;
-        for age in (0..FILES - 1).rev() {
+        // Where a rotation got no further than this, the newest has been moved already.
+        let moves = if file(&self.directory, 0).exists() { FILES - 1 } else { 0 };
+        for age in (0..moves).rev() {
             match fs::rename(file(&self.directory, age), file(&self.directory, age + 1)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 Ok(()) | Err(_) => {}

@@ -60,8 +60,9 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
             if !env.unreported.contains_key(&host.id) {
                 return Ok(Plan::Nothing(host.name.clone()));
             }
-            let txn = Txn::new(vec![Compare::Present(key.clone())], vec![Op::Delete(key)]);
-            Ok(Plan::Commit(txn, host.name.clone()))
+            // Of its agent's starts the backup may know too few: should it come, it is taken as it is.
+            let ops = vec![Op::Delete(key.clone()), Op::Delete(keys.life(&host.id))];
+            Ok(Plan::Commit(Txn::new(vec![Compare::Present(key)], ops), host.name.clone()))
         })
         .await?;
     tracing::warn!(environment = %person.environment, by = %person, host = %name, "not waited for any more");

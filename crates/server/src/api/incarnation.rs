@@ -75,7 +75,10 @@ pub(super) async fn step(
         match verdict {
             Verdict::Take(life) => {
                 request::about(|| format!("start {} of the agent", life.current.number));
-                app.presence.begins(&agent.host, &life.current);
+                // Who only shows that it lives goes on watching.
+                if !stays {
+                    app.presence.begins(&agent.host, &life.current);
+                }
                 if step.proof.is_some() {
                     tracing::warn!(environment = %agent.environment, host = %agent.name, "another agent came with this host's \
                         state directory while it was there: a copied machine; `droveway host inspect` says from where");

@@ -175,6 +175,16 @@ async fn a_restored_server_takes_what_it_does_not_know_yet_and_one_put_back_by_h
     let error = original.start().await.err().unwrap();
     assert_eq!(error.code, ErrorCode::Conflict);
     assert!(error.message.contains("droveway server restore"), "{error}");
+
+    // A host that nobody waits for any more is taken as it comes.
+    let dir = server.stop().await;
+    restore(&file, &data, &store, true).await.unwrap();
+    let server = Server::start_in(dir).await;
+    let name = view(&server).await.host.name;
+    server.admin().delete(&format!("{DEFAULT}/unreported/{name}")).await.unwrap();
+    let host = server.agent(&host);
+    let mut original = Ledger { agent: &host, ..original };
+    original.start().await.unwrap();
 }
 
 #[tokio::test]
