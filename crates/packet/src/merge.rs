@@ -152,7 +152,7 @@ impl Merger {
         if layout.fragment {
             // Fragments carry no ports, so nothing may overtake them.
             self.slots.fill(0);
-            self.add(alone(layout, start), flow_hash(packet, layout, 0));
+            self.add(alone(layout, start), 0);
             return Ok(());
         }
         let candidate = match layout.protocol {
@@ -161,12 +161,12 @@ impl Merger {
             _ => None,
         };
         if !has_ports(layout) {
-            self.add(alone(layout, start), flow_hash(packet, layout, 0));
+            self.add(alone(layout, start), 0);
             return Ok(());
         }
         // With a header that does not hold it goes alone, but no other of its flow may overtake it.
         let candidate = candidate.unwrap_or(alone(layout, start));
-        let hash = flow_hash(packet, layout, field::be32(packet, layout.transport));
+        let hash = flow_hash(packet, layout);
         let slot = self.find(arena, packet, layout, hash);
         if let Some((slot, index)) = slot {
             if self.join(arena, packet, candidate, index) {
@@ -395,12 +395,6 @@ impl<'m> Merged<'m> {
         self.group.segments.into()
     }
 
-    /// A number that all packets of its flow have in common; those without ports, all between the same addresses.
-    #[inline]
-    pub fn flow(&self) -> u32 {
-        self.group.hash
-    }
-
     /// Bytes of it, the virtio header not counted.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
@@ -433,9 +427,9 @@ fn slot_of(hash: u32, probe: usize) -> usize {
 }
 
 /// Mixes addresses and ports; collisions cost merging, never order.
-fn flow_hash(packet: &[u8], layout: Layout, ports: u32) -> u32 {
+fn flow_hash(packet: &[u8], layout: Layout) -> u32 {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-    let ports = u64::from(ports) << 8 | u64::from(layout.protocol);
+    let ports = u64::from(field::be32(packet, layout.transport)) << 8 | u64::from(layout.protocol);
     let (words, _) = ip::addresses(packet, layout.version).as_chunks::<8>();
     let hash = words.iter().fold(ports.wrapping_mul(ODD), |hash, word| {
         (hash.rotate_left(29) ^ u64::from_ne_bytes(*word)).wrapping_mul(ODD)

@@ -40,7 +40,7 @@ struct Wanted {
 }
 
 /// Each technique off, on its own: what it is worth here.
-const ABLATION: [&str; 14] = [
+const ABLATION: [&str; 13] = [
     "",
     "no-tso",
     "no-uso",
@@ -51,8 +51,7 @@ const ABLATION: [&str; 14] = [
     "spin=0",
     "spin=100",
     "flush=65536",
-    "lanes=1",
-    "turn=65536",
+    "turn=1",
     "receive=1",
     "receive=16",
 ];
@@ -105,8 +104,6 @@ fn main() {
                 layout::vxlan(&pair, &dir);
                 for host in [&pair.a, &pair.b] {
                     host.sh(&format!("ip link set tun0 txqueuelen {}", wanted.queue));
-                    // A socket made while the default paces (bbr) goes on pacing, whatever it is told later.
-                    host.sh("sysctl -qw net.ipv4.tcp_congestion_control=reno");
                 }
                 (tuning.as_str(), pair)
             })

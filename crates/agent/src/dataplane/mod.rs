@@ -215,19 +215,8 @@ impl Dataplane {
         self.change(|state| State { ike: ports, ..state.clone() });
     }
 
-    /// How many queues of a device it takes: each worker has some, so that a flow that fills one of them does not keep
-    /// others waiting.
-    pub fn queues(&self) -> usize {
-        self.workers() * self.lanes()
-    }
-
-    /// Queues of a device for each worker: a device has 256 at most (`MAX_TAP_QUEUES`).
-    fn lanes(&self) -> usize {
-        self.shared.tuning.lanes.min(256 / self.workers().max(1)).max(1)
-    }
-
-    /// Moves packets of this device from now on, by [`queues`](Self::queues) queues. A flow stays with one of them: the
-    /// kernel chooses by its hash.
+    /// Moves packets of this device from now on, by one queue for each worker. A flow stays with one of them: the kernel
+    /// chooses by its hash.
     pub fn add_device(&self, device: DeviceIndex, mut queues: Vec<tun::Queue>) {
         for queue in &mut queues {
             let offloads = self.shared.tuning.offloads(queue.offloads());
@@ -240,11 +229,10 @@ impl Dataplane {
         if queues.is_empty() {
             return;
         }
-        let lanes = self.lanes();
-        let opened = Arc::new(Device { index: device, queues, lanes });
+        let queue = Arc::new(Device { index: device, queues });
         self.change(|state| {
             let mut state = state.clone();
-            state.devices.insert(device, opened);
+            state.devices.insert(device, queue);
             state
         });
     }

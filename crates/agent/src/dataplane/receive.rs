@@ -210,7 +210,7 @@ impl Inner {
                 merging = None;
             }
             if merging.is_none() {
-                let offloads = device.queue(self.worker, 0).offloads();
+                let offloads = device.queues[self.queue_of(device)].offloads();
                 let merge = !shared.tuning.no_merge;
                 self.merger.set_offloads(Offloads { tcp: merge && offloads.tso, udp: merge && offloads.uso });
                 merging = Some(device);
@@ -243,11 +243,16 @@ impl Inner {
         }
     }
 
+    /// This worker's queue of a device: its answers come back by the same (`tun_automq_select_queue`).
+    fn queue_of(&self, device: &Device) -> usize {
+        self.worker % device.queues.len()
+    }
+
     /// Writes what was merged, all of it in `bytes`.
     fn write(&mut self, shared: &Shared, device: &Device, bytes: &mut [u8]) {
+        let queue = &device.queues[self.queue_of(device)];
         let batch = self.merger.finish(bytes);
         for merged in batch.packets() {
-            let queue = device.queue(self.worker, merged.flow());
             let written = if merged.segments() < PIECES {
                 write_one::<PIECES>(queue, &merged, bytes)
             } else {

@@ -53,10 +53,8 @@ pub(super) struct State {
 /// A TUN device.
 pub(super) struct Device {
     pub index: DeviceIndex,
-    /// Of each worker its own, by number: so many in a row as there are lanes.
+    /// Of each worker its own, by number.
     pub queues: Vec<tun::Queue>,
-    /// Queues of one worker.
-    pub lanes: usize,
 }
 
 /// How a peer is reached.
@@ -167,40 +165,21 @@ impl Ports {
     }
 }
 
-impl Device {
-    /// The queue that this worker writes a flow's packets into: the kernel gives it the flow's answers by the same
-    /// (`tun_automq_select_queue`), so flows are spread over the lanes, and each keeps its own.
-    #[inline]
-    pub fn queue(&self, worker: usize, flow: u32) -> &tun::Queue {
-        let lane = worker * self.lanes + flow as usize % self.lanes;
-        &self.queues[lane % self.queues.len()]
-    }
-}
-
-/// One queue of a device in the hands of the worker that watches it.
+/// A device in the hands of the worker that watches one of its queues.
 pub(super) struct Watched {
     pub device: Arc<Device>,
-    queue: usize,
+    pub worker: usize,
 }
 
 impl Watched {
-    /// All that a worker watches of a device.
-    pub fn all(device: &Arc<Device>, worker: usize) -> impl Iterator<Item = Self> {
-        let lanes = worker * device.lanes..(worker + 1) * device.lanes;
-        lanes
-            .filter(|queue| *queue < device.queues.len())
-            .map(|queue| Self { device: Arc::clone(device), queue })
-    }
-
-    /// The queue.
-    #[inline]
-    pub fn queue(&self) -> &tun::Queue {
-        &self.device.queues[self.queue]
+    /// `None` for a device with fewer queues than workers.
+    pub fn new(device: &Arc<Device>, worker: usize) -> Option<Self> {
+        (worker < device.queues.len()).then(|| Self { device: Arc::clone(device), worker })
     }
 }
 
 impl AsFd for Watched {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.queue().as_fd()
+        self.device.queues[self.worker].as_fd()
     }
 }

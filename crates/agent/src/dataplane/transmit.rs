@@ -26,9 +26,6 @@ const INPUT: usize = vnet::LEN + 65_536;
 /// How often packets that wait are looked at for their age.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
 
-/// What the smallest packet takes of its queue's turn, in bytes: it costs more than its length says.
-const TURN_LEAST: usize = 2048;
-
 /// The sending thread.
 pub(super) struct Transmitter {
     shared: Arc<Shared>,
@@ -113,13 +110,11 @@ impl Transmitter {
         };
         self.watch.retain(|watched| is_current(&watched.device));
         for device in state.devices.values() {
-            if self.watch.values().any(|watched| Arc::ptr_eq(&watched.device, device)) {
-                continue;
-            }
-            for watched in Watched::all(device, self.worker) {
-                if let Err(error) = self.watch.add(watched) {
-                    tracing::error!(%error, "a queue of a TUN device is left alone: none of its packets is sent");
-                }
+            if !self.watch.values().any(|watched| Arc::ptr_eq(&watched.device, device))
+                && let Some(watched) = Watched::new(device, self.worker)
+                && let Err(error) = self.watch.add(watched)
+            {
+                tracing::error!(%error, "a TUN device is left alone: none of its packets is sent");
             }
         }
         let ready: Vec<_> = self.early.keys().filter(|key| state.way(*key, self.worker).is_some()).collect();
@@ -150,7 +145,7 @@ impl Transmitter {
     }
 }
 
-/// Reads a queue for as long as it is its turn.
+/// Reads a device for as long as it is its turn.
 fn serve(
     shared: &Shared,
     state: &State,
@@ -160,11 +155,11 @@ fn serve(
     early: &mut Early,
 ) -> Work {
     let device = &watched.device;
+    let queue = &device.queues[watched.worker];
     let routes = state.routes.get(&device.index);
     let mut work = Work::Dry;
-    let mut left = shared.tuning.turn;
-    while left > 0 {
-        let bytes = match watched.queue().read(input) {
+    for _ in 0..shared.tuning.turn {
+        let bytes = match queue.read(input) {
             Ok(Some(length)) => &input[..length],
             Ok(None) => return work,
             Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
@@ -179,7 +174,6 @@ fn serve(
             },
         };
         work = Work::Done;
-        left = left.saturating_sub(bytes.len().max(TURN_LEAST));
         let peer = routes.zip(bytes.get(vnet::LEN..)).and_then(|(routes, packet)| routes.find(packet));
         let Some(peer) = peer else {
             shared.drops.transmit.add(Reason::NoRoute, 1);

@@ -8,16 +8,14 @@ use linux::tun;
 /// How the packet path works. As text: `workers=2,spin=16,no-gso`, in any order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tuning {
-    /// Pairs of threads, each with queues of every device, sockets and associations of its own; as many as
+    /// Pairs of threads, each with a queue of every device, sockets and associations of its own; as many as
     /// [`workers_here`] if nothing is said.
     pub workers: Option<usize>,
     /// Tries after the last packet before a thread sleeps.
     pub spin: u32,
     /// Bytes that are sealed before they are given to the kernel.
     pub flush: usize,
-    /// Queues of each device that a worker has: flows are spread over them and take turns.
-    pub lanes: usize,
-    /// Bytes of one queue before it is another's turn.
+    /// Superpackets of one device before it is another's turn.
     pub turn: usize,
     /// Messages that are received at once.
     pub receive: usize,
@@ -37,8 +35,6 @@ pub struct Tuning {
 pub(super) const FLUSH_MAX: usize = 200 * 1024;
 /// The most of `receive`: as much as a thread has buffers of 64 KB for.
 pub(super) const RECEIVE_MAX: usize = 16;
-/// The most of `lanes`.
-const LANES_MAX: usize = 16;
 /// The most of `workers`.
 pub const WORKERS_MAX: usize = 64;
 
@@ -56,8 +52,7 @@ impl Default for Tuning {
             workers: None,
             spin: 16,
             flush: FLUSH_MAX,
-            lanes: 8,
-            turn: 128 * 1024,
+            turn: 8,
             receive: 4,
             no_tso: false,
             no_uso: false,
@@ -82,8 +77,7 @@ impl Tuning {
 /// A word that is no setting, or a value that it cannot have.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{0:?} is no setting of the packet path; there are workers=1 to {WORKERS_MAX}, spin=N, flush=BYTES (to {FLUSH_MAX}), \
-     lanes=1 to {LANES_MAX}, turn=BYTES, \
+    "{0:?} is no setting of the packet path; there are workers=1 to {WORKERS_MAX}, spin=N, flush=BYTES (to {FLUSH_MAX}), turn=N, \
      receive=1 to {RECEIVE_MAX}, no-tso, no-uso, no-gso, no-gro, no-merge"
 )]
 pub struct NoSuchSetting(String);
@@ -103,8 +97,7 @@ impl FromStr for Tuning {
                 ("workers", _) => tuning.workers = Some(number(WORKERS_MAX)?),
                 ("spin", _) => tuning.spin = value.parse().map_err(|_| wrong())?,
                 ("flush", _) => tuning.flush = number(FLUSH_MAX)?,
-                ("lanes", _) => tuning.lanes = number(LANES_MAX)?,
-                ("turn", _) => tuning.turn = number(usize::MAX)?,
+                ("turn", _) => tuning.turn = number(1024)?,
                 ("receive", _) => tuning.receive = number(RECEIVE_MAX)?,
                 ("no-tso", "") => tuning.no_tso = true,
                 ("no-uso", "") => tuning.no_uso = true,

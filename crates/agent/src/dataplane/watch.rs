@@ -15,7 +15,9 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use crate::dataplane::Error;
 
 /// Empty reads after which a source is left to epoll while others are active.
-const DRY: u32 = 16;
+const DRY: u32 = 64;
+/// Rounds with work after which epoll is asked for sources that are not active.
+const ASK_EVERY: u32 = 16;
 const EVENTS: usize = 64;
 const WAKER: u64 = u64::MAX;
 
@@ -48,6 +50,7 @@ pub(super) struct Watch<T> {
     sources: Vec<Source<T>>,
     events: [EpollEvent; EVENTS],
     next_token: u64,
+    rounds: u32,
     idle: u32,
     /// Tries after the last success before the thread sleeps.
     spin: u32,
@@ -76,6 +79,7 @@ impl<T: AsFd> Watch<T> {
             sources: Vec::new(),
             events: [EpollEvent::empty(); EVENTS],
             next_token: 0,
+            rounds: 0,
             idle: 0,
             spin,
         })
@@ -147,8 +151,8 @@ impl<T: AsFd> Watch<T> {
     pub fn rest(&mut self, worked: bool, timeout: Option<Duration>) {
         if worked {
             self.idle = 0;
-            // So that none that is not active waits for longer than the turns of those that are.
-            if self.sources.iter().any(|source| !source.active) {
+            self.rounds += 1;
+            if self.rounds.is_multiple_of(ASK_EVERY) {
                 self.ask(EpollTimeout::ZERO);
             }
         } else if self.idle < self.spin {

@@ -71,7 +71,7 @@ impl Devices {
             let Some(device) = self.all.get_mut(network).filter(|device| device.opened.is_none()) else {
                 continue;
             };
-            match queues(&opened.netns, dataplane.queues()) {
+            match queues(&opened.netns, dataplane.workers()) {
                 Ok(queues) => {
                     dataplane.add_device(index, queues);
                     device.opened = Some(opened);
