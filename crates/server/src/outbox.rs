@@ -8,7 +8,6 @@
 //! servers, the one that was asked writes it.
 
 use std::collections::BTreeMap;
-use std::convert::Infallible;
 use std::io;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,7 +16,7 @@ use std::time::Duration;
 use model::api::{ApiError, ErrorCode};
 use model::{EnvironmentId, Revision, UnixMillis};
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use crate::app::put;
 use crate::audit::{self, Audit, Line};
@@ -134,15 +133,22 @@ impl Outbox {
         Ok(Taking(self, places))
     }
 
-    /// Writes what comes, for ever.
-    pub(crate) async fn run(&self, shared: &Shared, audit: &Audit) -> Infallible {
+    /// Writes what comes, until the other end of `served` is dropped; never in the middle of a line.
+    pub(crate) async fn run(&self, shared: &Shared, audit: &Audit, mut served: oneshot::Receiver<()>) {
         let mut revisions = shared.subscribe();
         loop {
             revisions.borrow_and_update();
-            if !self.write(shared, audit).await {
-                tokio::time::sleep(AGAIN).await;
-            } else if revisions.changed().await.is_err() {
-                std::future::pending::<()>().await;
+            let written = self.write(shared, audit).await;
+            let more = async {
+                if !written {
+                    tokio::time::sleep(AGAIN).await;
+                } else if revisions.changed().await.is_err() {
+                    std::future::pending::<()>().await;
+                }
+            };
+            tokio::select! {
+                _ = &mut served => return,
+                () = more => {}
             }
         }
     }

@@ -90,12 +90,17 @@ pub async fn run(
             _ = &mut feeder => store_ended = true,
         }
     };
-    tokio::select! {
-        () = serve::serve(listener, tls, app.clone(), end) => {}
-        never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
-        never = app.outbox.run(&app.shared, &app.upkeep.audit) => match never {},
-        never = presence::keep(&app, &environment) => match never {},
-    }
+    let (serving, served) = tokio::sync::oneshot::channel::<()>();
+    let serve = async {
+        tokio::select! {
+            () = serve::serve(listener, tls, app.clone(), end) => {}
+            never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
+            never = presence::keep(&app, &environment) => match never {},
+        }
+        drop(serving);
+    };
+    // Lines on their way into the log get there, and are known to be there.
+    tokio::join!(serve, app.outbox.run(&app.shared, &app.upkeep.audit, served));
     if !store_ended {
         presence::note(&app, &environment).await;
     }
