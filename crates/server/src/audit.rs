@@ -312,10 +312,11 @@ struct Head {
 fn last_number(path: &Path) -> Option<u64> {
     let mut file = File::open(path).ok()?;
     let size = file.metadata().ok()?.len();
-    // No line is longer than the path, the names and the ids in it.
-    file.seek(SeekFrom::Start(size.saturating_sub(64 << 10))).ok()?;
+    // No line is longer than the path, the names and the ids in it. What is no file may have no end.
+    let most = 64 << 10;
+    file.seek(SeekFrom::Start(size.saturating_sub(most))).ok()?;
     let mut end = Vec::new();
-    file.read_to_end(&mut end).ok()?;
+    file.take(most).read_to_end(&mut end).ok()?;
     let heads =
         end.rsplit(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice::<Head>(line).ok());
     heads.map(|head| head.number).next()
