@@ -56,10 +56,10 @@ impl Pool<'_> {
         !self.has((1, 2), now)
     }
 
-    /// Whether so much is there that a block of it is not missed: three quarters of one, so that what was fetched early is
-    /// not given back when the next container ends.
+    /// Whether so much is there that a block of it is not missed: five eighths of one, so that what was fetched early is not
+    /// given back when the next container ends.
     pub fn is_plenty(&self, now: i64) -> bool {
-        !self.blocks.is_empty() && self.has((3, 4), now)
+        !self.blocks.is_empty() && self.has((5, 8), now)
     }
 
     /// Whether that part of a block could be given, or there is no block to speak of.
@@ -170,14 +170,14 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_is_low_below_half_of_a_block_and_plenty_from_three_quarters() {
+    fn the_pool_is_low_below_half_of_a_block_and_plenty_from_five_eighths() {
         let mut scene = Scene::new();
         let size = scene.pool().free().count();
         let free = |scene: &Scene| scene.pool().free().count();
         while free(&scene) > 0 {
             let pool = scene.pool();
             assert_eq!(pool.is_low(0), free(&scene) * 2 < size, "{} of {size}", free(&scene));
-            assert_eq!(pool.is_plenty(0), free(&scene) * 4 >= size * 3, "{} of {size}", free(&scene));
+            assert_eq!(pool.is_plenty(0), free(&scene) * 8 >= size * 5, "{} of {size}", free(&scene));
             scene.give(0);
         }
         assert!(scene.pool().is_low(0) && !scene.pool().is_plenty(0));

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use model::agent_api::Attached;
 use model::api::ApiError;
-use nix::fcntl::Flock;
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 
 use super::daemons::{DEATH_LIMIT, Daemon, outer_pin};
@@ -553,9 +553,24 @@ fn launch(spec: &LabSpec) -> Result<Owned> {
 
 /// Removes what is not a process, when nothing can be said of a failure.
 pub(super) fn remove_leftovers(spec: &LabSpec) {
+    // Another that is brought up in its place begins when this one is gone.
+    let _held = lock_soon(&spec.dir);
     if let Err(error) = clear(spec).and_then(|()| remove_dir(&spec.dir)) {
         eprintln!("lab {}: something is left: {error:#}", spec.name);
     }
+}
+
+/// The lock of a lab's directory, if it is to be had within a second: who holds it may wait for us.
+fn lock_soon(dir: &Path) -> Option<Flock<File>> {
+    let mut file = File::open(dir).ok()?;
+    for _ in 0..100 {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(held) => return Some(held),
+            Err((back, _)) => file = back,
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    None
 }
 
 /// Removes the directory of a lab, and that of all labs if it was the last.
