@@ -134,16 +134,14 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
                         turned = 0;
                         match &message {
                             Watch::Servers { urls } => server.learn(urls),
-                            Watch::Prove { challenge } => {
-                                match incarnation::prove(server, control, challenge).await {
-                                    // The server ends the watch of the life before.
-                                    Ok(()) => continue 'opened,
-                                    Err(error) => tracing::warn!(
-                                        "showing the server that this agent lives: {}",
-                                        error.message
-                                    ),
-                                }
-                            }
+                            Watch::Prove => match incarnation::prove(server, control).await {
+                                // The server ends the watch of the life before.
+                                Ok(()) => continue 'opened,
+                                Err(error) => tracing::warn!(
+                                    "showing the server that this agent lives: {}",
+                                    error.message
+                                ),
+                            },
                             Watch::Snapshot { .. } | Watch::Delta { .. } | Watch::Heartbeat { .. } => {}
                         }
                         control.send(Command::Watch(Box::new(message)));

@@ -590,7 +590,7 @@ fn matters_to_the_kernel(message: &Watch) -> bool {
     match message {
         Watch::Snapshot { .. } => true,
         Watch::Delta { changes, .. } => !changes.iter().all(of_an_endpoint),
-        Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove { .. } => false,
+        Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove => false,
     }
 }
 

@@ -19,7 +19,7 @@ use model::api::{
 };
 use model::{
     Block, Candidate, Claim, Endpoint, EndpointId, EnvironmentId, Epoch, Incarnation, JoinToken, Name,
-    NetworkId, Object, Revision, Step, Watch,
+    NetworkId, Object, Revision, StartSecret, Step, Watch,
 };
 use reqwest::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 use reqwest::{Client, Method, RequestBuilder, Response};
@@ -45,6 +45,8 @@ pub struct Server {
     environment: EnvironmentId,
     /// The life of the ledger that the server has taken from this start.
     incarnation: Arc<RwLock<Option<Incarnation>>>,
+    /// What tells this start from all that have its ledger.
+    secret: StartSecret,
 }
 
 /// How the servers are reached; the first is the one that is spoken to.
@@ -77,6 +79,7 @@ impl Server {
             urls: Arc::new(RwLock::new(urls)),
             environment: identity.environment.clone(),
             incarnation: Arc::default(),
+            secret: StartSecret::from_random(crate::random()),
         })
     }
 
@@ -144,9 +147,12 @@ impl Server {
         })
     }
 
-    /// Tells that another life of the ledger begins, or that this one lives.
-    pub async fn step(&self, step: &Step) -> Result<(), ApiError> {
-        self.send(Method::PUT, path::INCARNATION, step).await.map(drop)
+    /// Tells that another life of the ledger begins, or that this one lives. It is this start's own, or one that an earlier
+    /// start made.
+    pub async fn step(&self, step: &Step, own: bool) -> Result<(), ApiError> {
+        let secret = own.then(|| self.secret.clone());
+        let step = Step { secret, ..step.clone() };
+        self.send(Method::PUT, path::INCARNATION, &step).await.map(drop)
     }
 
     /// Says what this host is.

@@ -49,10 +49,7 @@ pub enum Watch {
         urls: Vec<String>,
     },
     /// Another agent came with this host's incarnation: the holder shows by a [`crate::Step`] that it lives.
-    Prove {
-        /// What to send along.
-        challenge: String,
-    },
+    Prove,
     /// Nothing changed for a while; the connection lives.
     Heartbeat {
         /// The state's number.

@@ -2,7 +2,8 @@
 //!
 //! The ledger keeps the incarnation that the server took last, and the next one from before it is told until it is taken.
 //! The server takes an incarnation only from the holder of the one before: of two machines with the same ledger one goes
-//! on, and the other is found out, whenever it comes.
+//! on, and the other is found out, whenever it comes. What each start draws and keeps in its memory alone tells the one
+//! that has been running from all that have its ledger.
 //!
 //! Invariant: what a server may have taken is in the ledger: an agent that ends at any point knows what to go on from.
 
@@ -10,6 +11,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::Fingerprint;
 
 /// One life of a ledger: how many there were, and what tells it from another that is counted alike.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -33,13 +36,24 @@ pub struct Step {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     pub from: Option<Incarnation>,
-    /// The one that begins. The same again where the holder of a contested one only shows that it lives.
+    /// The one that begins. The same again where a disk takes nothing: this start goes by the one before.
     #[schema(value_type = String, example = "7-00c0ffee00c0ffee")]
     pub to: Incarnation,
-    /// What the server asked the holder over its watch, because another came with the same incarnation.
+    /// What only this start knows. None where `to` was made by an earlier start, and nobody goes by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub proof: Option<String>,
+    #[schema(value_type = Option<String>)]
+    pub secret: Option<StartSecret>,
 }
+
+/// What a start of an agent draws, and keeps in its memory alone: no copy of its state directory has it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct StartSecret([u8; 32]);
+
+/// Text that is not the secret of a start. It never quotes the text.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the secret of a start is 64 hexadecimal digits")]
+pub struct InvalidStartSecret;
 
 /// What a ledger knows of its lives.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,7 +80,7 @@ impl Lineage {
     pub fn begin(&mut self, random: [u8; 8]) -> Step {
         let last = &self.last;
         let to = self.next.get_or_insert_with(|| Incarnation::after(last.as_ref(), random)).clone();
-        Step { from: self.last.clone(), to, proof: None }
+        Step { from: self.last.clone(), to, secret: None }
     }
 
     /// The server took it.
@@ -75,6 +89,38 @@ impl Lineage {
         if self.next.as_ref() == Some(to) {
             self.next = None;
         }
+    }
+}
+
+impl StartSecret {
+    /// Of fresh random bytes.
+    pub fn from_random(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// What is kept of it is a digest of these.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for StartSecret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("StartSecret(..)")
+    }
+}
+
+impl TryFrom<String> for StartSecret {
+    type Error = InvalidStartSecret;
+    fn try_from(text: String) -> Result<Self, InvalidStartSecret> {
+        let Fingerprint(bytes) = text.parse().map_err(|_| InvalidStartSecret)?;
+        Ok(Self(bytes))
+    }
+}
+
+impl From<StartSecret> for String {
+    fn from(secret: StartSecret) -> Self {
+        Fingerprint(secret.0).to_string()
     }
 }
 
@@ -127,6 +173,19 @@ mod tests {
         assert_eq!(Incarnation::after(Some(&first), [255; 8]).to_string(), "2-ffffffffffffffff");
         for bad in ["", "1", "1-", "-1-0001020304050607", "1-+001020304050607", "x-0001020304050607", "1-0"] {
             assert_eq!(bad.parse::<Incarnation>(), Err(InvalidIncarnation), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_secret_of_a_start_is_written_in_full_on_the_wire_and_nowhere_else() {
+        let secret = StartSecret::from_random([0xc0; 32]);
+        assert_eq!(format!("{secret:?}"), "StartSecret(..)");
+        let text = serde_json::to_string(&secret).unwrap();
+        assert_eq!(text, format!("\"{}\"", "c0".repeat(32)));
+        assert_eq!(serde_json::from_str::<StartSecret>(&text).unwrap(), secret);
+        for bad in ["c0".repeat(31), "g0".repeat(32), "é".repeat(32)] {
+            let error = StartSecret::try_from(bad.clone()).unwrap_err();
+            assert!(!error.to_string().contains(&bad));
         }
     }
 

@@ -24,7 +24,7 @@ pub use host::{Candidate, Host, Source};
 pub use id::{
     EndpointId, EnvironmentId, Epoch, HostId, InvalidId, Mac, Name, NetworkId, PeerId, RANDOM_LEN, Revision,
 };
-pub use incarnation::{Incarnation, InvalidIncarnation, Lineage, Step};
+pub use incarnation::{Incarnation, InvalidIncarnation, InvalidStartSecret, Lineage, StartSecret, Step};
 pub use lease::{Block, Claim, Geometry, ROUTER_OFFSET, Retained, Wanted, Withdrawn};
 pub use mtu::{IKE_PORT, MTU_MIN, TUNNEL_PORT, VXLAN_OVERHEAD_V4, VXLAN_OVERHEAD_V6, esp_mtu, vxlan_mtu};
 pub use network::{

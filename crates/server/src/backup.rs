@@ -163,7 +163,7 @@ fn ops(all: &[KeyValue]) -> Result<Vec<Op>, Error> {
     for (environment, host) in hosts(all) {
         let place = Keys(&environment).unreported(&host);
         if !ops.iter().any(|op| matches!(op, Op::Put(key, _) if *key == place)) {
-            ops.push(keys::put(place, &Unreported { since }).map_err(unwritable)?);
+            ops.push(keys::put(place, &Unreported { since, followed: false }).map_err(unwritable)?);
         }
     }
     Ok(ops)

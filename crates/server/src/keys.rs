@@ -96,11 +96,14 @@ pub(crate) struct Urls {
     pub(crate) urls: Vec<String>,
 }
 
-/// A host that has not said what it holds since the store was restored.
+/// A host that has not said what it holds since the store was restored, or since a copy of it was taken for it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Unreported {
-    /// When the store was restored.
+    /// When that was.
     pub(crate) since: UnixMillis,
+    /// A copy was taken for it for a while. Nobody but itself waits for what it says.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) followed: bool,
 }
 
 /// What a key of the store names.

@@ -443,6 +443,11 @@ impl Environment {
         urls
     }
 
+    /// The hosts that have not said what they hold since the store was restored.
+    pub(crate) fn silent_since_restore(&self) -> impl Iterator<Item = &HostId> {
+        self.unreported.iter().filter(|(_, unreported)| !unreported.followed).map(|(host, _)| host)
+    }
+
     /// The revision that last changed a key of the store.
     pub(crate) fn modified(&self, key: &str) -> Option<Revision> {
         self.modified.get(key).copied()

@@ -242,6 +242,11 @@ impl Book {
             Err(_) => self.catalog.network_named(name_or_id),
         };
         found.ok_or_else(|| {
+            if self.epoch.is_none() {
+                let message = "this host has just joined, and was not told of any network yet; try again in a moment (`droveway \
+                    status` says whether the server is reached)";
+                return ApiError::new(ErrorCode::Unavailable, message);
+            }
             let names: Vec<&str> =
                 self.catalog.networks.values().map(|network| network.name.as_str()).collect();
             let known = if names.is_empty() { "none yet".to_owned() } else { names.join(", ") };
@@ -305,7 +310,7 @@ impl Book {
             Watch::Servers { urls } => self.ledger.set_servers(&urls)?,
             Watch::Heartbeat { revision } => self.revision = revision,
             // Answered where it comes in.
-            Watch::Prove { .. } => {}
+            Watch::Prove => {}
         }
         let catalog = &self.catalog;
         let settled: Vec<Key> = self

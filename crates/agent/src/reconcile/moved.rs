@@ -45,7 +45,7 @@ impl Reconciler {
                     }
                 }
             }
-            Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove { .. } => {}
+            Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove => {}
         }
     }
 

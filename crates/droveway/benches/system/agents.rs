@@ -301,7 +301,7 @@ async fn connect(agents: Vec<Agent>, resume: bool) -> Result<(Vec<Agent>, u64)> 
             match first {
                 Watch::Snapshot { epoch, revision, .. } => agent.at = Some((epoch, revision)),
                 Watch::Delta { revision, .. } => agent.at = agent.at.map(|(epoch, _)| (epoch, revision)),
-                Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove { .. } => {
+                Watch::Servers { .. } | Watch::Heartbeat { .. } | Watch::Prove => {
                     anyhow::bail!("neither snapshot nor delta")
                 }
             }

@@ -106,3 +106,29 @@ fn a_copied_machine_is_refused_and_an_old_backup_too_while_the_original_goes_on(
     let again = lab.run("h1", &idle("again")).unwrap();
     meet(&lab, &again, &far);
 }
+
+#[test]
+fn an_original_that_was_cut_off_while_a_copy_came_goes_on_when_it_is_back() {
+    let lab = lab(3);
+    let (near, far) = (lab.run("h1", &idle("near")).unwrap(), lab.run("h2", &idle("far")).unwrap());
+    meet(&lab, &near, &far);
+    lab.cut("h1", SERVER).unwrap();
+    // The server knows of nobody that it is there.
+    lab.kill_server().unwrap();
+    lab.kill_agent("h3").unwrap();
+    copy(&lab, state(&lab, "h1"), state(&lab, "h3"));
+    lab.start_server().unwrap();
+    lab.start_agent("h3").unwrap();
+    lab.wait_connected("h3").unwrap();
+    let id = lab.agent_status("h3").unwrap().host;
+    assert_eq!(lab.agent_status("h1").unwrap().host, id, "it was taken for h1");
+
+    lab.heal().unwrap();
+    is_refused(&lab, "h3");
+    lab.wait_connected("h1").unwrap();
+    meet(&lab, &near, &far);
+    let third = lab.run("h1", &idle("third")).unwrap();
+    meet(&lab, &third, &far);
+    assert_eq!(view(&lab, "h1").copy.unwrap().from.to_string(), "10.0.0.7");
+    lab.check("h1", &["droveway", "doctor"]).unwrap();
+}

@@ -103,6 +103,7 @@ fn a_host_that_is_removed_is_told_why_and_joins_again_as_another() {
 
     lab.kill_agent("h2").unwrap();
     lab.start_agent("h2").unwrap();
+    lab.wait_connected("h2").unwrap();
     let after = status(&lab, "h2").host;
     assert_ne!(before, after);
     let hosts: Vec<HostView> =

@@ -5,7 +5,9 @@
 //! one that it was leased to later is right. Blocks that were withdrawn rest until all have heard of this life's snapshot;
 //! one that its host gave back since the backup rests, too; one that a host holds was heard of by all before it was leased.
 //!
-//! Invariant: while a host is marked, no block is leased and no claim is made that it might hold, which is any. What hosts
+//! A host that a copy was taken for ([`crate::incarnation`]) says what it holds in the same way. Others do not wait for that.
+//!
+//! Invariant: while a host is marked since a restore, no block is leased and no claim is made that it might hold, which is any. What hosts
 //! hold already they go on using.
 
 use std::collections::BTreeSet;
@@ -210,10 +212,10 @@ fn is_block(geometry: &Geometry, block: &Block) -> bool {
 
 /// Refuses what might give to one what another holds.
 pub(super) fn all_reported(env: &Environment) -> Result<(), ApiError> {
-    if env.unreported.is_empty() {
+    let mut hosts: Vec<String> = env.silent_since_restore().map(|id| env.host_name(id).to_owned()).collect();
+    if hosts.is_empty() {
         return Ok(());
     }
-    let mut hosts: Vec<String> = env.unreported.keys().map(|id| env.host_name(id).to_owned()).collect();
     hosts.sort();
     let hosts = ipam::list(hosts, 8);
     Err(refuse(
@@ -231,7 +233,8 @@ pub(super) fn all_reported(env: &Environment) -> Result<(), ApiError> {
 /// way of what others are told.
 pub(super) async fn settled(app: &App, environment: &EnvironmentId) -> Result<(), ApiError> {
     let silent = |state: &state::State| {
-        state.environments.get(environment).is_some_and(|env| !env.unreported.is_empty())
+        let env = state.environments.get(environment);
+        env.is_some_and(|env| env.silent_since_restore().next().is_some())
     };
     let begun = Instant::now();
     let mut revisions = app.shared.subscribe();
@@ -248,9 +251,11 @@ pub(super) async fn settled(app: &App, environment: &EnvironmentId) -> Result<()
 
 /// Refuses an agent that has not said what its host holds.
 pub(super) fn has_reported(env: &Environment, agent: &Agent) -> Result<(), ApiError> {
-    if !env.unreported.contains_key(&agent.host) {
-        return Ok(());
-    }
-    let message = format!("the store was restored from a backup: {agent} has to say first what it holds");
-    Err(refuse(ErrorCode::Unreported, message))
+    let Some(unreported) = env.unreported.get(&agent.host) else { return Ok(()) };
+    let why = if unreported.followed {
+        "a copy of its state directory was taken for it"
+    } else {
+        "the store was restored from a backup"
+    };
+    Err(refuse(ErrorCode::Unreported, format!("{why}: {agent} has to say first what it holds")))
 }

@@ -17,7 +17,7 @@ use model::{EnvironmentId, HostId, Incarnation};
 use serde::de::DeserializeOwned;
 use tokio::time::Instant;
 
-use super::incarnation::copied;
+use super::incarnation::{behind, copied};
 use super::{Refusal, refuse};
 use crate::app::{App, no_environment, now};
 use crate::request;
@@ -118,10 +118,16 @@ impl Caller {
     /// Refuses an agent of another life of its host's ledger than the one that counts.
     fn counts(&self, parts: &Parts, app: &App, host: &HostId, name: &str) -> Result<(), ApiError> {
         let said = incarnation(parts);
-        let same = app.read(&self.environment, |env| {
-            Ok(env.lives.get(host).is_none_or(|life| Some(&life.current) == said.as_ref()))
-        })?;
-        if same { Ok(()) } else { Err(copied(name)) }
+        app.read(&self.environment, |env| match env.lives.get(host) {
+            Some(life) if Some(&life.current) != said.as_ref() => {
+                match said.filter(|said| life.is_behind(said)) {
+                    // Which of its lives counts, it is asked itself after a restore.
+                    Some(said) if !env.unreported.contains_key(host) => Err(behind(name, said.number)),
+                    Some(_) | None => Err(copied(name)),
+                }
+            }
+            Some(_) | None => Ok(()),
+        })
     }
 }
 

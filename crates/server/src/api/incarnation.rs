@@ -11,11 +11,10 @@ use tokio::time::Instant;
 
 use super::extract::{self, Claimant};
 use super::{Reply, Shared, refuse};
-use crate::app::{App, Plan, now, put};
-use crate::incarnation::{Contest, Life, Verdict, judge, refused};
-use crate::keys::Keys;
+use crate::app::{Plan, now, put};
+use crate::incarnation::{Life, Verdict, judge};
+use crate::keys::{Keys, Unreported};
 use crate::request;
-use crate::secret;
 use crate::serve::Peer;
 use crate::store::{Compare, Txn};
 
@@ -23,7 +22,7 @@ use crate::store::{Compare, Txn};
 const ANSWER: Duration = Duration::from_secs(3);
 
 /// Another life of the ledger of the agent's host begins. Where the one before may live, it is asked first, for three seconds
-/// at most; a copy of the ledger, or an old one, is refused.
+/// at most; a copy of the ledger, or an old one, is refused. A start that has run all the while goes on, whoever came since.
 #[utoipa::path(put, path = "/v1/environments/{environment}/hosts/self/incarnation", tag = "agents",
     params(("environment" = String, Path)), request_body = Step,
     responses((status = 204), (status = "default", body = ApiError)))]
@@ -34,7 +33,7 @@ pub(super) async fn step(
     extract::Json(step): extract::Json<Step>,
 ) -> Reply<StatusCode> {
     let last = step.from.as_ref().map_or(0, |from| from.number);
-    let stays = step.proof.is_some() && step.from.as_ref() == Some(&step.to);
+    let stays = step.from.as_ref() == Some(&step.to);
     if step.from.is_some() && !stays && step.to.number != last.saturating_add(1) {
         let message =
             format!("{} does not follow {last}; the next one is counted by one more", step.to.number);
@@ -44,24 +43,26 @@ pub(super) async fn step(
     let (keys, deadline) = (Keys(&agent.environment), Instant::now() + ANSWER);
     let place = keys.life(&agent.host);
     let mut asked = false;
-    loop {
+    let verdict = loop {
         let (mut revisions, mut moves) = (app.shared.subscribe(), app.presence.subscribe());
-        let challenge = secret::secret().map_err(|error| refuse(ErrorCode::Internal, error.to_string()))?;
+        let waits = Instant::now() < deadline;
         let (verdict, _) = app
             .change(&agent.environment, |env, _| {
                 let known = env.lives.get(&agent.host);
                 let may_live =
                     |life: &Life| app.presence.may_live(&agent.host, &life.current, app.shares_store);
-                let alive = known.is_some_and(may_live) && Instant::now() < deadline;
-                let restored = env.unreported.contains_key(&agent.host);
-                let verdict = judge(known, &step, alive, asked, restored);
+                let restored = env.unreported.get(&agent.host).is_some_and(|it| !it.followed);
+                let verdict = judge(known, &step, waits && known.is_some_and(may_live), asked, restored);
                 let life = match (&verdict, known) {
-                    (Verdict::Take(life), _) => life.clone(),
-                    (Verdict::Contest, Some(life)) => {
-                        let contest = Contest { by: step.to.clone(), from, challenge: challenge.clone() };
-                        Life { contest: Some(contest), ..life.clone() }
+                    (Verdict::Take(life) | Verdict::Back(life), _) => {
+                        request::about(|| format!("start {} of the agent", life.current.number));
+                        life.clone()
                     }
-                    (Verdict::Copy, Some(life)) => refused(life, from, now()),
+                    (Verdict::Contest(life), _) => life.clone(),
+                    (Verdict::Copy, Some(life)) => {
+                        request::about(|| format!("that a copy of host {:?} is refused", agent.name));
+                        life.refused(from, now())
+                    }
                     _ => return Ok(Plan::Nothing(verdict)),
                 };
                 let compares = match env.modified(&place) {
@@ -69,37 +70,21 @@ pub(super) async fn step(
                     None => Compare::Absent(place.clone()),
                 };
                 let compares = vec![compares, Compare::Present(keys.host(&agent.host))];
-                Ok(Plan::Commit(Txn::new(compares, vec![put(place.clone(), &life)?]), verdict))
+                let mut ops = vec![put(place.clone(), &life)?];
+                if matches!(verdict, Verdict::Back(_)) && !env.unreported.contains_key(&agent.host) {
+                    // Who came meanwhile may have given back what this one holds.
+                    let unreported = Unreported { since: now(), followed: true };
+                    ops.push(put(keys.unreported(&agent.host), &unreported)?);
+                }
+                Ok(Plan::Commit(Txn::new(compares, ops), verdict))
             })
             .await?;
+        // This server may hear from its store later than the agent from another server.
+        let lags = matches!(verdict, Verdict::Behind) && waits;
         match verdict {
-            Verdict::Take(life) => {
-                request::about(|| format!("start {} of the agent", life.current.number));
-                // Who only shows that it lives goes on watching.
-                if !stays {
-                    app.presence.begins(&agent.host, &life.current);
-                }
-                if step.proof.is_some() {
-                    tracing::warn!(environment = %agent.environment, host = %agent.name, "another agent came with this host's \
-                        state directory while it was there: a copied machine; `droveway host inspect` says from where");
-                }
-                return Ok(StatusCode::NO_CONTENT);
-            }
-            Verdict::Taken => return Ok(StatusCode::NO_CONTENT),
-            Verdict::Copy => {
-                request::about(|| format!("a copy of the state directory of host {:?}", agent.name));
-                app.upkeep.metrics.copy_refused();
-                let error = copied(&agent.name);
-                tracing::warn!(environment = %agent.environment, host = %agent.name, %from, "refused: {}", error.message);
-                return Err(error.into());
-            }
-            Verdict::Behind => return Err(behind(&app, &agent.name, last).into()),
-            Verdict::Late => {
-                return Err(
-                    refuse(ErrorCode::Unavailable, "this was asked before, and is asked no more").into()
-                );
-            }
-            Verdict::Contest | Verdict::Wait => asked = true,
+            Verdict::Contest(_) | Verdict::Wait => asked = true,
+            _ if lags => {}
+            _ => break verdict,
         }
         // The holder answers, goes away, or is silent for too long.
         tokio::select! {
@@ -107,7 +92,29 @@ pub(super) async fn step(
             _ = moves.changed() => {}
             () = tokio::time::sleep_until(deadline) => {}
         }
+    };
+    match verdict {
+        Verdict::Take(life) | Verdict::Back(life) => {
+            // Who only shows that it lives goes on watching.
+            if !stays {
+                app.presence.begins(&agent.host, &life.current);
+            }
+        }
+        Verdict::Copy => {
+            request::about(|| format!("a copy of the state directory of host {:?}", agent.name));
+            app.upkeep.metrics.copy_refused();
+            let error = copied(&agent.name);
+            tracing::warn!(environment = %agent.environment, host = %agent.name, %from, "refused: {}", error.message);
+            return Err(error.into());
+        }
+        Verdict::Behind => {
+            let error = behind(&agent.name, last);
+            tracing::error!(environment = %agent.environment, revision = %app.shared.read().revision, "{}", error.message);
+            return Err(ApiError { code: ErrorCode::Conflict, ..error }.into());
+        }
+        Verdict::Taken | Verdict::Contest(_) | Verdict::Wait => {}
     }
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// That an agent's state directory is not the one that counts.
@@ -122,11 +129,10 @@ pub(super) fn copied(host: &str) -> ApiError {
 }
 
 /// That the store lost what an agent knows.
-fn behind(app: &App, host: &str, last: u64) -> ApiError {
+pub(super) fn behind(host: &str, last: u64) -> ApiError {
     let message = format!(
-        "host \"{host}\" was started {last} times, of which this server's store does not know: it is older; if it was put \
+        "this server's store does not know of start {last} of host \"{host}\": it is behind; if that stays so, and it was put \
          back from a copy, put it back with `droveway server restore`"
     );
-    tracing::error!(revision = %app.shared.read().revision, "{message}");
-    refuse(ErrorCode::Conflict, message)
+    refuse(ErrorCode::Unavailable, message)
 }

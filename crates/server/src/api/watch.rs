@@ -85,7 +85,7 @@ pub(super) async fn watch(
     let mut open = Open {
         stopping,
         watching: app.presence.watch(&agent.host, agent.incarnation.clone()),
-        asked: None,
+        asked: false,
         beat: Instant::now() + HEARTBEAT,
         pace: Instant::now(),
         ready: VecDeque::new(),
@@ -205,8 +205,8 @@ struct Open {
     ready: VecDeque<Bytes>,
     /// The servers' URLs that the agent was told.
     urls: Vec<String>,
-    /// What the agent was asked to prove that it lives.
-    asked: Option<String>,
+    /// Whether the agent was asked to show that it lives.
+    asked: bool,
     gzip: bool,
     revisions: watch::Receiver<Revision>,
     stopping: watch::Receiver<bool>,
@@ -231,14 +231,13 @@ impl Open {
         loop {
             tokio::time::sleep_until(self.pace).await;
             self.revisions.borrow_and_update();
-            let (line, urls, contest) = {
+            let (line, urls, contested) = {
                 let state = self.app.shared.read();
                 let life = self.life(&state);
                 if life.is_some_and(|life| Some(&life.current) != self.agent.incarnation.as_ref()) {
                     return None;
                 }
-                let contest = life.and_then(|life| life.contest.as_ref());
-                let contest = contest.map(|contest| contest.challenge.clone());
+                let contested = life.is_some_and(|life| life.contested);
                 let line = match self.cursor.advance(&state) {
                     Step::Delta(touched) => {
                         let write = || {
@@ -255,10 +254,10 @@ impl Open {
                     Step::Gone | Step::Lost => return None,
                     Step::Nothing => None,
                 };
-                (line, urls_of(&state, &self.agent), contest)
+                (line, urls_of(&state, &self.agent), contested)
             };
             self.tell_urls(urls);
-            self.ask(contest);
+            self.ask(contested);
             if let Some(line) = line {
                 self.ready.push_back(line.bytes(self.gzip));
                 self.pace = Instant::now() + PACE;
@@ -284,11 +283,11 @@ impl Open {
     }
 
     /// Asks the agent to prove that it lives, once for each time that another comes.
-    fn ask(&mut self, contest: Option<String>) {
-        if let Some(challenge) = contest.clone().filter(|_| contest != self.asked) {
-            self.push(&Watch::Prove { challenge });
+    fn ask(&mut self, contested: bool) {
+        if contested && !self.asked {
+            self.push(&Watch::Prove);
         }
-        self.asked = contest;
+        self.asked = contested;
     }
 
     /// Tells how the servers are reached, if that is news.

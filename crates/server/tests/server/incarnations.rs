@@ -1,7 +1,7 @@
 //! Of all that have the same ledger one goes on: what the server says to who comes with it.
 
-use model::api::{ApiError, AuditEntry, ErrorCode, Held, HeldAnswer, HostView, Outcome};
-use model::{Incarnation, Lineage, Step, Watch};
+use model::api::{ApiError, AuditEntry, ErrorCode, GiveBack, Held, HeldAnswer, HostView, Outcome};
+use model::{Incarnation, Lineage, StartSecret, Step, Watch};
 use server::{StoreChoice, backup, restore};
 
 use crate::harness::{Agent, Client, DEFAULT, Server};
@@ -11,15 +11,17 @@ pub struct Ledger<'a> {
     pub agent: &'a Agent,
     pub lineage: Lineage,
     pub seed: u8,
+    /// What only this start knows.
+    pub secret: StartSecret,
 }
 
 impl Ledger<'_> {
     pub fn copy(&self, seed: u8) -> Self {
-        Self { agent: self.agent, lineage: self.lineage.clone(), seed }
+        Self { agent: self.agent, lineage: self.lineage.clone(), seed, secret: secret(seed) }
     }
 
     pub fn next(&mut self) -> Step {
-        self.lineage.begin([self.seed; 8])
+        Step { secret: Some(self.secret.clone()), ..self.lineage.begin([self.seed; 8]) }
     }
 
     pub async fn tell(&self, step: &Step) -> Result<(), ApiError> {
@@ -28,6 +30,13 @@ impl Ledger<'_> {
 
     /// A start: what follows from it is asked by what comes back.
     pub async fn start(&mut self) -> Result<Agent, ApiError> {
+        self.seed += 10;
+        self.secret = secret(self.seed);
+        self.go_on().await
+    }
+
+    /// The same start steps on.
+    pub async fn go_on(&mut self) -> Result<Agent, ApiError> {
         let step = self.next();
         self.tell(&step).await?;
         self.lineage.taken(&step.to);
@@ -42,7 +51,11 @@ impl Ledger<'_> {
 }
 
 pub fn ledger(agent: &Agent) -> Ledger<'_> {
-    Ledger { agent, lineage: Lineage::default(), seed: 1 }
+    Ledger { agent, lineage: Lineage::default(), seed: 1, secret: secret(1) }
+}
+
+fn secret(seed: u8) -> StartSecret {
+    StartSecret::from_random([seed; 32])
 }
 
 async fn view(server: &Server) -> HostView {
@@ -71,7 +84,7 @@ async fn all_that_an_agent_asks_is_of_the_life_that_counts() {
     second.lease("managed", 2).await.unwrap();
     assert_eq!((view(&server).await.incarnation, view(&server).await.copy), (Some(2), None));
     let to: Incarnation = "9-0000000000000001".parse().unwrap();
-    let leap = Step { from: ledger.lineage.last.clone(), to, proof: None };
+    let leap = Step { from: ledger.lineage.last.clone(), to, secret: None };
     assert_eq!(ledger.tell(&leap).await.unwrap_err().code, ErrorCode::Invalid);
 }
 
@@ -86,11 +99,8 @@ async fn a_copy_is_refused_while_the_original_watches_and_for_good() {
     let mut copy = original.copy(2);
     let coming = copy.next();
     let (refused, agent) = tokio::join!(copy.tell(&coming), async {
-        let Some(Watch::Prove { challenge }) = watch.next().await else { panic!("it is not asked") };
-        let step = Step { proof: Some(challenge), ..original.next() };
-        original.tell(&step).await.unwrap();
-        original.lineage.taken(&step.to);
-        original.by(Some(step.to))
+        assert_eq!(watch.next().await, Some(Watch::Prove), "it is asked");
+        original.go_on().await.unwrap()
     });
     let error = refused.unwrap_err();
     assert_eq!(error.code, ErrorCode::Copied);
@@ -118,7 +128,7 @@ async fn a_copy_is_refused_while_the_original_watches_and_for_good() {
 }
 
 #[tokio::test]
-async fn an_original_that_is_silent_is_followed_by_who_comes_and_is_a_copy_then() {
+async fn an_original_that_is_silent_is_followed_by_who_comes_and_a_copy_once_it_starts_anew() {
     let server = Server::start().await;
     let host = server.host("h1").await;
     let mut original = ledger(&host);
@@ -129,10 +139,62 @@ async fn an_original_that_is_silent_is_followed_by_who_comes_and_is_a_copy_then(
     // It does not answer.
     let other = copy.start().await.unwrap();
     other.lease("managed", 0).await.unwrap();
-    assert!(matches!(watch.next().await, Some(Watch::Prove { .. })));
+    assert_eq!(watch.next().await, Some(Watch::Prove));
     assert_eq!(watch.next().await, None);
     assert_eq!(agent.lease("managed", 1).await.unwrap_err().code, ErrorCode::Copied);
     assert_eq!(original.start().await.err().unwrap().code, ErrorCode::Copied);
+}
+
+#[tokio::test]
+async fn an_original_that_was_cut_off_goes_on_when_it_is_back_and_says_what_it_holds() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let mut original = ledger(&host);
+    let agent = original.start().await.unwrap();
+    let mut watch = agent.watch().await;
+    watch.snapshot().await;
+    let block = agent.lease("managed", 0).await.unwrap();
+    // The server ends, and the copy is back before the original. Nobody is there to show that it lives.
+    drop(watch);
+    let server = Server::start_in(server.stop().await).await;
+    let (host, neighbour) = (server.agent(&host), server.host("h2").await);
+    let mut original = Ledger { agent: &host, ..original };
+    let mut copy = original.copy(2);
+    let other = copy.start().await.unwrap();
+    let give = GiveBack { network: "managed".into(), cidr: block.cidr, leased: None };
+    other.client.delete_with(&format!("{DEFAULT}/blocks"), &give).await.unwrap();
+    let taken = other.lease("managed", 0).await.unwrap();
+    let agent = original.by(original.lineage.last.clone());
+    assert_eq!(agent.lease("managed", 1).await.unwrap_err().code, ErrorCode::Copied);
+
+    let agent = original.go_on().await.unwrap();
+    assert_eq!(other.lease("managed", 1).await.unwrap_err().code, ErrorCode::Copied);
+    assert_eq!(agent.client.raw(reqwest::Method::GET, &format!("{DEFAULT}/watch"), "").await.0.as_u16(), 409);
+    // Nobody waits for what it has to say.
+    neighbour.lease("managed", 0).await.unwrap();
+    let held = Held { blocks: vec![block.clone()], claims: Vec::new() };
+    let answer: HeldAnswer = agent.client.put(&format!("{DEFAULT}/hosts/self/held"), &held).await.unwrap();
+    assert_eq!(answer.conflicts, Vec::<String>::new());
+    let blocks: Vec<model::Block> = server.admin().get(&format!("{DEFAULT}/blocks")).await.unwrap();
+    let own: Vec<_> = blocks.iter().filter(|it| it.host == host.id).map(|it| it.cidr).collect();
+    assert_eq!(own, [block.cidr], "not {}, which the copy leased", taken.cidr);
+    agent.watch().await.snapshot().await;
+    assert_eq!(copy.start().await.err().unwrap().code, ErrorCode::Copied);
+}
+
+#[tokio::test]
+async fn of_two_that_come_at_once_one_goes_on_where_the_original_is_silent() {
+    let server = Server::start().await;
+    let host = server.host("h1").await;
+    let mut original = ledger(&host);
+    let agent = original.start().await.unwrap();
+    let mut watch = agent.watch().await;
+    watch.snapshot().await;
+    let (mut one, mut two) = (original.copy(2), original.copy(3));
+    let (one, two) = tokio::join!(one.start(), two.start());
+    let outcomes = [one.map(drop), two.map(drop)];
+    let refused: Vec<_> = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).collect();
+    assert!(refused.len() == 1 && refused[0].code == ErrorCode::Copied, "{outcomes:?}");
 }
 
 #[tokio::test]

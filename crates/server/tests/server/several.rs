@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use model::api::{AuditEntry, ErrorCode, ServerInfo, TokenRequest};
-use model::{Catalog, Change, Object, Revision, Step, Watch};
+use model::{Catalog, Change, Object, Revision, Watch};
 use serde_json::json;
 use server::{Config, Error, StoreChoice};
 use tempfile::TempDir;
@@ -193,17 +193,8 @@ async fn a_copy_that_comes_to_the_other_server_is_found_out_and_both_know_who_is
     let mut copy = Ledger { agent: &elsewhere, ..original.copy(2) };
     let coming = copy.next();
     let (refused, agent) = tokio::join!(copy.tell(&coming), async {
-        let challenge = loop {
-            match watch.next().await {
-                Some(Watch::Prove { challenge }) => break challenge,
-                Some(_) => {}
-                None => panic!("it is not asked"),
-            }
-        };
-        let step = Step { proof: Some(challenge), ..original.next() };
-        original.tell(&step).await.unwrap();
-        original.lineage.taken(&step.to);
-        original.by(Some(step.to))
+        while !matches!(watch.next().await.expect("it is asked"), Watch::Prove) {}
+        original.go_on().await.unwrap()
     });
     assert_eq!(refused.unwrap_err().code, ErrorCode::Copied);
 

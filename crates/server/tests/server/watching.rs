@@ -22,7 +22,7 @@ async fn catch_up(watch: &mut Watching, catalog: &mut Catalog, info: &ServerInfo
                 at = revision.0;
             }
             Watch::Heartbeat { revision } => at = revision.0,
-            other @ (Watch::Servers { .. } | Watch::Prove { .. }) => panic!("nobody said so: {other:?}"),
+            other @ (Watch::Servers { .. } | Watch::Prove) => panic!("nobody said so: {other:?}"),
         }
     }
 }
