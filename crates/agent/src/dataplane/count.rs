@@ -28,6 +28,8 @@ pub(super) enum Reason {
     DeviceFull,
     /// The device is down or gone, or refused it.
     DeviceRefused,
+    /// It came for a network whose device is not there: the router comes up later than the tunnel, or went before it.
+    NoDevice,
     /// Congestion was marked on what does not take part in ECN (RFC 6040 §4.2).
     Ecn,
     /// A datagram too short to be anything.
@@ -40,7 +42,7 @@ pub(super) enum Reason {
     CaptureFull,
 }
 
-const OWN: [Reason; 14] = [
+const OWN: [Reason; 15] = [
     Reason::NoRoute,
     Reason::NoAssociation,
     Reason::Malformed,
@@ -55,6 +57,7 @@ const OWN: [Reason; 14] = [
     Reason::IkeRate,
     Reason::SignalFull,
     Reason::CaptureFull,
+    Reason::NoDevice,
 ];
 const REASONS: usize = esp::Reason::ALL.len() + OWN.len();
 
@@ -80,6 +83,7 @@ impl Reason {
             Self::IkeRate => 11,
             Self::SignalFull => 12,
             Self::CaptureFull => 13,
+            Self::NoDevice => 14,
         };
         esp::Reason::ALL.len() + own
     }
@@ -97,6 +101,7 @@ impl Reason {
             Self::SocketFull => "socket_full",
             Self::DeviceFull => "device_full",
             Self::DeviceRefused => "device_refused",
+            Self::NoDevice => "no_device",
             Self::Ecn => "ecn",
             Self::Runt => "runt",
             Self::IkeRate => "ike_rate",

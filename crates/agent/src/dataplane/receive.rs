@@ -200,7 +200,7 @@ impl Inner {
             };
             let Some(inner) = run.open(shared, message, &mut bytes[range.clone()]) else { continue };
             let Some(device) = run.device else {
-                run.counts.add(Reason::DeviceRefused, 1);
+                run.counts.add(Reason::NoDevice, 1);
                 continue;
             };
             if let Some(other) = merging

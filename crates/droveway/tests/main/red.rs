@@ -103,6 +103,11 @@ pub fn tunnel(lab: &Lab, host: &str, peer: &str) -> TunnelStatus {
     serde_json::from_str(&ask(lab, host, "GET", &format!("/v1/tunnels/{peer}")).1).unwrap()
 }
 
+/// How many packets a tunnel lost, but for those that came before the router that they were for.
+pub fn lost(status: &TunnelStatus) -> u64 {
+    status.drops.iter().filter(|(reason, _)| *reason != "no_device").map(|(_, count)| count).sum()
+}
+
 pub fn up(lab: &Lab, host: &str, peer: &str) -> bool {
     tunnels(lab, host).iter().any(|it| it.peer.as_str() == peer && matches!(it.state, TunnelState::Up { .. }))
 }
