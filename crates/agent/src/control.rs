@@ -493,4 +493,4 @@ impl Control {
 
 #[cfg(test)]
 #[path = "control_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -43,18 +43,17 @@ impl World {
     }
 }
 
-struct Server(Arc<World>);
+/// A server that leases blocks as the function does, and has nothing else to give.
+pub(crate) struct Blocks<F>(pub(crate) F);
 
-impl Lessor for Server {
+impl<F: Fn() -> Result<Block, ApiError> + Send + Sync> Lessor for Blocks<F> {
     fn lease(&self, _: NetworkId, _: usize) -> BoxFuture<Result<Block, ApiError>> {
-        if !self.0.given.load(Ordering::SeqCst) {
-            self.0.leased_too_soon.store(true, Ordering::SeqCst);
-        }
-        Box::pin(async { Ok(block()) })
+        let leased = (self.0)();
+        Box::pin(async { leased })
     }
 
     fn give_back(&self, _: model::Object) -> BoxFuture<Result<(), ApiError>> {
-        Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody gives back here")) })
+        nothing()
     }
 
     fn claim(
@@ -64,12 +63,18 @@ impl Lessor for Server {
         _: EndpointId,
         _: bool,
     ) -> BoxFuture<Result<model::Claim, ApiError>> {
-        Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody claims here")) })
+        nothing()
     }
 
     fn retained(&self, _: NetworkId, _: String, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
-        Box::pin(async { Err(ApiError::new(ErrorCode::Internal, "nobody claims here")) })
+        nothing()
     }
+}
+
+fn nothing<T>() -> BoxFuture<Result<T, ApiError>> {
+    Box::pin(async {
+        Err(ApiError::new(ErrorCode::Unavailable, "the server of this test leases blocks alone"))
+    })
 }
 
 #[tokio::test]
@@ -84,7 +89,16 @@ async fn who_needs_an_address_while_a_block_goes_back_waits_and_then_asks_for_an
         }
     });
     let (_views, view) = watch::channel(Arc::new(fixtures::view("droveway.internal", Vec::new())));
-    let control = Control::new(commands, Arc::new(|| {}), view, Arc::new(Server(world.clone())));
+    let lease = {
+        let world = world.clone();
+        move || {
+            if !world.given.load(Ordering::SeqCst) {
+                world.leased_too_soon.store(true, Ordering::SeqCst);
+            }
+            Ok(block())
+        }
+    };
+    let control = Control::new(commands, Arc::new(|| {}), view, Arc::new(Blocks(lease)));
 
     let (begun, has_begun) = oneshot::channel();
     let (go, gone) = oneshot::channel::<()>();

@@ -6,6 +6,7 @@
 //!
 //! Invariant: losing the server loses changes, never traffic.
 
+mod accept;
 mod book;
 mod chores;
 pub mod control;

@@ -30,10 +30,11 @@ use serde_json::{Map, Value, json};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::View;
+use crate::accept::accept;
 use crate::names::Budget;
 
 /// Connections, in all and for one asker.
@@ -44,8 +45,6 @@ const HEAD: Duration = Duration::from_secs(10);
 const LIFE: Duration = Duration::from_mins(5);
 /// The largest head, in bytes.
 const HEAD_MAX: usize = 16 << 10;
-/// How long to leave a socket alone that failed.
-const PAUSE: Duration = Duration::from_millis(100);
 /// The versions of the tree.
 const VERSIONS: [&str; 1] = ["latest"];
 
@@ -60,8 +59,8 @@ pub async fn serve(
     let budget = Budget::new(CONNECTIONS.0, CONNECTIONS.1);
     let mut connections = JoinSet::new();
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let (stream, from) = tokio::select! {
+            accepted = accept("metadata", || listener.accept()) => accepted,
             Some(ended) = connections.join_next() => {
                 if let Err(error) = ended {
                     warn!(%error, "a metadata connection's task failed");
@@ -69,23 +68,15 @@ pub async fn serve(
                 continue;
             }
         };
-        match accepted {
-            Ok((stream, from)) => {
-                let Some(permit) = budget.take(from.ip().to_canonical()) else {
-                    debug!(%from, "too many connections");
-                    continue;
-                };
-                let (network, views) = (network.clone(), views.clone());
-                connections.spawn(async move {
-                    serve_connection(stream, from, network, views).await;
-                    drop(permit);
-                });
-            }
-            Err(error) => {
-                warn!(%error, "metadata: accepting failed");
-                sleep(PAUSE).await;
-            }
-        }
+        let Some(permit) = budget.take(from.ip().to_canonical()) else {
+            debug!(%from, "too many connections");
+            continue;
+        };
+        let (network, views) = (network.clone(), views.clone());
+        connections.spawn(async move {
+            serve_connection(stream, from, network, views).await;
+            drop(permit);
+        });
     }
 }
 

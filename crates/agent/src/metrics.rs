@@ -21,6 +21,7 @@ use model::exposition::{CONTENT_TYPE, Exposition, Kind, Value};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
 
+use crate::accept::accept;
 use crate::names::Budget;
 use crate::socket::{Context, Refused};
 use crate::{VERSION, now_millis};
@@ -47,14 +48,7 @@ pub(crate) async fn serve(listener: TcpListener, context: Context) {
     let service = TowerToHyperService::new(routes().with_state(Arc::new(context)));
     let budget = Budget::new(CONNECTIONS.0, CONNECTIONS.1);
     loop {
-        let (stream, from) = match listener.accept().await {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "metrics: accepting failed");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
+        let (stream, from) = accept("metrics", || listener.accept()).await;
         let Some(permit) = budget.take(from.ip().to_canonical()) else { continue };
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())

@@ -13,8 +13,7 @@ use std::time::{Duration, Instant};
 
 use linux::{Kernel, Woken};
 use model::api::{ApiError, ErrorCode};
-use model::{Change, EndpointId, NetworkId, Object, Revision, Watch};
-use plan::object::Ifname;
+use model::{Change, EndpointId, NetworkId, Object, Watch};
 use plan::{End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
 
@@ -23,19 +22,16 @@ use crate::chores::Chores;
 use crate::control::{Command, Refusal};
 use crate::counts::Counts;
 use crate::doctor::Books;
-use crate::view::{Router, View};
+use crate::view::View;
 
 mod moved;
+mod publish;
 mod requests;
 
 use moved::Moved;
 
 /// How long a router stays after its last endpoint.
 pub(crate) const LINGER: Duration = Duration::from_secs(60);
-/// How often a busy reconciler tells others what it knows, and the most of its time that this may take: what is told
-/// grows with the network, and an attachment that comes meanwhile waits.
-const PUBLISH_EVERY: Duration = Duration::from_millis(20);
-const PUBLISH_SHARE: u32 = 20;
 /// Diffs that may follow each other before the rest is left to the next wake-up.
 const ROUNDS: usize = 6;
 /// For how long a start waits with tunnels until the server has said whether its ledger counts: a copy of another host's
@@ -112,7 +108,7 @@ impl Reconciler {
             stale: true,
             unpublished: true,
             last_published: Instant::now(),
-            publish_pause: PUBLISH_EVERY,
+            publish_pause: publish::EVERY,
             rested: None,
             retry: None,
             held: Some(Instant::now() + HOLD),
@@ -515,70 +511,6 @@ impl Reconciler {
         let next = [publish, retry, linger, self.rested, self.held].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
-
-    // ---- towards the others ----
-
-    fn publish(&mut self) {
-        if !self.unpublished || self.last_published.elapsed() < self.publish_pause {
-            return;
-        }
-        self.unpublished = false;
-        self.last_published = Instant::now();
-        self.rested = self.book.rested_in().map(|ms| Instant::now() + Duration::from_millis(ms + 1));
-        let view = self.view();
-        let chores = Chores::of(
-            &self.book,
-            &view.routers,
-            |network| self.lingering.contains_key(network),
-            if self.stale || !self.clean { Revision::default() } else { self.book.revision },
-        );
-        self.published.send_replace(Arc::new(view));
-        self.chores.send_replace(Arc::new(chores));
-        self.publish_pause = PUBLISH_EVERY.max(self.last_published.elapsed() * PUBLISH_SHARE);
-    }
-
-    fn view(&self) -> View {
-        let book = &self.book;
-        let local = book.local_of(None);
-        let routers = self
-            .kernel
-            .routers()
-            .filter_map(|(id, netns)| {
-                let network = book.catalog.networks.get(id)?;
-                let slot = local.routers.get(id).copied()?;
-                let tun = (Place::Router(id.clone()), Key::Link(Ifname::new(plan::TUN)));
-                let tun = self.kernel.state().contains_key(&tun);
-                let router = Router {
-                    netns: netns.to_owned(),
-                    generation: self.generations.get(id).copied().unwrap_or_default(),
-                    address: book.catalog.router_address(id, &book.host),
-                    transit: plan::transit::pair(slot).1,
-                    mtu: plan::network_mtu(&book.catalog, &local, network),
-                    tun: tun.then(|| self.tuns.get(id).copied().unwrap_or_default()),
-                    converged: !self.unconverged.contains(&Place::Router(id.clone())),
-                };
-                Some((id.clone(), router))
-            })
-            .collect();
-        let stranded = stranded(book);
-        let troubles = self.troubles.iter().chain(&self.refused).cloned().chain(stranded).collect();
-        let (tunnels, moves) = (self.tunnels.clone(), self.moves);
-        View { routers, tunnels, troubles, moves, ..View::from_book(book) }
-    }
-}
-
-/// Endpoints of networks that were removed while the server knew nothing of them.
-fn stranded(book: &Book) -> impl Iterator<Item = String> {
-    let gone = |network: &NetworkId| book.epoch.is_some() && !book.catalog.networks.contains_key(network);
-    book.records().filter(move |record| gone(&record.endpoint.network)).map(|record| {
-        let endpoint = &record.endpoint;
-        format!(
-            "{} ({}) is cut off: its network {} was removed while this host was away; stop it, or start it on another",
-            endpoint.name.as_ref().map_or("an endpoint", model::Name::as_str),
-            endpoint.id,
-            endpoint.network
-        )
-    })
 }
 
 /// Whether the plan can come out otherwise: it does not look at endpoints of other hosts, and has this host's from the

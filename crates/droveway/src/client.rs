@@ -198,19 +198,9 @@ impl Client {
         self.list(path::NETWORKS).await
     }
 
-    /// One network, by name or id.
-    pub async fn network(&self, name: &str) -> Result<Network, Error> {
-        self.get(path::NETWORKS, &[name]).await
-    }
-
     /// Makes a network.
     pub async fn create_network(&self, spec: &NetworkSpec) -> Result<Network, Error> {
         self.send(Method::POST, self.url(path::NETWORKS, &[])?, Some(spec)).await
-    }
-
-    /// Removes a network, by name or id.
-    pub async fn remove_network(&self, name: &str) -> Result<(), Error> {
-        self.delete(path::NETWORKS, name).await
     }
 
     /// All leased blocks.
@@ -238,11 +228,6 @@ impl Client {
         self.exchange(Method::PATCH, self.url(path::HOSTS, &[name])?, Some(patch)).await.map(drop)
     }
 
-    /// Removes a host, by name or id.
-    pub async fn remove_host(&self, name: &str) -> Result<(), Error> {
-        self.delete(path::HOSTS, name).await
-    }
-
     /// Gives up a retained address, of a network by name or id.
     pub async fn retain_no_more(&self, network: &str, address: IpAddr) -> Result<(), Error> {
         let body = ReleaseClaim { network: network.to_owned(), address, endpoint: None };
@@ -259,19 +244,9 @@ impl Client {
         self.list(path::PEERS).await
     }
 
-    /// One foreign peer, by name or id.
-    pub async fn peer(&self, name: &str) -> Result<Peer, Error> {
-        self.get(path::PEERS, &[name]).await
-    }
-
     /// Joins a foreign peer to a network.
     pub async fn create_peer(&self, spec: &PeerSpec) -> Result<Peer, Error> {
         self.send(Method::POST, self.url(path::PEERS, &[])?, Some(spec)).await
-    }
-
-    /// Removes a foreign peer, by name or id.
-    pub async fn remove_peer(&self, name: &str) -> Result<(), Error> {
-        self.delete(path::PEERS, name).await
     }
 
     /// All join tokens, without their secrets.
@@ -294,11 +269,6 @@ impl Client {
         self.send(Method::POST, self.url(path::TOKENS, &[])?, Some(request)).await
     }
 
-    /// Ends a join token.
-    pub async fn remove_token(&self, id: &str) -> Result<(), Error> {
-        self.delete(path::TOKENS, id).await
-    }
-
     /// All API keys, without their texts.
     pub async fn keys(&self) -> Result<Vec<KeyView>, Error> {
         self.list(path::KEYS).await
@@ -307,11 +277,6 @@ impl Client {
     /// Makes an API key.
     pub async fn create_key(&self, request: &KeyRequest) -> Result<KeyCreated, Error> {
         self.send(Method::POST, self.url(path::KEYS, &[])?, Some(request)).await
-    }
-
-    /// Ends an API key.
-    pub async fn remove_key(&self, name: &str) -> Result<(), Error> {
-        self.delete(path::KEYS, name).await
     }
 
     /// The audit log from a time on; `follow`ed, it goes on with what comes.
@@ -325,8 +290,8 @@ impl Client {
         Ok(Audit { answer: accepted(answer, &at).await?, follow, buffer: Vec::new(), at })
     }
 
-    /// A whole list, page by page.
-    async fn list<T: DeserializeOwned>(&self, collection: &str) -> Result<Vec<T>, Error> {
+    /// All of a collection, page by page.
+    pub(crate) async fn list<T: DeserializeOwned>(&self, collection: &str) -> Result<Vec<T>, Error> {
         let at = self.at();
         let mut url = self.url(collection, &[])?;
         url.query_pairs_mut().append_pair("limit", PAGE);
@@ -353,11 +318,13 @@ impl Client {
         self.settings.server.as_str().trim_end_matches('/').to_owned()
     }
 
-    async fn get<T: DeserializeOwned>(&self, collection: &str, rest: &[&str]) -> Result<T, Error> {
+    /// What is there in a collection under `rest`: one object, by name or id; with nothing, the collection's own answer.
+    pub(crate) async fn get<T: DeserializeOwned>(&self, collection: &str, rest: &[&str]) -> Result<T, Error> {
         self.send(Method::GET, self.url(collection, rest)?, None::<&()>).await
     }
 
-    async fn delete(&self, collection: &str, name: &str) -> Result<(), Error> {
+    /// Takes one of a collection away, by name or id.
+    pub(crate) async fn delete(&self, collection: &str, name: &str) -> Result<(), Error> {
         self.exchange(Method::DELETE, self.url(collection, &[name])?, None::<&()>).await.map(drop)
     }
 

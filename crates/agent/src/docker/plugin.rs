@@ -33,6 +33,7 @@ use tokio::task::JoinSet;
 use super::state::State;
 use super::{DRIVER, Error, NETWORK_KEY, wire};
 use crate::Control;
+use crate::accept::accept;
 use crate::control::LocalEndpoint;
 
 /// The largest body that is read, in bytes. The largest that an engine sends is a container's options: a few KiB.
@@ -76,26 +77,17 @@ impl Socket {
             .with_state(Arc::new(plugin));
         let mut connections = JoinSet::new();
         loop {
-            let accepted = tokio::select! {
-                accepted = self.listener.accept() => accepted,
+            let (stream, _) = tokio::select! {
+                accepted = accept("Docker's plugin socket", || self.listener.accept()) => accepted,
                 Some(_) = connections.join_next() => continue,
             };
-            match accepted {
-                Ok((stream, _)) => {
-                    let service = TowerToHyperService::new(router.clone());
-                    connections.spawn(async move {
-                        let builder = auto::Builder::new(TokioExecutor::new());
-                        if let Err(why) = builder.serve_connection(TokioIo::new(stream), service).await {
-                            tracing::debug!(why = %why, "a connection to Docker's plugin socket ended");
-                        }
-                    });
+            let service = TowerToHyperService::new(router.clone());
+            connections.spawn(async move {
+                let builder = auto::Builder::new(TokioExecutor::new());
+                if let Err(why) = builder.serve_connection(TokioIo::new(stream), service).await {
+                    tracing::debug!(why = %why, "a connection to Docker's plugin socket ended");
                 }
-                Err(why) => {
-                    // Out of file descriptors, most likely: wait for one rather than spin.
-                    tracing::warn!(%why, "Docker's plugin socket cannot accept");
-                    tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-                }
-            }
+            });
         }
     }
 }

@@ -15,7 +15,7 @@ use axum::routing::{any, delete, get, post};
 use model::agent_api::DockerStatus;
 use model::api::{ApiError, ErrorCode};
 use model::{
-    Catalog, Endpoint, EndpointId, EndpointKind, HostId, Mac, Name, Network, NetworkId, NetworkSpec, Object,
+    Catalog, Endpoint, EndpointKind, HostId, Mac, Name, Network, NetworkId, NetworkSpec, Object,
     PublishedPort,
 };
 use serde_json::{Value, json};
@@ -23,7 +23,8 @@ use tokio::sync::watch;
 
 use super::state::State;
 use super::{Config, plugin};
-use crate::control::{BoxFuture, Command, Description, Handed, Lessor, LocalEndpoint, Reply};
+use crate::control::tests::Blocks;
+use crate::control::{Command, Description, Handed, LocalEndpoint, Reply};
 use crate::{Control, View};
 
 /// What the fake reconciler holds.
@@ -37,32 +38,6 @@ pub(super) struct World {
     pub(super) device: Option<fn(&str)>,
 }
 
-struct NoLessor;
-
-impl Lessor for NoLessor {
-    fn lease(&self, _: NetworkId, _: usize) -> BoxFuture<Result<model::Block, ApiError>> {
-        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
-    }
-
-    fn give_back(&self, _: model::Object) -> BoxFuture<Result<(), ApiError>> {
-        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
-    }
-
-    fn claim(
-        &self,
-        _: NetworkId,
-        _: Option<IpAddr>,
-        _: EndpointId,
-        _: bool,
-    ) -> BoxFuture<Result<model::Claim, ApiError>> {
-        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
-    }
-
-    fn retained(&self, _: NetworkId, _: String, _: EndpointId) -> BoxFuture<Result<model::Claim, ApiError>> {
-        Box::pin(async { Err(ApiError::new(ErrorCode::Unavailable, "no server in this test")) })
-    }
-}
-
 /// A control whose other side is `world`, and the sender of its views.
 pub(super) fn control(world: Arc<Mutex<World>>, view: View) -> (Control, watch::Sender<Arc<View>>) {
     let (commands, inbox) = mpsc::channel();
@@ -72,7 +47,8 @@ pub(super) fn control(world: Arc<Mutex<World>>, view: View) -> (Control, watch::
             world.lock().unwrap().take(command);
         }
     });
-    (Control::new(commands, Arc::new(|| {}), seen, Arc::new(NoLessor)), views)
+    let full = || Err(ApiError::new(ErrorCode::Unavailable, "no server in this test"));
+    (Control::new(commands, Arc::new(|| {}), seen, Arc::new(Blocks(full))), views)
 }
 
 fn answer<T>(reply: Reply<T>, result: Result<T, ApiError>) {

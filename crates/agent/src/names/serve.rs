@@ -23,6 +23,7 @@ use tracing::{debug, warn};
 use super::forward::framed;
 use super::message::{Forward, Reaction, Transport, react};
 use super::{Budget, Forwarder, Permit, Zones};
+use crate::accept::accept;
 
 /// Queries under way to others, in all and for one asker.
 const FORWARDS: (usize, usize) = (512, 128);
@@ -161,33 +162,25 @@ async fn serve_streams(listener: tokio::net::TcpListener, desk: Desk) -> Infalli
     let budget = Budget::new(CONNECTIONS.0, CONNECTIONS.1);
     let mut connections = JoinSet::new();
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let (stream, from) = tokio::select! {
+            accepted = accept("DNS over TCP", || listener.accept()) => accepted,
             Some(ended) = connections.join_next() => {
                 report(ended);
                 continue;
             }
         };
-        match accepted {
-            Ok((stream, from)) => {
-                let asker = from.ip().to_canonical();
-                let Some(permit) = budget.take(asker) else {
-                    debug!(%from, "too many connections");
-                    continue;
-                };
-                let desk = desk.clone();
-                connections.spawn(async move {
-                    if let Err(error) = serve_stream(stream, asker, desk).await {
-                        debug!(%from, %error, "connection ended");
-                    }
-                    drop(permit);
-                });
+        let asker = from.ip().to_canonical();
+        let Some(permit) = budget.take(asker) else {
+            debug!(%from, "too many connections");
+            continue;
+        };
+        let desk = desk.clone();
+        connections.spawn(async move {
+            if let Err(error) = serve_stream(stream, asker, desk).await {
+                debug!(%from, %error, "connection ended");
             }
-            Err(error) => {
-                warn!(%error, "DNS over TCP: accepting failed");
-                sleep(PAUSE).await;
-            }
-        }
+            drop(permit);
+        });
     }
 }
 

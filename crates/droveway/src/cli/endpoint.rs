@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use clap::{Args, Subcommand};
 use model::{Endpoint, Name, Protocol};
 
-use super::connection::{Connection, each, unknown};
+use super::connection::Connection;
 use super::exit::Failure;
+use super::kind::{each, unknown};
 use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};

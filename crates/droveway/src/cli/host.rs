@@ -1,17 +1,16 @@
 //! `droveway host`: ls, inspect, label, rm.
 
 use clap::{Args, Subcommand};
-use model::api::{HostPatch, HostView, RefusedCopy};
+use model::api::{HostPatch, HostView, RefusedCopy, path};
 use model::{Candidate, Host, Source};
 
 use super::connection::Connection;
 use super::exit::Failure;
-use super::kind::{Inspect, Kind, explained, inspect, remove};
+use super::kind::{Kind, explained, inspect, remove};
 use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
-use crate::client::{Client, Error};
 
 /// How long before its end the CA's is remarked: three years, in milliseconds.
 const CA_REMARK: u64 = 3 * 365 * 86_400_000;
@@ -101,42 +100,26 @@ impl HostArgs {
                     let known = Names::fetch(&client).await?;
                     Ok(move |view: &HostView| details(view, &known))
                 };
-                inspect::<Hosts, _>(&client, output, &names, described).await
+                inspect::<HostView, _>(&client, output, &names, described).await
             }
             Verb::Label { name, changes } => {
                 let patch = HostPatch { labels: changes.into_iter().collect() };
                 let patched = client.patch_host(&name, &patch).await;
-                explained::<Hosts, _>(&client, &name, patched).await?;
+                explained::<HostView, _>(&client, &name, patched).await?;
                 let host = client.host(&name).await?;
                 output.object(&host, labelled)
             }
-            Verb::Rm { names } => remove::<Hosts>(&client, output, &names).await,
+            Verb::Rm { names } => remove::<HostView>(&client, output, &names).await,
         }
     }
 }
 
-struct Hosts;
-
-impl Kind for Hosts {
+impl Kind for HostView {
     const WHAT: &'static str = "host";
-    type View = HostView;
+    const PATH: &'static str = path::HOSTS;
 
-    async fn all(client: &Client) -> Result<Vec<HostView>, Error> {
-        client.hosts().await
-    }
-
-    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
-        client.remove_host(name).await
-    }
-
-    fn name(view: &HostView) -> String {
-        view.host.name.to_string()
-    }
-}
-
-impl Inspect for Hosts {
-    async fn one(client: &Client, name: &str) -> Result<HostView, Error> {
-        client.host(name).await
+    fn name(&self) -> &str {
+        self.host.name.as_str()
     }
 }
 

@@ -2,7 +2,7 @@
 
 use clap::{Args, Subcommand, ValueEnum};
 use model::Name;
-use model::api::{KeyRequest, KeyView, Role};
+use model::api::{KeyRequest, KeyView, Role, path};
 
 use super::connection::Connection;
 use super::exit::Failure;
@@ -10,7 +10,6 @@ use super::kind::{Kind, remove};
 use super::output::Output;
 use super::table::Table;
 use super::{parse, text};
-use crate::client::{Client, Error};
 
 /// API keys: what people and programs prove themselves with
 #[derive(Debug, Args)]
@@ -95,27 +94,17 @@ impl KeyArgs {
                 Ok(())
             }
             Verb::Ls => output.list(&client.keys().await?, table, "There is no key."),
-            Verb::Rm { names } => remove::<Keys>(&client, output, &names).await,
+            Verb::Rm { names } => remove::<KeyView>(&client, output, &names).await,
         }
     }
 }
 
-struct Keys;
-
-impl Kind for Keys {
+impl Kind for KeyView {
     const WHAT: &'static str = "key";
-    type View = KeyView;
+    const PATH: &'static str = path::KEYS;
 
-    async fn all(client: &Client) -> Result<Vec<KeyView>, Error> {
-        client.keys().await
-    }
-
-    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
-        client.remove_key(name).await
-    }
-
-    fn name(view: &KeyView) -> String {
-        view.name.clone()
+    fn name(&self) -> &str {
+        &self.name
     }
 }
 

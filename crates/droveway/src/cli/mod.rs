@@ -79,26 +79,17 @@ enum Command {
     Server(Box<server::ServerArgs>),
     Agent(agent::AgentArgs),
     Status(status::StatusArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Network(network::NetworkArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Host(host::HostArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Endpoint(endpoint::EndpointArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Tunnel(tunnel::TunnelArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Peer(peer::PeerArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Token(token::TokenArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Key(key::KeyArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Audit(audit::AuditArgs),
     Ipam(ipam::IpamArgs),
     Doctor(doctor::DoctorArgs),
     Completion(completion::CompletionArgs),
-    #[command(subcommand_required = true, arg_required_else_help = true)]
     Lab(lab::cli::LabCommand),
     #[command(flatten)]
     Hidden(lab::hidden::Hidden),

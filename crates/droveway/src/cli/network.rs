@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
+use model::api::path;
 use model::{Driver, Endpoint, Host, HostId, Name, Network, NetworkSpec, Peer};
 
 use super::connection::Connection;
 use super::exit::Failure;
 use super::host::behind_nat;
-use super::kind::{Inspect, Kind, inspect, remove};
+use super::kind::{Kind, inspect, remove};
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
@@ -136,39 +137,23 @@ impl NetworkArgs {
                 )
             }
             Verb::Inspect { names } => {
-                inspect::<Networks, _>(&client, output, &names, async || {
+                inspect::<Network, _>(&client, output, &names, async || {
                     let use_ = Use::fetch(&client).await?;
                     Ok(move |network: &Network| details(network, &use_))
                 })
                 .await
             }
-            Verb::Rm { names } => remove::<Networks>(&client, output, &names).await,
+            Verb::Rm { names } => remove::<Network>(&client, output, &names).await,
         }
     }
 }
 
-struct Networks;
-
-impl Kind for Networks {
+impl Kind for Network {
     const WHAT: &'static str = "network";
-    type View = Network;
+    const PATH: &'static str = path::NETWORKS;
 
-    async fn all(client: &Client) -> Result<Vec<Network>, Error> {
-        client.networks().await
-    }
-
-    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
-        client.remove_network(name).await
-    }
-
-    fn name(network: &Network) -> String {
-        network.name.to_string()
-    }
-}
-
-impl Inspect for Networks {
-    async fn one(client: &Client, name: &str) -> Result<Network, Error> {
-        client.network(name).await
+    fn name(&self) -> &str {
+        self.name.as_str()
     }
 }
 

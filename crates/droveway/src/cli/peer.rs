@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use ipnet::IpNet;
+use model::api::path;
 use model::{Name, Peer, PeerProof, PeerSpec};
 
 use super::connection::Connection;
 use super::exit::{Exit, Failure};
-use super::kind::{Inspect, Kind, inspect, remove};
+use super::kind::{Kind, inspect, remove};
 use super::names::Names;
 use super::output::Output;
 use super::table::{Details, Table};
 use super::{parse, text};
-use crate::client::{Client, Error};
 
 /// The largest file that is read for a secret or a certificate, in bytes.
 const FILE_MAX: u64 = 256 << 10;
@@ -161,39 +161,23 @@ impl PeerArgs {
             }
             Verb::Inspect { names } => {
                 let client = self.connection.open()?;
-                inspect::<Peers, _>(&client, output, &names, async || {
+                inspect::<Peer, _>(&client, output, &names, async || {
                     let names = Names::fetch(&client).await?;
                     Ok(move |peer: &Peer| details(peer, &names))
                 })
                 .await
             }
-            Verb::Rm { names } => remove::<Peers>(&self.connection.open()?, output, &names).await,
+            Verb::Rm { names } => remove::<Peer>(&self.connection.open()?, output, &names).await,
         }
     }
 }
 
-struct Peers;
-
-impl Kind for Peers {
+impl Kind for Peer {
     const WHAT: &'static str = "peer";
-    type View = Peer;
+    const PATH: &'static str = path::PEERS;
 
-    async fn all(client: &Client) -> Result<Vec<Peer>, Error> {
-        client.peers().await
-    }
-
-    async fn remove(client: &Client, name: &str) -> Result<(), Error> {
-        client.remove_peer(name).await
-    }
-
-    fn name(peer: &Peer) -> String {
-        peer.name.to_string()
-    }
-}
-
-impl Inspect for Peers {
-    async fn one(client: &Client, name: &str) -> Result<Peer, Error> {
-        client.peer(name).await
+    fn name(&self) -> &str {
+        self.name.as_str()
     }
 }
 

@@ -11,8 +11,9 @@ use model::api::UnreportedHost;
 use reqwest::Url;
 use server::{EtcdConfig, EtcdUrl, StoreChoice};
 
-use super::connection::{Connection, DATA_DIR, KEY_FILE, PORT, SERVER, each};
+use super::connection::{Connection, DATA_DIR, KEY_FILE, PORT, SERVER};
 use super::exit::{Exit, Failure};
+use super::kind::do_each;
 use super::local;
 use super::log::LogArgs;
 use super::output::{Output, write};
@@ -160,12 +161,7 @@ impl Verb {
             }
             Self::Adopt { connection, without } => {
                 let client = connection.open()?;
-                let (_, result) = each(&without, async |name| match client.remove_unreported(name).await {
-                    Ok(()) => output.done(name),
-                    Err(error) => Err(error.into()),
-                })
-                .await;
-                result?;
+                do_each(output, &without, async |name| Ok(client.remove_unreported(name).await?)).await?;
                 if !without.is_empty() {
                     return Ok(());
                 }

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use clap::{Args, Subcommand};
-use model::api::{TokenCreated, TokenRequest, TokenView};
+use model::api::{TokenCreated, TokenRequest, TokenView, path};
 use reqwest::Url;
 
 use super::connection::{Connection, PORT};
@@ -12,7 +12,6 @@ use super::kind::{Kind, remove};
 use super::output::{Output, write};
 use super::table::Table;
 use super::{local, parse, text};
-use crate::client::{Client, Error};
 
 /// Join tokens: what a new host proves itself with
 #[derive(Debug, Args)]
@@ -82,27 +81,17 @@ impl TokenArgs {
                 let tokens = client.tokens().await?;
                 output.list(&tokens, table, "There is no token; `droveway token create` makes one.")
             }
-            Verb::Rm { ids } => remove::<Tokens>(&client, output, &ids).await,
+            Verb::Rm { ids } => remove::<TokenView>(&client, output, &ids).await,
         }
     }
 }
 
-struct Tokens;
-
-impl Kind for Tokens {
+impl Kind for TokenView {
     const WHAT: &'static str = "token";
-    type View = TokenView;
+    const PATH: &'static str = path::TOKENS;
 
-    async fn all(client: &Client) -> Result<Vec<TokenView>, Error> {
-        client.tokens().await
-    }
-
-    async fn remove(client: &Client, id: &str) -> Result<(), Error> {
-        client.remove_token(id).await
-    }
-
-    fn name(view: &TokenView) -> String {
-        view.id.clone()
+    fn name(&self) -> &str {
+        &self.id
     }
 }
 

@@ -11,9 +11,11 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use model::agent_api::TunnelStatus;
 
-use super::connection::{LocalAgent, each, suggest};
+use super::connection::LocalAgent;
 use super::exit::{Exit, Failure};
+use super::kind::{do_each, or_meant, show_each};
 use super::output::Output;
 use super::{parse, text};
 use crate::client::{AgentSocket, Capture, Error};
@@ -106,62 +108,50 @@ impl TunnelArgs {
                 )
             }
             Verb::Inspect { names } => {
-                let (tunnels, result) = each(&names, async |name| match agent.tunnel(name).await {
-                    Ok(tunnel) => Ok(tunnel),
-                    Err(error) => Err(explain(&agent, error, name).await),
-                })
-                .await;
-                if !tunnels.is_empty() {
-                    let now = text::now();
-                    output.inspect(&tunnels, |tunnel| show::details(tunnel, now))?;
-                }
-                result
+                let one = async |name: &str| explained(&agent, name, agent.tunnel(name).await).await;
+                let details = |tunnel: &TunnelStatus| show::details(tunnel, text::now());
+                show_each(output, &names, one, async || Ok(details)).await
             }
             Verb::Rekey { names } => {
-                let (_, result) = each(&names, async |name| match agent.rekey(name).await {
-                    Ok(()) => output.done(name),
-                    Err(error) => Err(explain(&agent, error, name).await),
-                })
-                .await;
-                result
+                do_each(output, &names, async |name| explained(&agent, name, agent.rekey(name).await).await)
+                    .await
             }
             Verb::Reset { names } => {
-                let (_, result) = each(&names, async |name| match agent.reset(name).await {
-                    Ok(()) => output.done(name),
-                    Err(error) => Err(explain(&agent, error, name).await),
-                })
-                .await;
-                result
+                do_each(output, &names, async |name| explained(&agent, name, agent.reset(name).await).await)
+                    .await
             }
-            Verb::Capture { name, write } => {
-                if write.is_none() && io::stdout().is_terminal() {
-                    let message = "a capture is not for a terminal to show";
-                    let remedy = format!("-w {name}.pcapng, or pipe it: | tcpdump -nr -");
-                    return Err(Failure::new(Exit::Usage, message).remedy(remedy));
-                }
-                let pieces = match agent.capture(&name).await {
-                    Ok(pieces) => pieces,
-                    Err(error) => return Err(explain(&agent, error, &name).await),
-                };
-                let (mut to, place) = destination(write.as_deref())?;
-                let written = until_interrupted(pieces, &mut to).await.map_err(|why| match why {
-                    Broken::Agent(error) => error.into(),
-                    Broken::Write(error) => {
-                        Failure::new(Exit::Internal, format!("cannot write to {place}: {error}"))
-                    }
-                })?;
-                output.remark(&format!("Wrote {written} bytes to {place}."));
-                Ok(())
-            }
+            Verb::Capture { name, write } => capture(&agent, output, &name, write.as_deref()).await,
         }
     }
 }
 
-async fn explain(agent: &AgentSocket, error: Error, name: &str) -> Failure {
-    suggest(error, "tunnel", name, async || {
+/// What came of a request to the agent about the tunnel to `name`: where there is none, with those there are.
+async fn explained<T>(agent: &AgentSocket, name: &str, outcome: Result<T, Error>) -> Result<T, Failure> {
+    or_meant(outcome, "tunnel", name, async || {
         Ok(agent.tunnels().await?.iter().map(|tunnel| tunnel.peer.to_string()).collect())
     })
     .await
+}
+
+async fn capture(
+    agent: &AgentSocket,
+    output: Output,
+    name: &str,
+    write: Option<&Path>,
+) -> Result<(), Failure> {
+    if write.is_none() && io::stdout().is_terminal() {
+        let message = "a capture is not for a terminal to show";
+        let remedy = format!("-w {name}.pcapng, or pipe it: | tcpdump -nr -");
+        return Err(Failure::new(Exit::Usage, message).remedy(remedy));
+    }
+    let pieces = explained(agent, name, agent.capture(name).await).await?;
+    let (mut to, place) = destination(write)?;
+    let written = until_interrupted(pieces, &mut to).await.map_err(|why| match why {
+        Broken::Agent(error) => error.into(),
+        Broken::Write(error) => Failure::new(Exit::Internal, format!("cannot write to {place}: {error}")),
+    })?;
+    output.remark(&format!("Wrote {written} bytes to {place}."));
+    Ok(())
 }
 
 /// Where a capture goes, and what that is called. What travels inside a tunnel is nobody else's to read.

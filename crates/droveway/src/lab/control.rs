@@ -1,21 +1,20 @@
 //! The lab as its users hold it: the command line and tests.
 
-use std::fs::{self, File};
-use std::io::{self, BufRead, BufReader, Write};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Output, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use model::agent_api::Attached;
 use model::api::ApiError;
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 
 use super::daemons::{DEATH_LIMIT, Daemon, outer_pin};
 use super::enter::Door;
+use super::place::{claim, clear, remove_dir};
 use super::process::{tail, wait_for, wait_gone};
 use super::shim::{Answer, Record, RunSpec};
 use super::spec::verb;
@@ -23,9 +22,6 @@ use super::state::{Supervisor, lock, write_json};
 use super::{Kind, LabSpec, Node, Pin, State, UNDERLAY, nat, supervisor};
 use crate::cli::{Exit, Failure};
 use crate::client;
-
-/// How long the kernel may take to empty a cgroup.
-const CLEAN_LIMIT: Duration = Duration::from_secs(5);
 
 /// A lab that is up. Dropping the one that [`Lab::up`] gave takes the lab down, unless [`Lab::keep`] was called.
 #[derive(Debug)]
@@ -483,37 +479,6 @@ impl Drop for Lab {
     }
 }
 
-/// The lab's directory, locked, once nothing lives in it. What was interrupted a moment ago takes itself away.
-fn claim(spec: &LabSpec) -> Result<Flock<File>> {
-    loop {
-        make_dir(spec)?;
-        let held = lock(&spec.dir)?;
-        match Supervisor::load(&spec.dir)? {
-            Some(other) if other.up() => {
-                bail!(
-                    "lab {0} is up already; `{1} down` first, or give another --lab",
-                    spec.name,
-                    verb(spec.name.as_str())
-                )
-            }
-            Some(other) if other.alive() => {
-                drop(held);
-                wait_gone(other.supervisor, DEATH_LIMIT)?;
-                other.init.map_or(Ok(()), |init| wait_gone(init, DEATH_LIMIT))?;
-            }
-            // Its directory may have gone with it.
-            Some(_) | None if fs::metadata(&spec.dir).is_ok_and(|now| same_file(&held, &now)) => {
-                return Ok(held);
-            }
-            Some(_) | None => {}
-        }
-    }
-}
-
-fn same_file(held: &File, now: &fs::Metadata) -> bool {
-    held.metadata().is_ok_and(|held| (held.dev(), held.ino()) == (now.dev(), now.ino()))
-}
-
 /// Why there is no lab to be had in that directory.
 fn not_up(dir: &Path) -> String {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
@@ -525,22 +490,6 @@ fn not_up(dir: &Path) -> String {
     }
 }
 
-/// A directory that only we can read: join token and admin key will be below it.
-fn make_dir(spec: &LabSpec) -> Result<()> {
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true).mode(0o700);
-    // Again, if the last of the other labs took the directory of them all along.
-    let made = builder.create(&spec.dir).or_else(|_| builder.create(&spec.dir));
-    made.with_context(|| format!("cannot make {}", spec.dir.display()))?;
-    let owner = fs::symlink_metadata(&spec.dir)?.uid();
-    ensure!(
-        owner == nix::unistd::geteuid().as_raw(),
-        "{} belongs to user {owner}, who could read the lab's keys; remove it",
-        spec.dir.display()
-    );
-    Ok(())
-}
-
 fn launch(spec: &LabSpec) -> Result<Owned> {
     let log = fs::File::create(spec.dir.join("lab.log"))?;
     let mut command = Command::new(&spec.program);
@@ -549,88 +498,6 @@ fn launch(spec: &LabSpec) -> Result<Owned> {
     let mut child = spawned.with_context(|| format!("cannot run {}", spec.program.display()))?;
     let tie = child.stdin.take().context("the pipe to the lab is not there")?;
     Ok(Owned { child, tie })
-}
-
-/// Removes what is not a process, when nothing can be said of a failure.
-pub(super) fn remove_leftovers(spec: &LabSpec) {
-    // Another that is brought up in its place begins when this one is gone.
-    let _held = lock_soon(&spec.dir);
-    if let Err(error) = clear(spec).and_then(|()| remove_dir(&spec.dir)) {
-        eprintln!("lab {}: something is left: {error:#}", spec.name);
-    }
-}
-
-/// The lock of a lab's directory, if it is to be had within a second: who holds it may wait for us.
-fn lock_soon(dir: &Path) -> Option<Flock<File>> {
-    let mut file = File::open(dir).ok()?;
-    for _ in 0..100 {
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(held) => return Some(held),
-            Err((back, _)) => file = back,
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    None
-}
-
-/// Removes the directory of a lab, and that of all labs if it was the last.
-fn remove_dir(dir: &Path) -> Result<()> {
-    match fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("cannot remove {}", dir.display()));
-        }
-        _ => {}
-    }
-    let of_all = |parent: &&Path| {
-        parent.file_name().is_some_and(|name| name.to_string_lossy().starts_with("droveway-lab"))
-    };
-    let _ = dir.parent().filter(of_all).map(fs::remove_dir);
-    Ok(())
-}
-
-/// Removes what a lab leaves that is not a process: cgroups, the engines' disks, and all below its directory.
-fn clear(spec: &LabSpec) -> Result<()> {
-    remove_cgroups(&spec.cgroup())?;
-    let docker = spec.docker_root();
-    if docker.exists() {
-        fs::remove_dir_all(&docker).with_context(|| format!("cannot remove {}", docker.display()))?;
-        // The directory of all labs goes with the last.
-        let _ = docker.parent().map(fs::remove_dir);
-    }
-    for entry in fs::read_dir(&spec.dir).into_iter().flatten() {
-        let path = entry?.path();
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.with_context(|| format!("cannot remove {}", path.display()))?;
-    }
-    Ok(())
-}
-
-/// Removes a cgroup from every hierarchy (cgroup v2, and each of v1), once the kernel has emptied it.
-fn remove_cgroups(cgroup: &str) -> Result<()> {
-    let base = Path::new("/sys/fs/cgroup");
-    let mut roots = vec![base.to_owned()];
-    roots.extend(fs::read_dir(base).into_iter().flatten().flatten().map(|entry| entry.path()));
-    for root in roots {
-        let path = root.join(cgroup.trim_start_matches('/'));
-        if path.is_dir() {
-            let gone = wait_for(CLEAN_LIMIT, || Ok(remove_tree(&path).is_ok().then_some(())))?;
-            gone.with_context(|| format!("cgroup {} is still in use", path.display()))?;
-            // The one of all labs goes with the last.
-            let _ = path.parent().map(fs::remove_dir);
-        }
-    }
-    Ok(())
-}
-
-/// Cgroups have files that cannot be removed: only the directories go, deepest first.
-fn remove_tree(path: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
-        }
-    }
-    fs::remove_dir(path)
 }
 
 fn split(target: &str) -> (&str, Option<&str>) {

@@ -26,6 +26,7 @@ pub mod hidden;
 mod mounts;
 mod nat;
 mod node;
+mod place;
 mod process;
 mod shim;
 mod spec;

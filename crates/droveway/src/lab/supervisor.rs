@@ -21,7 +21,7 @@ use nix::unistd::{dup2_stdout, getegid, geteuid, sethostname, setsid};
 use super::node::UNDERLAY_BRIDGE;
 use super::process::{hold_sigchld, ip, ourselves, put_down, reap_forever};
 use super::state::{Supervisor, read_json};
-use super::{LabSpec, Pin, control, mounts, nat};
+use super::{LabSpec, Pin, mounts, nat, place};
 
 /// What the inner process prints when the underlay is there.
 pub(super) const READY: &str = "ready";
@@ -52,7 +52,7 @@ pub(super) fn outer(dir: &Path, tied: Option<u32>) -> Result<()> {
 
     if watch(&mut child, &events, tied.is_some())? == End::CallerGone {
         put_down(&mut child);
-        control::remove_leftovers(&spec);
+        place::remove_leftovers(&spec);
     }
     Ok(())
 }

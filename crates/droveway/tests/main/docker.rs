@@ -9,7 +9,7 @@ use droveway::lab::{Daemon, Lab, LabSpec};
 
 use crate::probe;
 use crate::steady::Steady;
-use crate::support::{LIMIT, in_router, lines, says, spec, succeeds, ttl, ttl_of, until};
+use crate::support::{LIMIT, converged, in_router, lines, says, spec, succeeds, ttl, ttl_of, until};
 use crate::watch::{Watched, canary, carried};
 
 pub const IMAGE: &str = "app:test";
@@ -304,9 +304,7 @@ fn agent_and_engine_come_back_in_either_order_and_traffic_on_a_host_never_stops(
     lab.kill_agent("h1").unwrap();
     lab.start_agent("h1").unwrap();
     lab.wait_connected("h1").unwrap();
-    until(LIMIT, "the router is as it should be", || {
-        lab.agent_status("h1").unwrap().routers.iter().all(|router| router.converged)
-    });
+    until(LIMIT, "the router is as it should be", || converged(&lab, "h1"));
     let (sent, received) = steady.end_at(&lab, "h1");
     assert_eq!(sent, received, "while the agent was killed and started");
     assert!(sent > 3);

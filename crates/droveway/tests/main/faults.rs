@@ -6,7 +6,9 @@ use droveway::lab::{Daemon, Lab, SERVER};
 
 use crate::doctor::{findings, well};
 use crate::steady::Steady;
-use crate::support::{LIMIT, Look, idle, idle_in, lab, meet, run_soon, says, succeeds, ttl, until};
+use crate::support::{
+    LIMIT, Look, converged, idle, idle_in, lab, meet, run_soon, says, succeeds, ttl, until,
+};
 
 /// A directory of a node that is on a disk of its own, which is small.
 struct SmallDisk<'a> {
@@ -257,9 +259,7 @@ fn what_an_agent_without_descriptors_cannot_mend_it_mends_when_it_has_some_thoug
     until(LIMIT, "the router is back", || {
         succeeds(&lab, &near.path(), &["ping", "-n", "-c", "1", "-W", "0.3", "10.42.0.1"])
     });
-    until(LIMIT, "and the agent answers", || {
-        lab.agent_status("h1").is_ok_and(|status| status.routers.iter().all(|router| router.converged))
-    });
+    until(LIMIT, "and the agent answers", || converged(&lab, "h1"));
     let lines = log().lines().filter(|line| line.contains("open files") || line.contains("EMFILE")).count();
     assert!(lines < 50, "{lines} lines: it is to pause between its tries, and to say the same once");
 }

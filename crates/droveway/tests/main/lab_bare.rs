@@ -8,7 +8,6 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::mpsc;
-use std::time::Duration;
 
 use droveway::lab::{Lab, LabSpec, Pin, RunSpec};
 use nix::sys::signal::Signal;
@@ -272,7 +271,8 @@ fn a_caller_that_waits() {
     let spec = LabSpec { name: name.parse().unwrap(), ..spec };
     let _lab = Lab::up(spec).unwrap();
     println!("LAB UP");
-    std::thread::sleep(Duration::from_mins(1));
+    // Until it is killed, or the one that started it is gone.
+    std::io::stdin().read_line(&mut String::new()).unwrap();
 }
 
 #[test]
@@ -282,6 +282,7 @@ fn a_lab_ends_with_the_process_that_holds_it_even_if_that_is_killed() {
     let mut caller = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "lab_bare::a_caller_that_waits", "--nocapture"])
         .env("LAB_CALLER", &name)
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

@@ -65,6 +65,12 @@ pub fn until(limit: Duration, what: &str, mut done: impl FnMut() -> bool) -> Dur
     begin.elapsed()
 }
 
+/// Whether a host has routers, and the kernel shows all that should be in them.
+pub fn converged(lab: &Lab, host: &str) -> bool {
+    let routers = lab.agent_status(host).map(|status| status.routers).unwrap_or_default();
+    !routers.is_empty() && routers.iter().all(|router| router.converged)
+}
+
 /// A container that does nothing, in `managed`.
 pub fn idle(name: &str) -> RunSpec {
     RunSpec::new(name, &["sleep", "infinity"]).unwrap()

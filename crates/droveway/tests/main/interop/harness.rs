@@ -80,7 +80,11 @@ fn two_charons_show_what_the_harness_says_of_a_charon() {
     assert_eq!(right.sas("c").len(), 1);
     left.restart();
     left.initiate("c").unwrap();
-    until(LIMIT, "the old SA is replaced", || right.sas("c").iter().all(|sa| sa.unique != first.unique));
+    until(
+        LIMIT,
+        "the old SA is replaced",
+        || matches!(&right.sas("c")[..], [sa] if sa.unique != first.unique),
+    );
     assert!(left.pings("192.168.77.1", "192.168.78.1"));
     // A refusal is in charon's words.
     let wrong = Proof::Psk("incorrect horse".to_owned());

@@ -1,0 +1,85 @@
+//! What others are told of the reconciler: its view, and the chores that follow from it.
+//!
+//! Invariant: no revision is acknowledged before all that it takes away is gone from the kernel.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use model::{NetworkId, Revision};
+use plan::object::Ifname;
+use plan::{Key, Place};
+
+use super::Reconciler;
+use crate::book::Book;
+use crate::chores::Chores;
+use crate::view::{Router, View};
+
+/// How often a busy reconciler tells others what it knows, and the most of its time that this may take: what is told
+/// grows with the network, and an attachment that comes meanwhile waits.
+pub(super) const EVERY: Duration = Duration::from_millis(20);
+const SHARE: u32 = 20;
+
+impl Reconciler {
+    /// Tells it, where something is new and it is time.
+    pub(super) fn publish(&mut self) {
+        if !self.unpublished || self.last_published.elapsed() < self.publish_pause {
+            return;
+        }
+        self.unpublished = false;
+        self.last_published = Instant::now();
+        self.rested = self.book.rested_in().map(|ms| Instant::now() + Duration::from_millis(ms + 1));
+        let view = self.view();
+        let chores = Chores::of(
+            &self.book,
+            &view.routers,
+            |network| self.lingering.contains_key(network),
+            if self.stale || !self.clean { Revision::default() } else { self.book.revision },
+        );
+        self.published.send_replace(Arc::new(view));
+        self.chores.send_replace(Arc::new(chores));
+        self.publish_pause = EVERY.max(self.last_published.elapsed() * SHARE);
+    }
+
+    fn view(&self) -> View {
+        let book = &self.book;
+        let local = book.local_of(None);
+        let routers = self
+            .kernel
+            .routers()
+            .filter_map(|(id, netns)| {
+                let network = book.catalog.networks.get(id)?;
+                let slot = local.routers.get(id).copied()?;
+                let tun = (Place::Router(id.clone()), Key::Link(Ifname::new(plan::TUN)));
+                let tun = self.kernel.state().contains_key(&tun);
+                let router = Router {
+                    netns: netns.to_owned(),
+                    generation: self.generations.get(id).copied().unwrap_or_default(),
+                    address: book.catalog.router_address(id, &book.host),
+                    transit: plan::transit::pair(slot).1,
+                    mtu: plan::network_mtu(&book.catalog, &local, network),
+                    tun: tun.then(|| self.tuns.get(id).copied().unwrap_or_default()),
+                    converged: !self.unconverged.contains(&Place::Router(id.clone())),
+                };
+                Some((id.clone(), router))
+            })
+            .collect();
+        let stranded = stranded(book);
+        let troubles = self.troubles.iter().chain(&self.refused).cloned().chain(stranded).collect();
+        let (tunnels, moves) = (self.tunnels.clone(), self.moves);
+        View { routers, tunnels, troubles, moves, ..View::from_book(book) }
+    }
+}
+
+/// Endpoints of networks that were removed while the server knew nothing of them.
+fn stranded(book: &Book) -> impl Iterator<Item = String> {
+    let gone = |network: &NetworkId| book.epoch.is_some() && !book.catalog.networks.contains_key(network);
+    book.records().filter(move |record| gone(&record.endpoint.network)).map(|record| {
+        let endpoint = &record.endpoint;
+        format!(
+            "{} ({}) is cut off: its network {} was removed while this host was away; stop it, or start it on another",
+            endpoint.name.as_ref().map_or("an endpoint", model::Name::as_str),
+            endpoint.id,
+            endpoint.network
+        )
+    })
+}
