@@ -200,6 +200,9 @@ impl<'a> Router<'a> {
             // Nearly all that comes is handed on: no socket need be looked for before that.
             ("ipv4/ip_early_demux", "0"),
             ("ipv4/icmp_ratelimit", "0"),
+            // Networks are IPv4. A port would have a link-local address of its own, and the kernel look at all ports for each.
+            ("ipv6/conf/all/disable_ipv6", "1"),
+            ("ipv6/conf/default/disable_ipv6", "1"),
             // Frames that are only bridged are the guard's business alone.
             ("bridge/bridge-nf-call-iptables", "0"),
             ("bridge/bridge-nf-call-ip6tables", "0"),

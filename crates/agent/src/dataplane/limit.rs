@@ -1,4 +1,4 @@
-//! How often something may happen: for each source address, and at most once a second.
+//! How often something may happen: for each source address, for all together, and at most once a second.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::IpAddr;
@@ -17,25 +17,47 @@ pub(super) struct PerSource {
     each: u32,
 }
 
-#[derive(Clone, Copy)]
+/// So many events a second, whoever causes them.
+pub(super) struct OfAll {
+    slot: Slot,
+    each: u32,
+}
+
+#[derive(Clone, Copy, Default)]
 struct Slot {
     since: Option<Instant>,
     count: u32,
 }
 
+impl Slot {
+    fn pass(&mut self, each: u32, now: Instant) -> bool {
+        if self.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
+            *self = Self { since: Some(now), count: 0 };
+        }
+        self.count = self.count.saturating_add(1);
+        self.count <= each
+    }
+}
+
+impl OfAll {
+    pub fn new(each: u32) -> Self {
+        Self { slot: Slot::default(), each }
+    }
+
+    /// Whether one more may pass.
+    pub fn pass(&mut self, now: Instant) -> bool {
+        self.slot.pass(self.each, now)
+    }
+}
+
 impl PerSource {
     pub fn new(each: u32) -> Self {
-        Self { slots: vec![Slot { since: None, count: 0 }; SLOTS].into(), hasher: RandomState::new(), each }
+        Self { slots: vec![Slot::default(); SLOTS].into(), hasher: RandomState::new(), each }
     }
 
     /// Whether one more may pass.
     pub fn pass(&mut self, source: IpAddr, now: Instant) -> bool {
-        let slot = &mut self.slots[self.hasher.hash_one(source) as usize % SLOTS];
-        if slot.since.is_none_or(|since| now.saturating_duration_since(since) >= WINDOW) {
-            *slot = Slot { since: Some(now), count: 0 };
-        }
-        slot.count = slot.count.saturating_add(1);
-        slot.count <= self.each
+        self.slots[self.hasher.hash_one(source) as usize % SLOTS].pass(self.each, now)
     }
 }
 
@@ -77,6 +99,9 @@ mod tests {
         let others = (2..=200).filter(|last| limit.pass(source(*last), start)).count();
         assert!(others > 150, "only who shares a slot with others is held back: {others} of 199");
         assert_eq!(passed(&mut limit, start + WINDOW), 3);
+        let mut all = OfAll::new(3);
+        assert_eq!((0..10).filter(|_| all.pass(start)).count(), 3);
+        assert!(all.pass(start + WINDOW));
     }
 
     #[test]

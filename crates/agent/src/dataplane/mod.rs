@@ -22,7 +22,8 @@ mod transmit;
 mod tuning;
 mod watch;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
@@ -213,6 +214,12 @@ impl Dataplane {
     pub fn set_ike_sockets(&self, sockets: Sockets) {
         let ports = Arc::new(sockets.into());
         self.change(|state| State { ike: ports, ..state.clone() });
+    }
+
+    /// Where peers may come from, as far as that is known: they begin IKE however many strangers do.
+    pub fn set_expected(&self, addresses: BTreeSet<IpAddr>) {
+        let expected = Arc::new(addresses);
+        self.change(|state| State { expected, ..state.clone() });
     }
 
     /// Moves packets of this device from now on, by one queue for each worker. A flow stays with one of them: the kernel

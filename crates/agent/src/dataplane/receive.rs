@@ -16,7 +16,7 @@ use packet::merge::{Merged, Merger, Offloads};
 use packet::{ip, protocol};
 
 use crate::dataplane::count::{Counts, Reason};
-use crate::dataplane::limit::PerSource;
+use crate::dataplane::limit::{OfAll, PerSource};
 use crate::dataplane::state::{Device, Origin, Peer, Ports, Shared, State};
 use crate::dataplane::tuning::RECEIVE_MAX;
 use crate::dataplane::watch::{Waker, Watch, Work};
@@ -31,6 +31,13 @@ const PIECES: usize = 66;
 const PIECES_MAX: usize = 514;
 /// IKE datagrams a second from one address: many hosts behind one NAT may come back at once.
 const IKE_EACH: u32 = 256;
+/// First requests of IKE a second from where no peer is expected, those without a cookie: more than are answered.
+const IKE_STRANGERS: u32 = 256;
+/// Where the responder's SPI lies in a message of IKE, and what the first payload is (RFC 7296 §3.1).
+const RESPONDER_SPI: std::ops::Range<usize> = 8..16;
+const NEXT_PAYLOAD: usize = 16;
+/// A notification: in a first request, a cookie that it was asked for (RFC 7296 §2.6).
+const NOTIFY: u8 = 41;
 /// ICMP echo replies (RFC 792, RFC 4443 §4.2), and the bytes before their data.
 const ECHO_REPLY_V4: u8 = 0;
 const ECHO_REPLY_V6: u8 = 129;
@@ -55,6 +62,7 @@ struct Inner {
     worker: usize,
     merger: Merger,
     ike: PerSource,
+    strangers: OfAll,
     unknown: PerSource,
 }
 
@@ -95,6 +103,7 @@ impl Receiver {
                 worker,
                 merger: Merger::new(BATCH, Offloads { tcp: false, udp: false }),
                 ike: PerSource::new(IKE_EACH),
+                strangers: OfAll::new(IKE_STRANGERS),
                 unknown: PerSource::new(1),
             },
         })
@@ -176,12 +185,13 @@ impl Inner {
             (start..end).step_by(stride).map(move |at| (message, at..end.min(at + stride)))
         });
         for (message, range) in datagrams {
-            let kind = if ike { Kind::Ike(&[]) } else { encap::classify(&bytes[range.clone()]) };
+            let datagram = &bytes[range.clone()];
+            let kind = if ike { Kind::Ike(datagram) } else { encap::classify(datagram) };
             let spi = match kind {
                 Kind::Esp(spi) => spi,
                 Kind::Keepalive => continue,
-                Kind::Ike(_) => {
-                    self.take_ike(shared, message, &bytes[range]);
+                Kind::Ike(header) => {
+                    self.take_ike(shared, state, message, datagram, begins(header));
                     continue;
                 }
                 Kind::Runt => {
@@ -226,8 +236,19 @@ impl Inner {
     }
 
     #[cold]
-    fn take_ike(&mut self, shared: &Shared, message: &Received, datagram: &[u8]) {
-        if self.ike.pass(message.path.remote.ip(), Instant::now()) {
+    fn take_ike(
+        &mut self,
+        shared: &Shared,
+        state: &State,
+        message: &Received,
+        datagram: &[u8],
+        begins: bool,
+    ) {
+        let (from, now) = (message.path.remote.ip(), Instant::now());
+        // A flood of them costs a look here, and the threads that answer nothing.
+        let mut may_begin =
+            || !begins || state.expected.contains(&from.to_canonical()) || self.strangers.pass(now);
+        if self.ike.pass(from, now) && may_begin() {
             let signal = Signal::Ike { path: message.path, payload: datagram.to_vec() };
             shared.signal(signal, &shared.drops.receive);
         } else {
@@ -265,6 +286,11 @@ impl Inner {
             }
         }
     }
+}
+
+/// Whether a message of IKE is a first request that brings no cookie.
+fn begins(message: &[u8]) -> bool {
+    message.get(RESPONDER_SPI) == Some(&[0; 8]) && message.get(NEXT_PAYLOAD) != Some(&NOTIFY)
 }
 
 fn write_one<const N: usize>(queue: &tun::Queue, merged: &Merged<'_>, bytes: &[u8]) -> std::io::Result<bool> {

@@ -1,7 +1,7 @@
 //! What control tells the threads: an immutable state, replaced whole.
 
-use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -48,6 +48,8 @@ pub(super) struct State {
     pub peers: HashMap<PeerIndex, Arc<Peer>>,
     /// Port 500, while it is open.
     pub ike: Arc<Ports>,
+    /// Where peers may come from, as far as that is known.
+    pub expected: Arc<BTreeSet<IpAddr>>,
 }
 
 /// A TUN device.

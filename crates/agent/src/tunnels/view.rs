@@ -42,7 +42,9 @@ impl Engine {
                 self.configure(far, tunnel, now);
             }
         }
-        self.endpoint.expect(wanted.values().flat_map(Tunnel::sources).collect());
+        let expected: BTreeSet<_> = wanted.values().flat_map(Tunnel::sources).collect();
+        self.dataplane.set_expected(expected.clone());
+        self.endpoint.expect(expected);
         self.routes = self.find_routes();
         self.open_port_500();
     }

@@ -1,6 +1,6 @@
 //! What must not pass, what does not fit, and what comes from anywhere.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -312,6 +312,57 @@ fn thousands_of_garbage_datagrams_are_counted_and_nothing_else_happens() {
         );
         a.sh("ping -c 3 -i 0.2 -W 2 10.42.2.1");
     });
+}
+
+#[test]
+fn of_strangers_that_begin_few_are_heard_a_second_and_all_that_are_expected_or_bring_a_cookie() {
+    sandbox::run(
+        "trouble::of_strangers_that_begin_few_are_heard_a_second_and_all_that_are_expected_or_bring_a_cookie",
+        |dir| {
+            let Pair { a, b } = pair(dir);
+            // The marker, SPIs, the kind of the first payload, and the rest.
+            let message = |first: u8| {
+                let mut bytes = [7; 32];
+                bytes[..4].fill(0);
+                bytes[12..20].fill(0);
+                bytes[20] = first;
+                bytes
+            };
+            // 80 each: three that are counted as one may do so.
+            let few = 256 * b.path.workers();
+            let count = u8::try_from(2 * few / 80).unwrap();
+            let addresses = |kind: u8| (0..count).map(move |n| IpAddr::from([198, 51, 100 + kind, n]));
+            b.host.run(|| sh("ip route add 198.51.0.0/16 via 192.0.2.11")).unwrap();
+            let begin = |kind: u8, first: u8| {
+                b.signals();
+                let dropped = b.dropped_in_all("ike_rate");
+                let (mut sent, mut heard) = (0, 0);
+                for address in addresses(kind) {
+                    let bound = || {
+                        sh(&format!("ip addr add {address}/32 dev lo"));
+                        UdpSocket::bind((address, 0)).unwrap()
+                    };
+                    let socket = a.host.run(bound).unwrap();
+                    for _ in 0..80 {
+                        sent += usize::from(socket.send_to(&message(first), ("192.0.2.2", PORT)).is_ok());
+                    }
+                }
+                eventually("all have come", || {
+                    let signals = b.signals();
+                    heard += signals.iter().filter(|it| matches!(it, Signal::Ike { .. })).count();
+                    heard + (b.dropped_in_all("ike_rate") - dropped) as usize == sent
+                });
+                assert_eq!(sent, 80 * usize::from(count));
+                heard
+            };
+            let (all, heard) = (80 * usize::from(count), begin(0, 33));
+            assert!(heard >= 200 && heard < all, "of strangers {heard} of {all}");
+            assert_eq!(begin(1, 41), all, "with a cookie");
+            b.path.set_expected(addresses(2).collect());
+            assert_eq!(begin(2, 33), all, "expected");
+            a.sh("ping -c 1 -W 2 10.42.2.1");
+        },
+    );
 }
 
 #[test]
