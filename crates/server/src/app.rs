@@ -179,7 +179,7 @@ fn store_fault(error: &StoreError) -> ApiError {
         | StoreError::Unreachable(_)
         | StoreError::Unknown(_)
         | StoreError::Refused(_)
-        | StoreError::Closed => error.to_string(),
+        | StoreError::Closed(_) => error.to_string(),
     };
     ApiError::new(ErrorCode::Unavailable, message)
 }
