@@ -123,11 +123,12 @@ impl App {
                     }
                 }
             };
+            let changes = !txn.success.is_empty();
             let begun = Instant::now();
             let outcome = self.store.txn(txn).await;
             self.upkeep.stored(begun, &outcome);
             let outcome = outcome.map_err(|error| store_fault(&error))?;
-            if outcome.succeeded {
+            if outcome.succeeded && changes {
                 request::made(outcome.revision);
             }
             self.reach(outcome.revision).await?;
