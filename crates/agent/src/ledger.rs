@@ -2,6 +2,8 @@
 //!
 //! An SQLite file in WAL mode. What an attach or detach depends on is on disk before the kernel is touched
 //! (`synchronous=FULL`: the commit waits for fsync); the snapshot, which the server has anyway, does not wait.
+//! Addresses that rest because the snapshot lost their claims are written with it: what a loss of power takes away the
+//! server tells again, and they rest again.
 //!
 //! Invariant: what was written by a call that returned is there after a power loss, or the call concerned the
 //! snapshot only.
@@ -429,13 +431,14 @@ impl Ledger {
         })
     }
 
-    /// Replaces the snapshot.
+    /// Replaces the snapshot, and notes what rests since then.
     pub fn set_snapshot(
         &mut self,
         epoch: &Epoch,
         revision: Revision,
         domain: &str,
         catalog: &Catalog,
+        resting: &[(NetworkId, IpAddr, UnixMillis)],
     ) -> Result<(), LedgerError> {
         self.write(false, |tx| {
             tx.execute("DELETE FROM object", [])?;
@@ -450,14 +453,22 @@ impl Ledger {
             ] {
                 tx.execute("INSERT OR REPLACE INTO meta VALUES (?1, ?2)", [key, &value])?;
             }
-            Ok(())
+            resting.iter().try_for_each(|(network, address, since)| release(tx, network, *address, *since))
         })
     }
 
-    /// Brings the snapshot forward.
-    pub fn apply(&mut self, revision: Revision, changes: &[Change]) -> Result<(), LedgerError> {
+    /// Brings the snapshot forward. Addresses whose claims are gone rest from `now` on.
+    pub fn apply(
+        &mut self,
+        revision: Revision,
+        changes: &[Change],
+        now: UnixMillis,
+    ) -> Result<(), LedgerError> {
         self.write(false, |tx| {
             for change in changes {
+                if let Change::Delete(Key::Claim(network, address)) = change {
+                    release(tx, network, *address, now)?;
+                }
                 match change {
                     Change::Put(object) => tx
                         .prepare_cached("INSERT OR REPLACE INTO object VALUES (?1, ?2)")?
@@ -629,9 +640,9 @@ mod tests {
         ledger.set_identity(&identity("the first private key")).unwrap();
         let object = Object::Peer(peer);
         let key = object.key();
-        ledger.apply(Revision(1), &[Change::Put(object)]).unwrap();
+        ledger.apply(Revision(1), &[Change::Put(object)], 0).unwrap();
         assert!(has("the secret of the office") && has("the first private key"));
-        ledger.apply(Revision(2), &[Change::Delete(key)]).unwrap();
+        ledger.apply(Revision(2), &[Change::Delete(key)], 0).unwrap();
         ledger.wipe().unwrap();
         assert!(!has("the secret of the office"));
         ledger.set_identity(&identity("another private key")).unwrap();

@@ -123,11 +123,12 @@ impl App {
                     }
                 }
             };
+            let changes = !txn.success.is_empty();
             let begun = Instant::now();
             let outcome = self.store.txn(txn).await;
             self.upkeep.stored(begun, &outcome);
             let outcome = outcome.map_err(|error| store_fault(&error))?;
-            if outcome.succeeded {
+            if outcome.succeeded && changes {
                 request::made(outcome.revision);
             }
             self.reach(outcome.revision).await?;
@@ -179,7 +180,7 @@ fn store_fault(error: &StoreError) -> ApiError {
         | StoreError::Unreachable(_)
         | StoreError::Unknown(_)
         | StoreError::Refused(_)
-        | StoreError::Closed => error.to_string(),
+        | StoreError::Closed(_) => error.to_string(),
     };
     ApiError::new(ErrorCode::Unavailable, message)
 }

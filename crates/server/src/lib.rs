@@ -148,6 +148,17 @@ pub enum Error {
     /// An etcd that cannot be the store.
     #[error("store {0}: {1}")]
     Etcd(String, OpenEtcdError),
+    /// An etcd that knows less than it did.
+    #[error(
+        "{0} went back to an earlier state than this server has seen: it was put back from a snapshot of its own, and does not \
+         know what hosts hold since then. Stop all servers, begin a new life with what is there by `droveway server backup \
+         FILE` and `droveway server restore FILE --force`, both with this --store, or restore an older backup so, and start \
+         them again"
+    )]
+    SetBack(String),
+    /// The store ended under the server.
+    #[error("the store ended: {0}; look at the log, and start the server again")]
+    Ended(String),
     /// A file with foreign content.
     #[error("{0} cannot be understood; restore it from a backup")]
     Unreadable(PathBuf),

@@ -2,7 +2,7 @@
 //!
 //! The layer [`around`] every handler gives each request an id, counts and times it, and has it written to the audit log
 //! where it was refused or changed nothing. What it changes comes there by way of the store ([`crate::outbox`]), with the
-//! [`entry`] of the request. Handlers and extractors tell what they find by [`about`], [`by`] and [`made`], without being
+//! [`entry`] of the request, also where it is refused in the end. Handlers and extractors tell what they find by [`about`], [`by`] and [`made`], without being
 //! handed anything.
 //!
 //! Invariant: no answer leaves without an id, and none to a person before its line is on disk.
@@ -150,18 +150,20 @@ pub(crate) async fn around(State(app): State<Arc<App>>, request: Request, next: 
     let made = Revision(call.revision.load(Ordering::Relaxed));
     // What agents tell is what containers do: it is written in order, and nobody waits for the disk.
     let waits = who.is_some_and(|who| !matches!(who, Who::Host(..)));
-    match refusal {
-        None if made > Revision::default() && waits => app.outbox.has(made).await,
-        None if made > Revision::default() => {}
-        _ if who.is_some_and(|who| is_kept(&method, who, refusal)) => {
-            if let Some(entry) = call.entry() {
-                let line = app.upkeep.audit.write(Line::without_change(entry, refusal)).await;
-                if waits {
-                    line.written().await;
-                }
-            }
+    let changed = made > Revision::default();
+    // What the server has not heard of, since it does not follow its store, it cannot write yet.
+    if changed && waits && app.shared.read().revision >= made {
+        app.outbox.has(made).await;
+    }
+    let tells_more = refusal.is_some() || !changed;
+    if tells_more
+        && who.is_some_and(|who| is_kept(&method, who, refusal))
+        && let Some(entry) = call.entry()
+    {
+        let line = app.upkeep.audit.write(Line::without_change(entry, refusal)).await;
+        if waits {
+            line.written().await;
         }
-        _ => {}
     }
     answer
 }
@@ -213,7 +215,60 @@ pub(crate) fn asked_in_a_test<T>(act: impl FnOnce() -> T) -> T {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use axum::Router;
+    use axum::body::Body;
+    use axum::routing::post;
+    use hyper::service::Service;
+    use hyper_util::service::TowerToHyperService;
+    use model::EnvironmentId;
+    use model::api::{AuditEntry, Outcome};
+    use tokio::sync::oneshot;
+
     use super::*;
+    use crate::api::nat_tests::Api;
+    use crate::app::Plan;
+    use crate::keys::Keys;
+    use crate::store::{Op, Txn};
+
+    /// Changes something, and then finds that it cannot do what it was asked.
+    async fn half(State(app): State<Arc<App>>) -> Response {
+        by(Who::Key("alice".into()));
+        let environment = EnvironmentId::default();
+        let change =
+            Txn::new(vec![], vec![Op::Put(Keys(&environment).server("x"), b"{\"urls\":[]}".to_vec())]);
+        app.change(&environment, |_, _| Ok(Plan::Commit(change.clone(), ()))).await.unwrap();
+        response(ApiError::new(ErrorCode::Conflict, "not all of it"))
+    }
+
+    #[tokio::test]
+    async fn a_refused_request_that_changed_something_is_answered_when_the_log_has_that_too() {
+        let api = Api::open().await;
+        let app = api.app.clone();
+        let layer = axum::middleware::from_fn_with_state(app.clone(), around);
+        let router = Router::new().route("/half", post(half)).with_state(app.clone()).layer(layer);
+        let request = Request::post("/half").body(Body::empty()).unwrap();
+        let mut answer = std::pin::pin!(TowerToHyperService::new(router).call(request));
+        let early = tokio::time::timeout(Duration::from_millis(500), answer.as_mut()).await;
+        assert!(early.is_err(), "it is answered, and its change is not in the log");
+        let (ended, end) = oneshot::channel::<()>();
+        let write = app.outbox.run(&app.shared, &app.upkeep.audit, end);
+        let (status, ()) = tokio::join!(
+            async {
+                let status = answer.await.unwrap().status();
+                drop(ended);
+                status
+            },
+            write
+        );
+        assert_eq!(status.as_u16(), ErrorCode::Conflict.status());
+        let lines = app.upkeep.audit.reader(0).read().unwrap();
+        let lines: Vec<AuditEntry> =
+            lines.split(|byte| *byte == b'\n').filter_map(|line| serde_json::from_slice(line).ok()).collect();
+        let told: Vec<_> = lines.iter().map(|line| (line.outcome, line.revision.is_some())).collect();
+        assert_eq!(told, [(Outcome::Done, true), (Outcome::Refused, false)]);
+    }
 
     #[test]
     fn an_id_is_taken_over_if_it_is_plain_and_short() {

@@ -21,7 +21,7 @@ use crate::files::{self, DataDir};
 use crate::keys::{ApiKey, Keys, Urls, put};
 use crate::outbox::Outbox;
 use crate::state::{Shared, State, feed};
-use crate::store::{Compare, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
+use crate::store::{Compare, Ended, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
 use crate::upkeep::Upkeep;
 use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls};
@@ -45,6 +45,7 @@ pub async fn run(
     config.urls.iter().try_for_each(|url| check_url(url))?;
     let data = DataDir::open(&config.data_dir)?;
     let store = open_store(&data, &config.store).await?;
+    let epoch = store.epoch();
     let environment = EnvironmentId::default();
     let limits = config.limits.clone().fit();
     let keys = Keys(&environment);
@@ -82,12 +83,12 @@ pub async fn run(
     let app = Arc::new(App::new(store, shared, ca, (config.domain, config.retain), name, upkeep, outbox));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
-    let mut store_ended = false;
+    let mut store_ended = None;
     let end = async {
         tokio::select! {
             () = shutdown => {}
             // It follows the store for as long as there is one.
-            _ = &mut feeder => store_ended = true,
+            why = &mut feeder => store_ended = Some(why.unwrap_or(Ended::Gone)),
         }
     };
     let (serving, served) = tokio::sync::oneshot::channel::<()>();
@@ -101,16 +102,14 @@ pub async fn run(
     };
     // Lines on their way into the log get there, and are known to be there.
     tokio::join!(serve, app.outbox.run(&app.shared, &app.upkeep.audit, served));
-    if !store_ended {
+    if store_ended.is_none() {
         presence::note(&app, &environment).await;
     }
     // What cannot be written now is written at the next start.
     app.outbox.write(&app.shared, &app.upkeep.audit).await;
     drop(app);
-    if store_ended {
-        return Err(Error::Store(
-            "the store ended; look at the log for why, and start the server again".into(),
-        ));
+    if let Some(why) = store_ended {
+        return Err(ended(&data, &config.store, &epoch, why));
     }
     feeder.abort();
     // The feeder holds the store: its file is closed when the feeder is gone, and the lock only after that.
@@ -148,9 +147,29 @@ async fn open_store(data: &DataDir, choice: &StoreChoice) -> Result<Arc<dyn Stor
             Ok(Arc::new(store.map_err(|error| Error::Store(error.to_string()))?))
         }
         StoreChoice::Etcd(config) => {
-            let store = EtcdStore::open(config, epoch).await;
-            Ok(Arc::new(store.map_err(|error| Error::Etcd(config.url.to_string(), error))?))
+            let fault = |error| Error::Etcd(config.url.to_string(), error);
+            if let Some(set_back) = data.read(files::SET_BACK)? {
+                // Another life was begun, or whoever starts this server again and again makes nothing right.
+                let known = EtcdStore::existing(config).await.map_err(fault)?;
+                if known.is_none_or(|known| known.epoch().to_string() == set_back.trim()) {
+                    return Err(Error::SetBack(choice.to_string()));
+                }
+            }
+            Ok(Arc::new(EtcdStore::open(config, epoch).await.map_err(fault)?))
         }
+    }
+}
+
+/// Why the server cannot go on. An etcd that was set back is remembered: nobody may serve that life of it any more.
+fn ended(data: &DataDir, store: &StoreChoice, epoch: &Epoch, why: Ended) -> Error {
+    match why {
+        Ended::SetBack { .. } => {
+            if let Err(error) = data.write(files::SET_BACK, &format!("{epoch}\n")) {
+                tracing::error!(%error, "do not start this server again before its store was restored");
+            }
+            Error::SetBack(store.to_string())
+        }
+        Ended::Replaced | Ended::Gone => Error::Ended(why.to_string()),
     }
 }
 

@@ -19,7 +19,7 @@ use crate::incarnation::Life;
 use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
 use crate::outbox::Entry;
 use crate::presence::Noted;
-use crate::store::{Batch, Event, KeyValue, Store, StoreError};
+use crate::store::{Batch, Ended, Event, KeyValue, Store, StoreError};
 
 /// How many changes of objects are remembered for watches that are behind.
 pub(crate) const REMEMBERED: usize = 16_384;
@@ -495,11 +495,10 @@ impl Shared {
     }
 }
 
-/// Keeps the state true to the store, for as long as the store lives.
-pub(crate) async fn feed(store: Arc<dyn Store>, shared: Arc<Shared>) {
+/// Keeps the state true to the store, for as long as the store lives; why that ended.
+pub(crate) async fn feed(store: Arc<dyn Store>, shared: Arc<Shared>) -> Ended {
     loop {
         let error = match follow(&*store, &shared).await {
-            StoreError::Closed => return,
             StoreError::Compacted { .. } => match State::load(&*store).await {
                 Ok(state) => {
                     shared.change(|old| *old = state);
@@ -507,10 +506,13 @@ pub(crate) async fn feed(store: Arc<dyn Store>, shared: Arc<Shared>) {
                 }
                 Err(error) => error,
             },
-            StoreError::Lagged => continue,
             error => error,
         };
-        tracing::error!(%error, "the store cannot be followed; trying again");
+        match error {
+            StoreError::Closed(why) => return why,
+            StoreError::Lagged => continue,
+            error => tracing::error!(%error, "the store cannot be followed; trying again"),
+        }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
@@ -534,7 +536,32 @@ mod tests {
     use model::Epoch;
 
     use super::*;
-    use crate::store::{Op, SqliteStore, Txn};
+    use crate::store::{Answer, Op, Outcome, SqliteStore, Txn, Watcher};
+
+    /// A store that has forgotten what its reader missed, and that ended meanwhile.
+    struct Over;
+
+    impl Store for Over {
+        fn epoch(&self) -> Epoch {
+            Epoch::from_random([1; 8])
+        }
+        fn range(&self, _: &str) -> Answer<'_, (Revision, Vec<KeyValue>)> {
+            Box::pin(async { Err(StoreError::Closed(Ended::Replaced)) })
+        }
+        fn txn(&self, _: Txn) -> Answer<'_, Outcome> {
+            Box::pin(async { Err(StoreError::Closed(Ended::Replaced)) })
+        }
+        fn watch(&self, _: &str, asked: Revision) -> Answer<'_, Watcher> {
+            Box::pin(async move { Err(StoreError::Compacted { asked, oldest: Revision(9) }) })
+        }
+    }
+
+    #[tokio::test]
+    async fn the_feed_ends_with_its_store_wherever_it_hears_of_that() {
+        let shared = Arc::new(Shared::new(State::default()));
+        let feed = tokio::time::timeout(Duration::from_secs(20), feed(Arc::new(Over), shared));
+        assert_eq!(feed.await.expect("it goes on"), Ended::Replaced);
+    }
 
     #[tokio::test]
     async fn a_state_that_is_behind_the_kept_log_is_read_anew() {

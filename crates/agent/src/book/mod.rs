@@ -27,7 +27,9 @@ use model::{
 };
 
 use crate::control::LocalEndpoint;
+use crate::ipam::rests;
 use crate::ledger::{Identity, Ledger, LedgerError, Record};
+use crate::now_millis;
 
 /// The books.
 pub(crate) struct Book {
@@ -69,7 +71,7 @@ pub(crate) struct Book {
 
 /// When it was by [`Book::clock`] that began just now. A clock that was set back makes it now; an hour and more is all one.
 fn before(at: UnixMillis) -> i64 {
-    -i64::try_from(crate::now_millis().saturating_sub(at)).unwrap_or(i64::MAX)
+    -i64::try_from(now_millis().saturating_sub(at)).unwrap_or(i64::MAX)
 }
 
 /// What tells a namespace from others: device and inode of its file.
@@ -272,7 +274,11 @@ impl Book {
     fn take_in(&mut self, message: Watch) -> Result<(), LedgerError> {
         match message {
             Watch::Snapshot { epoch, revision, domain, objects, .. } => {
-                self.catalog = Catalog::from_objects(objects);
+                let before = std::mem::replace(&mut self.catalog, Catalog::from_objects(objects));
+                // As if each had been told.
+                let gone = before.claims.into_keys().filter(|name| !self.catalog.claims.contains_key(name));
+                let now = self.clock();
+                self.released.extend(gone.map(|name| (name, now)));
                 self.epoch = Some(epoch);
                 self.revision = revision;
                 self.withdrawal = revision;
@@ -281,7 +287,8 @@ impl Book {
                 self.compare_all();
             }
             Watch::Delta { revision, changes } => {
-                let written = if self.behind { Ok(()) } else { self.ledger.apply(revision, &changes) };
+                let written =
+                    if self.behind { Ok(()) } else { self.ledger.apply(revision, &changes, now_millis()) };
                 self.revision = revision;
                 let now = self.clock();
                 for change in changes {
@@ -329,7 +336,12 @@ impl Book {
     /// Writes the snapshot whole, if the ledger missed something of it.
     fn catch_up(&mut self) -> Result<(), LedgerError> {
         if let Some(epoch) = self.epoch.as_ref().filter(|_| self.behind) {
-            self.ledger.set_snapshot(epoch, self.revision, &self.domain, &self.catalog)?;
+            let (clock, now) = (self.clock(), now_millis());
+            let since = |at: i64| now.saturating_sub((clock - at).unsigned_abs());
+            let resting = self.released.iter().filter(|(_, at)| rests(**at, clock));
+            let resting: Vec<_> =
+                resting.map(|((network, address), at)| (network.clone(), *address, since(*at))).collect();
+            self.ledger.set_snapshot(epoch, self.revision, &self.domain, &self.catalog, &resting)?;
             self.behind = false;
         }
         Ok(())

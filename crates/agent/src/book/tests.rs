@@ -267,3 +267,47 @@ fn an_address_that_goes_back_stays_let_go_of_when_what_was_asked_for_it_is_grant
         );
     }
 }
+
+#[test]
+fn an_address_rests_after_another_hosts_claim_is_gone_also_when_the_agent_starts_again() {
+    let far =
+        Claim { host: HostId::from_random([9; 8]), address: "10.42.64.9".parse().unwrap(), ..retained(0) };
+    let key = Key::Claim(far.network.clone(), far.address);
+    let put = Change::Put(Object::Claim(far.clone()));
+    let delta = |revision, change: &Change| Watch::Delta {
+        revision: Revision(revision),
+        changes: vec![change.clone()],
+    };
+    let snapshot = |revision| Watch::Snapshot {
+        epoch: "abcdefghij".parse().unwrap(),
+        revision: Revision(revision),
+        environment: "default".parse().unwrap(),
+        host: host(),
+        domain: "droveway.internal".to_owned(),
+        objects: vec![Object::Network(network()), Object::Block(block("10.42.64.0/26"))],
+    };
+    for how in ["a delta", "a delta that the disk did not take at first", "a snapshot without it"] {
+        let directory = tempfile::tempdir().unwrap();
+        let mut book = book(directory.path());
+        book.watch(delta(2, &put)).unwrap();
+        match how {
+            "a delta" => book.watch(delta(3, &Change::Delete(key.clone()))).unwrap(),
+            "a snapshot without it" => book.watch(snapshot(3)).unwrap(),
+            _ => {
+                book.ledger.refuse_writes(true);
+                book.watch(delta(3, &Change::Delete(key.clone()))).unwrap_err();
+                book.ledger.refuse_writes(false);
+                book.watch(Watch::Heartbeat { revision: Revision(3) }).unwrap();
+            }
+        }
+        for mut book in [open_copy(directory.path()), book] {
+            assert_eq!(book.resting(), [(far.network.clone(), far.address)], "{how}");
+            let mut given = 0;
+            while let Ok(address) = book.reserve(&far.network, None) {
+                assert_ne!(address, far.address, "{how}: others may still send to the host that had it");
+                given += 1;
+            }
+            assert!(given > 50, "{given}");
+        }
+    }
+}

@@ -33,6 +33,7 @@ mod mended;
 mod nat;
 mod outside;
 mod probe;
+mod put_back;
 mod red;
 mod refused;
 mod rekeys;

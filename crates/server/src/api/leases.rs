@@ -64,6 +64,7 @@ pub(super) async fn lease(
         .change(&agent.environment, |env, revision| {
             let network = find(env, &asked.network)?;
             let name = network.name.clone();
+            request::about(|| format!("a block of network {:?}", name.as_str()));
             Ok(match ipam::lease(keys, env, revision, network, &agent.host, asked.held)? {
                 Grant::Held(txn, block) => Plan::Commit(txn, (block, name)),
                 Grant::New(txn, block) => {
@@ -148,6 +149,7 @@ pub(super) async fn claim(
             let network = find(env, &asked.network)?;
             let owner = asked.retain.as_deref().filter(|_| asked.address.is_none() && !asked.router);
             if let Some(claim) = owner.and_then(|owner| ipam::retained(env, network, owner)) {
+                about_address(claim.address, network);
                 let (host, endpoint) = (&agent.host, &asked.endpoint);
                 return Ok(match ipam::move_retained(keys, env, revision, claim, (host, endpoint))? {
                     Grant::Held(txn, claim) => Plan::Commit(txn, (claim, None)),
@@ -168,6 +170,7 @@ pub(super) async fn claim(
                 (None, None) if owner.is_some() => ipam::unretained(env, network)?,
                 (None, None) => ipam::single(env, network)?,
             };
+            about_address(address, network);
             let retained =
                 owner.map(|owner| Retained { owner: owner.to_owned(), seconds: app.retain.as_secs() });
             let claim = Claim {
@@ -185,7 +188,6 @@ pub(super) async fn claim(
                 Grant::New(txn, claim) => {
                     adopt::all_reported(env)?;
                     passes_nat(env, network, &agent)?;
-                    about_address(claim.address, network);
                     Plan::Commit(txn, (claim, Some(network.name.clone())))
                 }
             })
@@ -332,6 +334,7 @@ pub(super) async fn retain_no_more(
     let (name, _) = app
         .change(&person.environment, |env, _| {
             let network = find(env, &given.network)?;
+            about_address(given.address, network);
             let txn = ipam::retain_no_more(keys, env, network, given.address)?.ok_or_else(|| {
                 let message = format!(
                     "address {} of network \"{}\" is not retained; `droveway ipam ls` shows those that are",
@@ -342,7 +345,6 @@ pub(super) async fn retain_no_more(
             Ok(Plan::Commit(txn, network.name.clone()))
         })
         .await?;
-    request::about(|| format!("address {} of network {:?}", given.address, name.as_str()));
     tracing::info!(environment = %person.environment, by = %person, network = %name, address = %given.address, "not retained any more");
     Ok(StatusCode::NO_CONTENT)
 }

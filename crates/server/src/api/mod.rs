@@ -19,7 +19,7 @@ mod tokens;
 mod watch;
 
 #[cfg(test)]
-mod nat_tests;
+pub(crate) mod nat_tests;
 
 use std::any::Any;
 use std::sync::Arc;

@@ -35,8 +35,8 @@ const BASE: &str = "/v1/environments/default";
 const SERVER: &str = "192.0.2.100";
 
 /// An API with one host in it, `h1` at 192.168.1.5, and two networks: `clear` is vxlan, `safe` is ipsec.
-struct Api {
-    app: Arc<App>,
+pub(crate) struct Api {
+    pub(crate) app: Arc<App>,
     _dir: TempDir,
 }
 
@@ -51,7 +51,7 @@ fn candidate(address: &str, source: Source) -> Candidate {
 }
 
 impl Api {
-    async fn open() -> Self {
+    pub(crate) async fn open() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let data = DataDir::open(&dir.path().join("data")).unwrap();
         let ca = Ca::load_or_make(&data, false, None, Lives::default()).unwrap();

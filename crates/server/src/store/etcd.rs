@@ -5,22 +5,26 @@
 //! epoch, and what is added to etcd's revisions: a restored store goes on above all revisions of its life before, also in
 //! a new etcd, whose own begin at one.
 //!
-//! Invariant: an answer below a revision that was seen before is not believed: that etcd was set back
-//! ([`StoreError::Closed`], and the server ends).
+//! Invariant: an etcd that went back to an earlier revision than was seen before, or that holds another life, is not
+//! believed any more: whatever is asked of the store, and each watch, ends with [`StoreError::Closed`], and the server with
+//! it. Transactions and ranges are answered by all members together, so an older revision says so for certain. A watch is
+//! served by one member alone, which may be behind the others: what it knows is no sign of anything.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use model::{Epoch, Revision};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
 
+use super::answers::{Done, EtcdEvent, Header, Kv, Range, Response, Watched, by_revision};
 use super::gateway::{Gateway, Number, Stream, decode, encode};
 use super::{
-    Answer, Batch, Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end,
+    Answer, Batch, Compare, Ended, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end,
 };
 use crate::EtcdConfig;
 
@@ -40,6 +44,8 @@ const OPERATIONS: usize = 1024;
 const PAGE: usize = 2000;
 /// How many batches a watch may have waiting; etcd keeps the rest.
 const WATCH_QUEUE: usize = 256;
+/// A watch that is silent for so long is compared with what all members agree on: the one that serves it may hang.
+const SILENT: Duration = Duration::from_secs(5);
 
 /// The store in etcd.
 pub(crate) struct EtcdStore {
@@ -52,6 +58,8 @@ struct Inner {
     life: Life,
     /// The highest of etcd's own revisions that an answer had.
     seen: AtomicU64,
+    /// Why this store is used no more, once that is known.
+    ended: watch::Sender<Option<Ended>>,
 }
 
 /// What [`LIFE`] holds.
@@ -195,12 +203,13 @@ impl Store for EtcdStore {
             let Some(after_own) = after.0.checked_sub(life.offset) else {
                 return Err(StoreError::Compacted { asked: after, oldest: Revision(life.offset) });
             };
-            let stream = self.inner.open_watch(&prefix, after_own + 1).await?;
+            let stream = self.inner.open_watch(&prefix, after, after_own + 1).await?;
             let (sender, batches) = mpsc::channel(WATCH_QUEUE);
             let inner = self.inner.clone();
             tokio::spawn(async move {
                 let error = tokio::select! {
                     error = inner.follow(stream, &prefix, after, &sender) => error,
+                    error = inner.ended() => error,
                     // Nobody listens any more.
                     () = sender.closed() => return,
                 };
@@ -213,7 +222,8 @@ impl Store for EtcdStore {
 
 impl Inner {
     fn new(gateway: Gateway, prefix: &str, life: Life) -> Self {
-        Self { gateway, prefix: prefix.to_owned(), life, seen: AtomicU64::new(0) }
+        let (seen, ended) = (AtomicU64::new(0), watch::Sender::default());
+        Self { gateway, prefix: prefix.to_owned(), life, seen, ended }
     }
 
     fn key(&self, key: &str) -> String {
@@ -228,19 +238,42 @@ impl Inner {
         Revision(own.0 + self.life.offset)
     }
 
-    /// Notes the revision of an answer to something that was asked when `before` was known.
+    /// Notes the revision of an answer of all members to something that was asked when `before` was known.
     fn notice(&self, header: &Header, before: u64) -> Result<(), StoreError> {
-        self.seen.fetch_max(header.revision.0, Ordering::Relaxed);
-        if header.revision.0 >= before {
+        let now = header.revision;
+        if now.0 == 0 {
+            return Err(StoreError::Refused("etcd answers without its revision".into()));
+        }
+        self.seen.fetch_max(now.0, Ordering::Relaxed);
+        if now.0 >= before {
             return Ok(());
         }
-        tracing::error!(
-            now = header.revision.0,
-            before,
-            "etcd went back to an earlier revision: it was restored from a backup; make this a life of its own with \
-             `droveway server restore`"
-        );
-        Err(StoreError::Closed)
+        Err(self.end_for(Ended::SetBack { before: self.revision(Number(before)), now: self.revision(now) }))
+    }
+
+    /// Ends the store, with its watches.
+    fn end_for(&self, why: Ended) -> StoreError {
+        self.ended.send_if_modified(|ended| {
+            let news = ended.is_none();
+            if news {
+                tracing::error!("the store in etcd is used no more: {why}");
+                *ended = Some(why);
+            }
+            news
+        });
+        StoreError::Closed(why)
+    }
+
+    /// Fails when the store has ended.
+    fn goes_on(&self) -> Result<(), StoreError> {
+        self.ended.borrow().map_or(Ok(()), |why| Err(StoreError::Closed(why)))
+    }
+
+    /// Ready when the store has ended.
+    async fn ended(&self) -> StoreError {
+        let mut ended = self.ended.subscribe();
+        let why = ended.wait_for(Option::is_some).await.ok().and_then(|why| *why);
+        StoreError::Closed(why.unwrap_or(Ended::Gone))
     }
 
     fn seen(&self) -> u64 {
@@ -295,6 +328,7 @@ impl Inner {
 
     async fn range(&self, prefix: &str) -> Result<(Revision, Vec<KeyValue>), StoreError> {
         loop {
+            self.goes_on()?;
             match self.try_range(prefix).await {
                 // So many changes while it was read page by page.
                 Err(StoreError::Refused(why)) if why.contains("has been compacted") => {}
@@ -325,7 +359,9 @@ impl Inner {
             after.push(0);
             let mut body = page(&encode(after));
             body["revision"] = json!(answer.header.revision);
+            let before = self.seen();
             let next: Range = self.gateway.read("/v3/kv/range", &body).await?;
+            self.notice(&next.header, before)?;
             self.collect(&next.kvs, &mut all)?;
             more = next.more;
             last = next.kvs.last().map(|kv| kv.key.clone());
@@ -359,6 +395,7 @@ impl Inner {
     }
 
     async fn txn(&self, txn: &Txn) -> Result<Outcome, StoreError> {
+        self.goes_on()?;
         let before = self.seen();
         let body = json!({
             "compare": txn.compares.iter().flat_map(|compare| self.compare(compare)).collect::<Vec<_>>(),
@@ -420,17 +457,43 @@ impl Inner {
         }
     }
 
-    async fn open_watch(&self, prefix: &str, from: u64) -> Result<Stream, StoreError> {
+    async fn open_watch(&self, prefix: &str, after: Revision, from: u64) -> Result<Stream, StoreError> {
+        self.goes_on()?;
+        let before = self.seen();
         let body = json!({ "create_request": {
             "key": self.key(prefix), "range_end": self.end(prefix), "start_revision": Number(from), "fragment": true,
         } });
         let mut stream = self.gateway.stream("/v3/watch", &body).await?;
-        let first: Watched = stream.next().await?;
+        let first = timeout(SILENT, stream.next::<Watched>()).await;
+        let first = first.unwrap_or_else(|_| Err(StoreError::Unreachable("etcd opens no watch".into())))?;
         if first.canceled && first.compact_revision.0 == 0 {
             let why = format!("etcd opens no watch on {prefix}: {}", first.cancel_reason);
             return Err(self.gateway.refused(&why));
         }
-        if first.created { Ok(stream) } else { Err(StoreError::Unreachable("etcd opens no watch".into())) }
+        if !first.created {
+            return Err(StoreError::Unreachable("etcd opens no watch".into()));
+        }
+        // For a revision that is yet to come it waits in silence, also where that was and is no more.
+        let head = self.head(before).await?;
+        if head < after {
+            return Err(self.end_for(Ended::SetBack { before: after, now: head }));
+        }
+        Ok(stream)
+    }
+
+    /// The store's revision, as all members agree on it; fails if this is not the life that it was, or was set back since
+    /// `before`.
+    async fn head(&self, before: u64) -> Result<Revision, StoreError> {
+        let body = json!({ "key": self.key(OWN), "range_end": self.end(OWN) });
+        let own: Range = self.gateway.read("/v3/kv/range", &body).await?;
+        self.notice(&own.header, before)?;
+        let find = |key: &str| own.kvs.iter().find(|kv| kv.key == self.key(key));
+        let life = find(LIFE).map(|kv| decode(&kv.value)).transpose()?;
+        let life = life.and_then(|life| serde_json::from_slice::<Life>(&life).ok());
+        if life.as_ref() != Some(&self.life) {
+            return Err(self.end_for(Ended::Replaced));
+        }
+        Ok(self.revision(find(HEAD).map_or(Number(0), |kv| kv.modified)))
     }
 
     /// Passes changes on until there is an end to it.
@@ -443,12 +506,26 @@ impl Inner {
     ) -> StoreError {
         // The events of one answer, which may come in pieces.
         let mut pending = Vec::new();
+        // What was told, and what the store had come to when nothing had been told for a while.
+        let (mut told, mut missed) = (after, None);
         loop {
-            let mut answer: Watched = match stream.next().await {
+            let answer = tokio::select! {
+                answer = stream.next::<Watched>() => answer,
+                head = self.head_after_silence(prefix) => {
+                    if missed.is_some_and(|missed| missed > told) {
+                        tracing::warn!(prefix, "a member of etcd says nothing of what changed; watching another");
+                        self.gateway.leave(&stream);
+                        return StoreError::Lagged;
+                    }
+                    missed = head;
+                    continue;
+                }
+            };
+            let mut answer = match answer {
                 Ok(answer) => answer,
                 Err(error) => {
                     tracing::warn!(%error, prefix, "watching another member of etcd");
-                    self.gateway.next();
+                    self.gateway.leave(&stream);
                     return StoreError::Lagged;
                 }
             };
@@ -458,7 +535,7 @@ impl Inner {
             }
             if answer.canceled {
                 tracing::warn!(why = answer.cancel_reason, prefix, "etcd ended a watch");
-                self.gateway.next();
+                self.gateway.leave(&stream);
                 return StoreError::Lagged;
             }
             pending.append(&mut answer.events);
@@ -471,11 +548,21 @@ impl Inner {
                     Ok(batch) => batch,
                     Err(error) => return error,
                 };
+                told = batch.revision;
                 if batches.send(Ok(batch)).await.is_err() {
-                    return StoreError::Closed;
+                    return StoreError::Lagged;
                 }
             }
         }
+    }
+
+    /// The store's revision, when a watch has been silent for a while; never for one that is not told of all changes.
+    async fn head_after_silence(&self, prefix: &str) -> Option<Revision> {
+        sleep(SILENT).await;
+        if !HEAD.starts_with(prefix) {
+            return std::future::pending().await;
+        }
+        self.head(self.seen()).await.ok()
     }
 
     fn batch(&self, revision: Number, events: &[EtcdEvent]) -> Result<Batch, StoreError> {
@@ -483,8 +570,7 @@ impl Inner {
         let life = self.key(LIFE);
         for event in events {
             if event.kv.key == life {
-                tracing::error!("the store was restored, or removed, under this server; it ends");
-                return Err(StoreError::Closed);
+                return Err(self.end_for(Ended::Replaced));
             }
             if event.kind == "DELETE" {
                 batch.events.extend(self.own_key(&event.kv)?.map(Event::Delete));
@@ -494,81 +580,6 @@ impl Inner {
         }
         Ok(batch)
     }
-}
-
-fn by_revision(events: Vec<EtcdEvent>) -> BTreeMap<Number, Vec<EtcdEvent>> {
-    let mut revisions: BTreeMap<Number, Vec<EtcdEvent>> = BTreeMap::new();
-    for event in events {
-        revisions.entry(event.kv.modified).or_default().push(event);
-    }
-    revisions
-}
-
-#[derive(Deserialize)]
-struct Header {
-    #[serde(default)]
-    revision: Number,
-}
-
-#[derive(Deserialize)]
-struct Done {
-    header: Header,
-    #[serde(default)]
-    succeeded: bool,
-    #[serde(default)]
-    responses: Vec<Response>,
-}
-
-#[derive(Deserialize)]
-struct Response {
-    #[serde(rename = "response_range")]
-    range: Option<Range>,
-}
-
-#[derive(Deserialize)]
-struct Range {
-    #[serde(default)]
-    kvs: Vec<Kv>,
-    #[serde(default)]
-    more: bool,
-}
-
-#[derive(Deserialize)]
-struct Kv {
-    key: String,
-    #[serde(default)]
-    value: String,
-    #[serde(default, rename = "create_revision")]
-    created: Number,
-    #[serde(default, rename = "mod_revision")]
-    modified: Number,
-    #[serde(default)]
-    version: Number,
-}
-
-#[derive(Deserialize)]
-struct Watched {
-    header: Header,
-    #[serde(default)]
-    created: bool,
-    #[serde(default)]
-    canceled: bool,
-    #[serde(default)]
-    cancel_reason: String,
-    #[serde(default)]
-    compact_revision: Number,
-    #[serde(default)]
-    fragment: bool,
-    #[serde(default)]
-    events: Vec<EtcdEvent>,
-}
-
-#[derive(Deserialize)]
-struct EtcdEvent {
-    /// Left out for a put.
-    #[serde(default, rename = "type")]
-    kind: String,
-    kv: Kv,
 }
 
 #[cfg(test)]

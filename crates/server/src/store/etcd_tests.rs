@@ -1,6 +1,6 @@
 //! The store in a real etcd.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::store::suite;
@@ -9,6 +9,9 @@ use crate::store::suite;
 mod etcd;
 
 use etcd::{Etcd, PASSWORD};
+
+/// Long for whatever is waited for, on a busy machine, too.
+const ENOUGH: Duration = Duration::from_secs(60);
 
 fn epoch(seed: u8) -> Epoch {
     Epoch::from_random([seed; 8])
@@ -139,7 +142,135 @@ async fn keys_without_a_life_are_not_taken_for_a_store() {
             Err(error) => break error,
         }
     };
-    assert_eq!(error, StoreError::Closed);
+    assert_eq!(error, StoreError::Closed(Ended::Replaced));
+    assert_eq!(store.range("/").await.unwrap_err(), error, "also what comes later");
+}
+
+/// Whatever may be missing for a moment after etcd was started.
+async fn done<T>(mut attempt: impl AsyncFnMut() -> Result<T, StoreError>) -> T {
+    let begun = Instant::now();
+    loop {
+        match attempt().await {
+            Ok(done) => return done,
+            Err(StoreError::Unreachable(_) | StoreError::Unknown(_)) => {}
+            Err(error) => panic!("{error}"),
+        }
+        assert!(begun.elapsed() < ENOUGH, "it does not come back");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Follows the store from `at` on as a server does, until that has an end.
+async fn ends(store: &EtcdStore, at: Revision) -> StoreError {
+    let follow = async {
+        loop {
+            let error = match store.watch("/droveway/", at).await {
+                Ok(mut watch) => loop {
+                    if let Err(error) = watch.next().await {
+                        break error;
+                    }
+                },
+                Err(error) => error,
+            };
+            match error {
+                StoreError::Lagged | StoreError::Unreachable(_) | StoreError::Unknown(_) => {}
+                error => return error,
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(ENOUGH, follow).await.expect("it is followed as if nothing had happened")
+}
+
+async fn all_are_told(store: &EtcdStore, why: &StoreError) {
+    assert!(matches!(why, StoreError::Closed(Ended::SetBack { .. })), "{why}");
+    assert_eq!(store.txn(put("/droveway/a", "late")).await.as_ref().unwrap_err(), why);
+    assert_eq!(store.range("/").await.as_ref().unwrap_err(), why);
+    assert_eq!(store.watch("/", Revision(1)).await.as_ref().unwrap_err(), why);
+}
+
+#[tokio::test]
+async fn an_etcd_that_was_put_back_ends_the_store_and_one_that_starts_again_does_not() {
+    let mut etcd = Etcd::start(1);
+    let store = EtcdStore::open(&etcd.config(""), epoch(1)).await.unwrap();
+    let saved = etcd.save(0);
+    for n in 0..20 {
+        done(async || store.txn(put("/droveway/n", &n.to_string())).await).await;
+    }
+    for _ in 0..3 {
+        // It knows what it wrote a while before it is asked for it, and not all of it at once.
+        etcd.restart(0);
+        let at = done(async || store.range("/").await).await.0;
+        let mut watch = done(async || store.watch("/droveway/", at).await).await;
+        let made = store.txn(put("/droveway/n", "more")).await.unwrap().revision;
+        assert_eq!(watch.next().await.unwrap().revision, made);
+    }
+    // Asked for nothing, only followed.
+    let at = store.range("/").await.unwrap().0;
+    etcd.put_back(0, &saved);
+    let why = ends(&store, at).await;
+    all_are_told(&store, &why).await;
+    let fresh = EtcdStore::open(&etcd.config(""), epoch(2)).await.unwrap();
+    assert!(fresh.range("/droveway/").await.unwrap().1.is_empty(), "nothing was changed in it");
+}
+
+#[tokio::test]
+async fn an_etcd_that_was_put_back_is_found_out_whatever_others_wrote_to_it_since() {
+    let mut etcd = Etcd::start(1);
+    let store = EtcdStore::open(&etcd.config(""), epoch(1)).await.unwrap();
+    let saved = etcd.save(0);
+    let at = done(async || store.txn(put("/droveway/n", "1")).await).await.revision;
+    etcd.put_back(0, &saved);
+    let other = EtcdStore::open(&etcd.config("/other"), epoch(2)).await;
+    let other = other.unwrap();
+    for n in 0..20 {
+        other.txn(put("/n", &n.to_string())).await.unwrap();
+    }
+    let why = ends(&store, at).await;
+    all_are_told(&store, &why).await;
+}
+
+#[tokio::test]
+async fn an_older_answer_ends_the_open_watches_of_a_store_at_once() {
+    // What is asked of the second, which knows less, the watch at the first would never hear of.
+    let (etcd, older) = (Etcd::start(1), Etcd::start(1));
+    let mut config = etcd.config("");
+    config.url.members.extend(older.config("").url.members);
+    for ask in ["range", "txn"] {
+        let store = EtcdStore::open(&config, epoch(1)).await.unwrap();
+        for n in 0..20 {
+            store.txn(put("/droveway/n", &n.to_string())).await.unwrap();
+        }
+        let at = store.range("/").await.unwrap().0;
+        let mut watch = store.watch("/droveway/", at).await.unwrap();
+        store.inner.gateway.use_member(1);
+        let why = match ask {
+            "range" => store.range("/").await.map(drop),
+            _ => store.txn(put("/droveway/a", "1")).await.map(drop),
+        };
+        let why = why.unwrap_err();
+        let told = tokio::time::timeout(ENOUGH, watch.next()).await.unwrap().unwrap_err();
+        assert_eq!(told, why, "{ask}");
+        store.inner.gateway.use_member(0);
+        all_are_told(&store, &why).await;
+    }
+}
+
+#[tokio::test]
+async fn a_watch_leaves_a_member_that_hangs() {
+    let etcd = Etcd::start(3);
+    let store = EtcdStore::open(&etcd.config(""), epoch(1)).await.unwrap();
+    let at = store.range("/").await.unwrap().0;
+    store.inner.gateway.use_member(1);
+    let mut watch = store.watch("/droveway/", at).await.unwrap();
+    etcd.hang(1, true);
+    store.inner.gateway.use_member(2);
+    let made = done(async || store.txn(put("/droveway/a", "1")).await).await.revision;
+    let told = tokio::time::timeout(ENOUGH, watch.next()).await.expect("it waits for a member that hangs");
+    assert_eq!(told.unwrap_err(), StoreError::Lagged);
+    let mut watch = done(async || store.watch("/droveway/", at).await).await;
+    assert_eq!(watch.next().await.unwrap().revision, made);
+    etcd.hang(1, false);
 }
 
 #[tokio::test]

@@ -80,7 +80,7 @@ impl Gateway {
 
     /// Asks what may be asked twice.
     pub(crate) async fn read<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, StoreError> {
-        let mut last = StoreError::Closed;
+        let mut last = StoreError::Unreachable("it has no members".into());
         for round in 0..ROUNDS * self.members.len() {
             if round > 0 && round % self.members.len() == 0 {
                 tokio::time::sleep(PAUSE).await;
@@ -99,7 +99,7 @@ impl Gateway {
 
     /// Sends what must be done once at most.
     pub(crate) async fn write<T: DeserializeOwned>(&self, path: &str, body: &Value) -> Result<T, StoreError> {
-        let mut last = StoreError::Closed;
+        let mut last = StoreError::Unreachable("it has no members".into());
         for round in 0..ROUNDS * self.members.len() {
             if round > 0 && round % self.members.len() == 0 {
                 tokio::time::sleep(PAUSE).await;
@@ -124,10 +124,11 @@ impl Gateway {
     /// watch is not permitted, as of a user who may not watch.
     pub(crate) async fn stream(&self, path: &str, body: &Value) -> Result<Stream, StoreError> {
         self.forget_token();
-        let mut last = StoreError::Closed;
+        let mut last = StoreError::Unreachable("it has no members".into());
         for _ in 0..self.members.len() {
+            let member = self.current.load(Ordering::Relaxed);
             match self.send(path, body, None).await {
-                Ok(response) => return Ok(Stream { response, buffer: Vec::new(), searched: 0 }),
+                Ok(response) => return Ok(Stream { response, member, buffer: Vec::new(), searched: 0 }),
                 Err(Trouble::Refused(why)) => return Err(StoreError::Refused(why)),
                 Err(Trouble::NotTaken(why) | Trouble::Unknown(why)) => {
                     last = StoreError::Unreachable(why);
@@ -147,8 +148,15 @@ impl Gateway {
     }
 
     /// Turns to another member.
-    pub(crate) fn next(&self) {
+    fn next(&self) {
         self.current.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Turns from the member that a stream is from, unless somebody did so already.
+    pub(crate) fn leave(&self, stream: &Stream) {
+        let next = stream.member.wrapping_add(1);
+        // An error means that.
+        let _ = self.current.compare_exchange(stream.member, next, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     #[cfg(test)]
@@ -368,6 +376,8 @@ impl Refusal {
 /// A stream of answers, one per line.
 pub(crate) struct Stream {
     response: Response,
+    /// Where it is from, as [`Gateway::current`] counts.
+    member: usize,
     buffer: Vec<u8>,
     searched: usize,
 }

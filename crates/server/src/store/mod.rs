@@ -8,6 +8,7 @@
 //! the only one for a while makes a key and compares, in each of its transactions, the revision that made it
 //! ([`Compare::Created`]): a lease alone says nothing of a transaction that is late.
 
+mod answers;
 mod etcd;
 mod gateway;
 mod place;
@@ -158,9 +159,9 @@ pub(crate) enum StoreError {
     /// A transaction puts a key twice.
     #[error("a transaction puts key {0:?} twice")]
     DuplicateKey(String),
-    /// The store's thread is gone.
-    #[error("the store is closed")]
-    Closed,
+    /// The store ended, for good.
+    #[error("the store is closed: {0}")]
+    Closed(Ended),
     /// Nobody answers; nothing was changed.
     #[error("the store does not answer: {0}")]
     Unreachable(String),
@@ -175,6 +176,20 @@ pub(crate) enum StoreError {
     /// The medium failed.
     #[error("the store cannot read or write: {0}; check the data directory's disk")]
     Io(String),
+}
+
+/// Why a store ended under its server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Ended {
+    /// The embedded store's thread is gone.
+    #[error("its thread is gone")]
+    Gone,
+    /// It knows less than it did.
+    #[error("it went back from revision {before} to {now}: etcd was put back from a snapshot of its own")]
+    SetBack { before: Revision, now: Revision },
+    /// It is another life's.
+    #[error("it was restored, or removed, while this server ran")]
+    Replaced,
 }
 
 /// The first text after all that begin with `prefix`.

@@ -14,6 +14,15 @@ pub enum StoreChoice {
     Etcd(EtcdConfig),
 }
 
+impl fmt::Display for StoreChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedded => f.write_str("the embedded store"),
+            Self::Etcd(config) => config.url.fmt(f),
+        }
+    }
+}
+
 /// An etcd and how to be let in.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EtcdConfig {

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc as async_mpsc, oneshot};
 use crate::keys::is_secret;
 
 use super::{
-    Answer, Batch, Compare, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end,
+    Answer, Batch, Compare, Ended, Event, KeyValue, Op, Outcome, Store, StoreError, Txn, Watcher, prefix_end,
 };
 
 /// Marks the file as ours ("drov"), in SQLite's own place for it.
@@ -114,7 +114,8 @@ impl SqliteStore {
         let (reply, answer) = oneshot::channel();
         let sent = self.commands.as_ref().is_some_and(|commands| commands.send(command(reply)).is_ok());
         Box::pin(async move {
-            if sent { answer.await.map_err(|_| StoreError::Closed)? } else { Err(StoreError::Closed) }
+            let gone = StoreError::Closed(Ended::Gone);
+            if sent { answer.await.unwrap_or(Err(gone)) } else { Err(gone) }
         })
     }
 }

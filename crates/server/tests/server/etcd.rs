@@ -4,11 +4,13 @@
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use base64::Engine;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
@@ -147,6 +149,38 @@ impl Etcd {
         self.members[n].kill();
     }
 
+    /// Lets a member hang, or go on: its connections stay.
+    pub fn hang(&self, n: usize, hang: bool) {
+        let process = self.members[n].process.as_ref().unwrap();
+        let signal = if hang { Signal::SIGSTOP } else { Signal::SIGCONT };
+        kill(Pid::from_raw(process.id().cast_signed()), signal).unwrap();
+    }
+
+    /// Kills a member and starts it again.
+    pub fn restart(&mut self, n: usize) {
+        self.kill(n);
+        self.start_member(n);
+        self.members[n].wait();
+    }
+
+    /// What a member holds now, to be put back later. It is started again.
+    pub fn save(&mut self, n: usize) -> PathBuf {
+        self.kill(n);
+        let saved = self.file("saved");
+        copy(&self.file(&self.members[n].name), &saved);
+        self.restart(n);
+        saved
+    }
+
+    /// Starts a member again with what it held before.
+    pub fn put_back(&mut self, n: usize, saved: &Path) {
+        self.kill(n);
+        let directory = self.file(&self.members[n].name);
+        std::fs::remove_dir_all(&directory).unwrap();
+        copy(saved, &directory);
+        self.restart(n);
+    }
+
     /// Its members, and the prefix, as a server is told of them.
     pub fn config(&self, prefix: &str) -> EtcdConfig {
         let members: Vec<String> =
@@ -238,6 +272,20 @@ impl Etcd {
         let certificate = CertificateDer::from_pem_file(self.file("client.pem")).unwrap();
         let key = PrivateKeyDer::from_pem_file(self.file("client.key")).unwrap();
         builder.with_client_auth_cert(vec![certificate], key).unwrap()
+    }
+}
+
+/// A directory with all that is in it.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    std::fs::set_permissions(to, std::fs::metadata(from).unwrap().permissions()).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).unwrap();
+        }
     }
 }
 

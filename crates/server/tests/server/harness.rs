@@ -88,6 +88,12 @@ impl Server {
         Agent { id: host.id.clone(), client, key, answer: host.answer.clone() }
     }
 
+    /// Waits until it ends by itself; why it does.
+    pub async fn ends(self) -> (TempDir, server::Error) {
+        let ended = tokio::time::timeout(Duration::from_secs(60), self.task).await;
+        (self.dir, ended.expect("it goes on").unwrap().unwrap_err())
+    }
+
     pub async fn stop(mut self) -> TempDir {
         drop(self.stop.take());
         self.task.await.unwrap().unwrap();

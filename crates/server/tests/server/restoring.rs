@@ -19,6 +19,12 @@ async fn server_in(dir: TempDir, store: &StoreChoice) -> Server {
     Server::start_with(dir, |config| Config { store, ..config }).await.unwrap()
 }
 
+/// Another start in that directory.
+async fn server_on(dir: &TempDir, store: &StoreChoice) -> Result<Server, server::Error> {
+    let (data_dir, store) = (dir.path().join("data"), store.clone());
+    Server::start_with(TempDir::new().unwrap(), |config| Config { data_dir, store, ..config }).await
+}
+
 async fn held(agent: &Agent, held: &Held) -> HeldAnswer {
     agent.client.put(&format!("{DEFAULT}/hosts/self/held"), held).await.unwrap()
 }
@@ -288,4 +294,46 @@ async fn a_restore_that_was_cut_short_is_repeated_and_the_journal_of_the_old_sto
     let server = Server::start_in(dir).await;
     let networks: Vec<model::Network> = server.admin().get(&format!("{DEFAULT}/networks")).await.unwrap();
     assert_eq!(networks.len(), 1, "{networks:?}");
+}
+
+#[tokio::test]
+async fn a_server_whose_etcd_was_put_back_under_it_ends_with_the_remedy_and_serves_that_life_no_more() {
+    let mut etcd = Etcd::start(1);
+    let store = StoreChoice::Etcd(etcd.config("/droves"));
+    let server = server_in(tempfile::tempdir().unwrap(), &store).await;
+    let data = server.dir.path().join("data");
+    let network = async |name: &str, n: u8| {
+        let spec = json!({ "name": name, "cidrs": [format!("10.{n}.0.0/16")] });
+        // etcd may just have been started again, and what it was asked have been done.
+        while let Err(error) = server.admin().make_network(spec.clone()).await {
+            match error.code {
+                ErrorCode::Unavailable => {}
+                ErrorCode::Conflict => break,
+                _ => panic!("{error}"),
+            }
+        }
+    };
+    network("before", 60).await;
+    let saved = etcd.save(0);
+    network("after", 61).await;
+    // Without loss it may start again.
+    etcd.restart(0);
+    network("later", 62).await;
+    let epoch = server.nobody().get::<ServerInfo>("/v1/info").await.unwrap().epoch;
+    etcd.put_back(0, &saved);
+    let (dir, error) = server.ends().await;
+    for error in [error, server_on(&dir, &store).await.err().unwrap()] {
+        assert!(matches!(error, server::Error::SetBack(_)), "{error}");
+        let error = error.to_string();
+        assert!(error.contains("droveway server restore") && error.contains("/droves"), "{error}");
+    }
+    // As it says.
+    let file = dir.path().join("what is there");
+    backup(&data, &store, &file).await.unwrap();
+    restore(&file, &data, &store, true).await.unwrap();
+    let server = server_in(dir, &store).await;
+    let networks: Vec<model::Network> = server.admin().get(&format!("{DEFAULT}/networks")).await.unwrap();
+    let names: Vec<&str> = networks.iter().map(|network| network.name.as_str()).collect();
+    assert_eq!(names, ["before", "managed"]);
+    assert_ne!(server.nobody().get::<ServerInfo>("/v1/info").await.unwrap().epoch, epoch);
 }

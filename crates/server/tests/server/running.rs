@@ -6,10 +6,10 @@ use std::time::Duration;
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use model::api::{
-    ApiError, AuditEntry, ErrorCode, HostView, KeyCreated, KeyView, Outcome, Readiness, RenewAnswer, Role,
-    ServerInfo, TokenRequest,
+    ApiError, AuditEntry, ClaimRequest, ErrorCode, HostView, KeyCreated, KeyView, Outcome, Readiness,
+    ReleaseClaim, RenewAnswer, Role, ServerInfo, TokenRequest,
 };
-use model::{Network, exposition};
+use model::{Claim, EndpointId, Network, exposition};
 use rcgen::KeyPair;
 use reqwest::Method;
 use serde_json::json;
@@ -313,6 +313,34 @@ async fn the_audit_log_says_who_asked_for_what_and_how_it_ended_and_no_secret() 
     let count = audit(&admin, "").await.len();
     let server = Server::start_in(server.stop().await).await;
     assert_eq!(audit(&server.admin(), "").await.len(), count, "it is there after a restart");
+}
+
+#[tokio::test]
+async fn the_lines_of_addresses_say_of_which_whether_they_were_given_or_refused() {
+    let server = Server::start().await;
+    let (one, two) = (server.host("h1").await, server.host("h2").await);
+    let ask = |seed: u8, address: Option<&str>| ClaimRequest {
+        network: "managed".into(),
+        address: address.map(|text| text.parse().unwrap()),
+        endpoint: EndpointId::from_random([seed; 8]),
+        router: false,
+        retain: Some("shop/db".into()).filter(|_| address.is_none()),
+    };
+    let (claims, retained) = (format!("{DEFAULT}/claims"), format!("{DEFAULT}/retained"));
+    let claim: Claim = one.client.post(&claims, &ask(1, None)).await.unwrap();
+    two.client.post::<Claim>(&claims, &ask(2, None)).await.unwrap_err();
+    two.client.post::<Claim>(&claims, &ask(3, Some("10.43.0.7"))).await.unwrap_err();
+    let release = ReleaseClaim { network: "managed".into(), address: claim.address, endpoint: None };
+    server.admin().delete_with(&retained, &release).await.unwrap();
+    let about = |address: &str| Some(format!("address {address} of network \"managed\""));
+    let given = about(&claim.address.to_string());
+    until("all are written", async || audit(&server.admin(), "").await.len() >= 8).await;
+    let entries = audit(&server.admin(), "").await;
+    let told: Vec<_> = entries.iter().filter(|entry| entry.what.contains(&claims)).collect();
+    let told: Vec<_> = told.iter().map(|entry| (&entry.about, entry.revision.is_some())).collect();
+    assert_eq!(told, [(&given, true), (&given, false), (&about("10.43.0.7"), false)]);
+    let released = entries.iter().find(|entry| entry.what.contains(&retained)).unwrap();
+    assert_eq!((&released.about, released.revision.is_some()), (&given, true));
 }
 
 #[tokio::test]
