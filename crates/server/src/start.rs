@@ -140,11 +140,18 @@ async fn open_store(data: &DataDir, choice: &StoreChoice) -> Result<Arc<dyn Stor
     let epoch = Epoch::from_random(secret::random()?);
     match choice {
         StoreChoice::Embedded => {
-            if !data.path(files::STORE).exists() && data.path(files::CA_CERTIFICATE).exists() {
-                return Err(Error::Missing(data.path(files::STORE)));
+            let path = data.path(files::STORE);
+            // The store is on disk before there is a CA: one that is blank beside a CA was cut off, or came without its -wal.
+            if data.path(files::CA_CERTIFICATE).exists() {
+                if !path.exists() {
+                    return Err(Error::Missing(path));
+                }
+                if SqliteStore::is_blank(&path).map_err(|error| Error::Store(error.to_string()))? {
+                    return Err(Error::Empty(path));
+                }
             }
             data.touch(files::STORE)?;
-            let store = SqliteStore::open(&data.path(files::STORE), epoch);
+            let store = SqliteStore::open(&path, epoch);
             Ok(Arc::new(store.map_err(|error| Error::Store(error.to_string()))?))
         }
         StoreChoice::Etcd(config) => {
