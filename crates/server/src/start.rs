@@ -24,7 +24,7 @@ use crate::state::{Shared, State, feed};
 use crate::store::{Compare, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
 use crate::upkeep::Upkeep;
-use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls};
+use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls, upkeep};
 
 /// The admin key's name in the store.
 pub(crate) const ADMIN: &str = "admin";
@@ -96,6 +96,7 @@ pub async fn run(
             () = serve::serve(listener, tls, app.clone(), end) => {}
             never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
             never = presence::keep(&app, &environment) => match never {},
+            never = upkeep::look_after_store(&app) => match never {},
         }
         drop(serving);
     };
