@@ -122,7 +122,8 @@ pub struct Contents {
 pub enum LedgerError {
     /// The file is something else.
     #[error(
-        "{0} is not a ledger of this agent ({1}); move it away to join as a new host, or restore it from a backup"
+        "{0} is not a ledger of this agent ({1}); move it away and join as a new host, with a token (`droveway host rm` the old \
+         one first, if the name is to be the same); an old copy of it would be refused"
     )]
     Foreign(PathBuf, String),
     /// Another agent has it.

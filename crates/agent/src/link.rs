@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use model::agent_api::Connection;
 use model::api::{ApiError, ErrorCode, Held, HeldAnswer, HostReport};
-use model::{Candidate, Endpoint, EndpointId, Key, Watch};
+use model::{Candidate, Key, Watch};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -19,6 +19,7 @@ use crate::chores::{Chores, Heard};
 use crate::control::{Command, Control, Lessor};
 use crate::counts::Counts;
 use crate::ledger::Identity;
+use crate::said::Said;
 use crate::server::Server;
 use crate::{View, incarnation, now_millis, random};
 
@@ -26,8 +27,6 @@ use crate::{View, incarnation, now_millis, random};
 const IDLE: Duration = Duration::from_secs(5);
 /// How often to say how far this host is where nobody is known to wait for it.
 const HEARD: Duration = Duration::from_secs(30);
-/// How long to wait for the snapshot to show what was told before telling it again.
-const ECHO: Duration = Duration::from_secs(10);
 
 /// Pauses that double from a quarter of a second to half a minute, each cut by up to a half.
 pub(crate) struct Backoff(u32);
@@ -199,7 +198,7 @@ async fn tell(
     let mut teller = Teller {
         server: server.clone(),
         control: control.clone(),
-        told: BTreeMap::new(),
+        said: Said::default(),
         idle: BTreeMap::new(),
         heard: None,
     };
@@ -241,8 +240,7 @@ async fn tell(
 struct Teller {
     server: Server,
     control: Control,
-    /// What was told and is not in the snapshot yet.
-    told: BTreeMap<EndpointId, (Instant, Option<Arc<Endpoint>>)>,
+    said: Said,
     /// Since when something has been idle, by its name.
     idle: BTreeMap<String, Instant>,
     /// Up to where the server knows that withdrawn blocks are gone here, and since when.
@@ -251,23 +249,20 @@ struct Teller {
 
 impl Teller {
     async fn work(&mut self, chores: &Chores) -> Result<(), ApiError> {
-        self.told.retain(|_, (at, _)| at.elapsed() < ECHO);
+        self.said.keep(chores);
         // What the server refuses is in nobody else's way.
         let mut first = Ok(());
         for endpoint in &chores.put {
-            if self.told.get(&endpoint.id).is_none_or(|(_, told)| told.as_ref() != Some(endpoint)) {
-                let outcome = self.server.put_endpoint(endpoint).await;
-                if refusal_is_kept(outcome, &mut first)? {
-                    self.told.insert(endpoint.id.clone(), (Instant::now(), Some(endpoint.clone())));
-                }
+            if self.said.is_due(&endpoint.id, Some(endpoint), Instant::now()) {
+                let done = refusal_is_kept(self.server.put_endpoint(endpoint).await, &mut first)?;
+                self.said.note(&endpoint.id, Some(endpoint), done, Instant::now());
             }
         }
         for id in &chores.delete {
-            if self.told.get(id).is_none_or(|(_, told)| told.is_some()) {
+            if self.said.is_due(id, None, Instant::now()) {
                 let outcome = missing_is_fine(self.server.delete_endpoint(id).await);
-                if refusal_is_kept(outcome, &mut first)? {
-                    self.told.insert(id.clone(), (Instant::now(), None));
-                }
+                let done = refusal_is_kept(outcome, &mut first)?;
+                self.said.note(id, None, done, Instant::now());
             }
         }
         for claim in &chores.consent {

@@ -40,6 +40,8 @@ pub(crate) struct App {
     pub(crate) shares_store: bool,
     pub(crate) presence: Arc<Presence>,
     pub(crate) stopping: watch::Sender<bool>,
+    /// Whether the store that this server shares has not answered it for a while.
+    pub(crate) severed: watch::Sender<bool>,
     pub(crate) started: tokio::time::Instant,
     /// Held while planning and doing changes that others of this server would make fail. It saves attempts; what keeps
     /// the state right, with other servers too, are the compares.
@@ -83,6 +85,7 @@ impl App {
             shares_store,
             presence: Arc::default(),
             stopping: watch::Sender::new(false),
+            severed: watch::Sender::new(false),
             started: tokio::time::Instant::now(),
             turn: tokio::sync::Mutex::new(()),
             strangers: Semaphore::new(STRANGERS),

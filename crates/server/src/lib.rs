@@ -113,6 +113,12 @@ pub enum Error {
     /// A file without which hosts could not go on.
     #[error("{0} is missing, but the environment was made with it; restore it from a backup")]
     Missing(PathBuf),
+    /// A store that lost what it had.
+    #[error(
+        "{0} is empty, but the environment was made with it; its newest content is in store.sqlite-wal beside it: put both \
+         back, or restore a backup with `droveway server restore --force`"
+    )]
+    Empty(PathBuf),
     /// Another server made the environment.
     #[error(
         "the environment's CA is there, but not its key: copy ca.key of a server that has it to {0}, mode 0600, and start \

@@ -24,7 +24,7 @@ use crate::state::{Shared, State, feed};
 use crate::store::{Compare, Ended, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
 use crate::upkeep::Upkeep;
-use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls};
+use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls, upkeep};
 
 /// The admin key's name in the store.
 pub(crate) const ADMIN: &str = "admin";
@@ -97,6 +97,7 @@ pub async fn run(
             () = serve::serve(listener, tls, app.clone(), end) => {}
             never = keep_certificate(&app, &data, &config.names, address.ip()) => match never {},
             never = presence::keep(&app, &environment) => match never {},
+            never = upkeep::look_after_store(&app) => match never {},
         }
         drop(serving);
     };
@@ -139,11 +140,18 @@ async fn open_store(data: &DataDir, choice: &StoreChoice) -> Result<Arc<dyn Stor
     let epoch = Epoch::from_random(secret::random()?);
     match choice {
         StoreChoice::Embedded => {
-            if !data.path(files::STORE).exists() && data.path(files::CA_CERTIFICATE).exists() {
-                return Err(Error::Missing(data.path(files::STORE)));
+            let path = data.path(files::STORE);
+            // The store is on disk before there is a CA: one that is blank beside a CA was cut off, or came without its -wal.
+            if data.path(files::CA_CERTIFICATE).exists() {
+                if !path.exists() {
+                    return Err(Error::Missing(path));
+                }
+                if SqliteStore::is_blank(&path).map_err(|error| Error::Store(error.to_string()))? {
+                    return Err(Error::Empty(path));
+                }
             }
             data.touch(files::STORE)?;
-            let store = SqliteStore::open(&data.path(files::STORE), epoch);
+            let store = SqliteStore::open(&path, epoch);
             Ok(Arc::new(store.map_err(|error| Error::Store(error.to_string()))?))
         }
         StoreChoice::Etcd(config) => {

@@ -1,6 +1,7 @@
 //! What the server keeps about its own running, whatever it serves: limits, counts, the audit log, its certificate, and
 //! whether it can do its work.
 
+use std::convert::Infallible;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,9 @@ const LATELY: Duration = Duration::from_secs(15);
 const TRY_EVERY: Duration = Duration::from_secs(5);
 /// How long the store may take to answer.
 const STORE_ANSWERS: Duration = Duration::from_secs(3);
+/// How often a server looks whether the store that it shares answers, and how often in vain before it says so.
+const LOOK: Duration = Duration::from_secs(1);
+const IN_VAIN: u32 = 2;
 /// How many may follow the audit log.
 const FOLLOWERS: usize = 32;
 
@@ -114,7 +118,21 @@ impl Upkeep {
 
 /// Whether the server can do its work: its store answers and can be written, its state follows it, its CA is good.
 pub(crate) async fn readiness(app: &Arc<App>) -> Readiness {
-    let answers = match timeout(STORE_ANSWERS, app.store.range(crate::keys::READINESS)).await {
+    let answers = answers(app).await;
+    let blocking = app.clone();
+    let disk = tokio::task::spawn_blocking(move || blocking.upkeep.disk()).await;
+    let ca =
+        if app.ca.expires() > now() { Ok(()) } else { Err("the CA's certificate has run out".to_owned()) };
+    Readiness::of([
+        ("store", answers.and_then(|()| app.upkeep.store())),
+        ("disk", disk.unwrap_or_else(|error| Err(error.to_string()))),
+        ("ca", ca),
+    ])
+}
+
+/// Whether the store answers, and the state follows it.
+async fn answers(app: &App) -> Result<(), String> {
+    match timeout(STORE_ANSWERS, app.store.range(crate::keys::READINESS)).await {
         Ok(Ok((revision, _))) => {
             let mut revisions = app.shared.subscribe();
             let follows = timeout(STORE_ANSWERS, revisions.wait_for(|now| *now >= revision)).await;
@@ -127,14 +145,27 @@ pub(crate) async fn readiness(app: &Arc<App>) -> Readiness {
         }
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err(format!("the store did not answer in {} s", STORE_ANSWERS.as_secs())),
-    };
-    let blocking = app.clone();
-    let disk = tokio::task::spawn_blocking(move || blocking.upkeep.disk()).await;
-    let ca =
-        if app.ca.expires() > now() { Ok(()) } else { Err("the CA's certificate has run out".to_owned()) };
-    Readiness::of([
-        ("store", answers.and_then(|()| app.upkeep.store())),
-        ("disk", disk.unwrap_or_else(|error| Err(error.to_string()))),
-        ("ca", ca),
-    ])
+    }
+}
+
+/// Notices, for ever, that a store which is shared does not answer this server: its agents are better off at another.
+pub(crate) async fn look_after_store(app: &App) -> Infallible {
+    if !app.shares_store {
+        return std::future::pending().await;
+    }
+    let mut in_vain = 0;
+    loop {
+        tokio::time::sleep(LOOK).await;
+        let why = answers(app).await.err();
+        in_vain = if why.is_some() { in_vain + 1 } else { 0 };
+        let severed = in_vain >= IN_VAIN;
+        let changed = app.severed.send_if_modified(|was| std::mem::replace(was, severed) != severed);
+        match why {
+            Some(why) if changed => {
+                tracing::error!("{why}; agents are sent to the other servers, if there are any")
+            }
+            None if changed => tracing::info!("the store answers again"),
+            Some(_) | None => {}
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! Lines are made when the connection has room for them, from the state as it is then. Nothing queues for a slow reader:
 //! it gets fewer and larger deltas, and one that is further behind than the server remembers is cut off, and begins anew.
+//! One whose server is cut off from the store that it shares with others is cut off, too, and goes on at another.
 //! A fast one gets a delta every [`PACE`] at most: what happens meanwhile comes together.
 
 use std::collections::VecDeque;
@@ -78,12 +79,18 @@ pub(super) async fn watch(
     };
     tracing::info!(environment = %agent.environment, host = %agent.name, revision = %cursor.at, "watch begins");
     let gzip = takes_gzip(&headers);
-    let stopping = app.stopping.subscribe();
+    let (stopping, severed) = (app.stopping.subscribe(), app.severed.subscribe());
+    if *severed.borrow() && has_others(&urls) {
+        return Err(
+            refuse(ErrorCode::Unavailable, "the store does not answer this server; ask another one").into()
+        );
+    }
     if *stopping.borrow() {
         return Err(refuse(ErrorCode::Unavailable, "the server is stopping; ask again").into());
     }
     let mut open = Open {
         stopping,
+        severed,
         watching: app.presence.watch(&agent.host, agent.incarnation.clone()),
         asked: false,
         beat: Instant::now() + HEARTBEAT,
@@ -187,6 +194,11 @@ fn urls_of(state: &state::State, agent: &Agent) -> Vec<String> {
     state.environments.get(&agent.environment).map(state::Environment::server_urls).unwrap_or_default()
 }
 
+/// Whether there is another server to go to.
+fn has_others(urls: &[String]) -> bool {
+    urls.len() > 1
+}
+
 fn takes_gzip(headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(ACCEPT_ENCODING).into_iter().filter_map(|value| value.to_str().ok());
     accepted.flat_map(|value| value.split(',')).any(|coding| {
@@ -210,6 +222,7 @@ struct Open {
     gzip: bool,
     revisions: watch::Receiver<Revision>,
     stopping: watch::Receiver<bool>,
+    severed: watch::Receiver<bool>,
     beat: Instant,
     /// No delta before this.
     pace: Instant,
@@ -256,6 +269,10 @@ impl Open {
                 };
                 (line, urls_of(&state, &self.agent), contested)
             };
+            // Here nothing is heard any more, and nothing can be changed.
+            if *self.severed.borrow_and_update() && has_others(&urls) {
+                return None;
+            }
             self.tell_urls(urls);
             self.ask(contested);
             if let Some(line) = line {
@@ -268,6 +285,7 @@ impl Open {
             tokio::select! {
                 changed = self.revisions.changed() => changed.ok()?,
                 _ = self.stopping.changed() => return None,
+                changed = self.severed.changed() => changed.ok()?,
                 () = tokio::time::sleep_until(self.beat) => {}
             }
             if Instant::now() >= self.beat {

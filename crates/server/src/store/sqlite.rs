@@ -89,6 +89,12 @@ impl SqliteStore {
         Self::open(path, epoch)
     }
 
+    /// Whether the file has nothing in it, as before it was made a store. It is not changed.
+    pub(crate) fn is_blank(path: &Path) -> Result<bool, OpenError> {
+        let connection = Connection::open_with_flags(path, rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY);
+        Ok(!recognize(&connection.map_err(io(path))?, path)?)
+    }
+
     /// All that a store holds at one revision. It may be open elsewhere, and is not changed.
     pub(crate) fn read(path: &Path) -> Result<(Epoch, Revision, Vec<KeyValue>), OpenError> {
         let fault = |error: rusqlite::Error| OpenError::Io(path.to_owned(), error.to_string());

@@ -113,6 +113,87 @@ async fn a_watch_goes_on_at_the_other_server_where_it_was_with_the_changes_alone
     assert_eq!(watch.delta().await, [Change::Put(Object::Endpoint(renamed))]);
 }
 
+/// What lies between a server and its etcd, and can be cut: connections stay, and nothing passes.
+struct Cable {
+    address: std::net::SocketAddr,
+    cut: tokio::sync::watch::Sender<bool>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Cable {
+    async fn to(far: String) -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, cut) = (listener.local_addr().unwrap(), tokio::sync::watch::Sender::new(false));
+        let state = cut.clone();
+        let task = tokio::spawn(async move {
+            let mut joined = tokio::task::JoinSet::new();
+            while let Ok((near, _)) = listener.accept().await {
+                let (near_read, near_write) = near.into_split();
+                let (far_read, far_write) = tokio::net::TcpStream::connect(&far).await.unwrap().into_split();
+                joined.spawn(pass(near_read, far_write, state.subscribe()));
+                joined.spawn(pass(far_read, near_write, state.subscribe()));
+            }
+        });
+        Self { address, cut, task }
+    }
+}
+
+impl Drop for Cable {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn pass(
+    mut from: tokio::net::tcp::OwnedReadHalf,
+    mut to: tokio::net::tcp::OwnedWriteHalf,
+    mut cut: tokio::sync::watch::Receiver<bool>,
+) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut buffer = [0; 4096];
+    while let Ok(length) = from.read(&mut buffer).await {
+        let open = cut.wait_for(|cut| !cut).await.is_ok();
+        if length == 0 || !open || to.write_all(&buffer[..length]).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_is_cut_off_from_etcd_sends_its_agents_to_the_other_and_takes_them_again_later() {
+    let etcd = Etcd::start(1);
+    let cable = Cable::to(format!("{}:2379", etcd.members[0].address)).await;
+    let mut config = etcd.config("/several");
+    config.url.members = vec![cable.address.to_string()];
+    let one = Server::start_with(tempfile::tempdir().unwrap(), |before| Config {
+        store: StoreChoice::Etcd(config),
+        urls: vec!["https://one:7443".to_owned()],
+        ..before
+    });
+    let one = one.await.unwrap();
+    let host = one.host("h1").await;
+    let mut alone = one.agent(&host).watch().await;
+    while !matches!(alone.next().await, Some(Watch::Snapshot { .. })) {}
+    let two = second(&etcd, &one).await;
+    heard(&two, &one).await;
+    assert!(matches!(alone.next().await, Some(Watch::Servers { urls }) if urls.len() == 2));
+
+    cable.cut.send_replace(true);
+    while alone.next().await.is_some() {}
+    let path = format!("{DEFAULT}/watch");
+    let refused =
+        async || one.agent(&host).client.request(reqwest::Method::GET, &path).send().await.unwrap().status();
+    assert_eq!(refused().await, 503, "nor does it take a watch now");
+    let mut watch = two.agent(&host).watch().await;
+    while !matches!(watch.next().await, Some(Watch::Snapshot { .. })) {}
+
+    cable.cut.send_replace(false);
+    while refused().await != 200 {
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    one.agent(&host).lease("managed", 0).await.unwrap();
+}
+
 #[tokio::test]
 async fn leases_and_claims_at_both_servers_at_once_give_nothing_twice_while_one_is_killed() {
     let etcd = Etcd::start(1);

@@ -56,9 +56,11 @@ async fn a_first_start_cut_short_anywhere_is_taken_up_again() {
         for name in &steps[kept..] {
             std::fs::remove_file(data.join(name)).unwrap();
         }
-        // The last step is the transaction: before it, the store is empty.
+        // The last step is the transaction: before it, the store is made, and has no keys.
         if kept > 0 {
-            std::fs::write(data.join("store.sqlite"), "").unwrap();
+            let store = rusqlite::Connection::open(data.join("store.sqlite")).unwrap();
+            let none = "DELETE FROM kv; DELETE FROM log; UPDATE meta SET value = '0' WHERE name IN ('revision', 'compacted')";
+            store.execute_batch(none).unwrap();
         }
         let server = Server::start_in(dir).await;
         assert!(server.ready.first_start, "after {kept} steps");
@@ -143,6 +145,29 @@ async fn a_lost_ca_or_store_is_said_and_not_replaced() {
         let error = refused(&data).await;
         assert!(error.contains("is missing") && error.contains(name), "{error}");
         assert!(!data.join(name).exists());
+    }
+}
+
+#[tokio::test]
+async fn a_store_that_lost_its_content_is_said_and_no_other_environment_is_made() {
+    // All of it, or all but what SQLite had written before the first checkpoint.
+    for length in [0, 4096] {
+        let dir = Server::start().await.stop().await;
+        let data = dir.path().join("data");
+        let store = data.join("store.sqlite");
+        if length == 0 {
+            std::fs::write(&store, "").unwrap();
+        } else {
+            std::fs::remove_file(&store).unwrap();
+            rusqlite::Connection::open(&store)
+                .unwrap()
+                .execute_batch("PRAGMA journal_mode = WAL; VACUUM")
+                .unwrap();
+        }
+        assert_eq!(std::fs::metadata(&store).unwrap().len(), length);
+        let error = refused(&data).await;
+        assert!(error.contains("store.sqlite is empty") && error.contains("server restore"), "{error}");
+        assert_eq!(std::fs::metadata(&store).unwrap().len(), length);
     }
 }
 
