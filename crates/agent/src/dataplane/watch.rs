@@ -2,11 +2,12 @@
 //!
 //! A source is active from when epoll names it until it was found dry so many times in a row. Active ones are read
 //! without asking; when all are dry, the thread yields and tries again a few times before it sleeps (measured: half the
-//! latency and a fifth more throughput for less CPU than it costs to wake up; a hundred tries are worse than none).
+//! latency and a fifth more throughput for less CPU than it costs to wake up; a hundred tries are worse than none). One that
+//! was woken after a long sleep does not: what comes now and then, such as the pings of idle peers, comes alone.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -18,6 +19,8 @@ use crate::dataplane::Error;
 const DRY: u32 = 64;
 /// Rounds with work after which epoll is asked for sources that are not active.
 const ASK_EVERY: u32 = 16;
+/// A sleep that was longer is no pause between two packets that belong together.
+const PAUSE: Duration = Duration::from_micros(500);
 const EVENTS: usize = 64;
 const WAKER: u64 = u64::MAX;
 
@@ -54,6 +57,8 @@ pub(super) struct Watch<T> {
     idle: u32,
     /// Tries after the last success before the thread sleeps.
     spin: u32,
+    /// The last sleep was short: it is worth trying again.
+    busy: bool,
 }
 
 struct Source<T> {
@@ -82,6 +87,7 @@ impl<T: AsFd> Watch<T> {
             rounds: 0,
             idle: 0,
             spin,
+            busy: true,
         })
     }
 
@@ -155,7 +161,7 @@ impl<T: AsFd> Watch<T> {
             if self.rounds.is_multiple_of(ASK_EVERY) {
                 self.ask(EpollTimeout::ZERO);
             }
-        } else if self.idle < self.spin {
+        } else if self.busy && self.idle < self.spin {
             self.idle += 1;
             std::thread::yield_now();
         } else {
@@ -166,7 +172,9 @@ impl<T: AsFd> Watch<T> {
             let timeout = timeout.map_or(EpollTimeout::NONE, |timeout| {
                 EpollTimeout::try_from(timeout).unwrap_or(EpollTimeout::MAX)
             });
+            let slept = Instant::now();
             self.ask(timeout);
+            self.busy = slept.elapsed() < PAUSE;
         }
     }
 
