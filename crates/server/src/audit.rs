@@ -310,7 +310,10 @@ struct Head {
 }
 
 fn last_number(path: &Path) -> Option<u64> {
-    let mut file = File::open(path).ok()?;
+    last_number_of(&File::open(path).ok()?)
+}
+
+fn last_number_of(mut file: &File) -> Option<u64> {
     let size = file.metadata().ok()?.len();
     // No line is longer than the path, the names and the ids in it. What is no file may have no end.
     let most = 64 << 10;
@@ -381,23 +384,45 @@ impl Reader {
 
     /// The oldest file with lines after the last one read.
     fn next_file(&self) -> io::Result<Option<File>> {
+        let found = self.look()?;
+        // Files move up while one looks from the last to the first: one may have gone past.
+        let gap = found.as_ref().and_then(first_number).is_some_and(|first| first > self.told + 1);
+        if gap { self.look() } else { Ok(found) }
+    }
+
+    fn look(&self) -> io::Result<Option<File>> {
         for age in (0..FILES).rev() {
-            let path = file(&self.directory, age);
-            let newer = age == 0 || last_number(&path).is_some_and(|last| last > self.told);
-            match File::open(&path) {
-                Ok(file) if newer => return Ok(Some(file)),
-                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                Ok(_) | Err(_) => {}
+            let mut open = match File::open(file(&self.directory, age)) {
+                Ok(open) => open,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            if age == 0 || last_number_of(&open).is_some_and(|last| last > self.told) {
+                open.seek(SeekFrom::Start(0))?;
+                return Ok(Some(open));
             }
         }
         Ok(None)
     }
 
+    /// Whether what is open is what is written to. While it is exchanged for another there is no such file.
     fn is_newest(&self) -> io::Result<bool> {
         let Some(open) = &self.open else { return Ok(false) };
-        let (open, newest) = (open.get_ref().metadata()?, fs::metadata(file(&self.directory, 0))?);
-        Ok((open.dev(), open.ino()) == (newest.dev(), newest.ino()))
+        let open = open.get_ref().metadata()?;
+        match fs::metadata(file(&self.directory, 0)) {
+            Ok(newest) => Ok((open.dev(), open.ino()) == (newest.dev(), newest.ino())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
     }
+}
+
+fn first_number(mut file: &File) -> Option<u64> {
+    file.seek(SeekFrom::Start(0)).ok()?;
+    let mut line = Vec::new();
+    BufReader::new(file).read_until(b'\n', &mut line).ok()?;
+    file.seek(SeekFrom::Start(0)).ok()?;
+    Some(serde_json::from_slice::<Head>(&line).ok()?.number)
 }
 
 #[cfg(test)]
@@ -485,6 +510,52 @@ mod tests {
         let (_tell, written) = watch::channel(0);
         let directory = dir.path().to_owned();
         assert_eq!(all(&mut Reader { directory, written, since: 0, open: None, told: 0 }), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_reader_is_not_disturbed_while_one_file_is_exchanged_for_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), 400).unwrap();
+        let (_tell, written) = watch::channel(0);
+        let directory = dir.path().to_owned();
+        let mut reader = Reader { directory, written, since: 0, open: None, told: 0 };
+        writer.write(&[line(1)]).unwrap();
+        assert_eq!(all(&mut reader), [1]);
+        // The newest has been moved, and there is no other yet.
+        let in_the_way = file(dir.path(), 0);
+        fs::rename(&in_the_way, file(dir.path(), 1)).unwrap();
+        assert!(all(&mut reader).is_empty());
+        fs::rename(file(dir.path(), 1), &in_the_way).unwrap();
+        for n in 2..=3 {
+            writer.write(&[line(n)]).unwrap();
+        }
+        assert_eq!(all(&mut reader), [2, 3]);
+    }
+
+    #[test]
+    fn a_reader_gets_each_line_that_is_kept_however_often_files_move_meanwhile() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = Writer::open(dir.path(), 2_000).unwrap();
+        let (_tell, written) = watch::channel(0);
+        let directory = dir.path().to_owned();
+        let mut reader = Reader { directory, written, since: 0, open: None, told: 0 };
+        let (told, heard) = std::sync::mpsc::sync_channel::<()>(40);
+        let writing = std::thread::spawn(move || {
+            for n in 1..=1_500 {
+                writer.write(&[line(n)]).unwrap();
+                told.send(()).unwrap();
+            }
+        });
+        // Never so far behind that lines are dropped.
+        let mut expected = 0;
+        while expected < 1_500 {
+            for number in numbers(&reader.read().unwrap()) {
+                assert_eq!(number, expected + 1, "passed over");
+                expected = number;
+                heard.recv().unwrap();
+            }
+        }
+        writing.join().unwrap();
     }
 
     #[test]

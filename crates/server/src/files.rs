@@ -16,6 +16,8 @@ pub(crate) const SERVER_CERTIFICATE: &str = "server.pem";
 pub(crate) const SERVER_KEY: &str = "server.key";
 pub(crate) const STORE: &str = "store.sqlite";
 pub(crate) const ADMIN_KEY: &str = "admin.key";
+/// What the server is called in the store.
+pub(crate) const SERVER_ID: &str = "server.id";
 /// The epoch of an etcd that was seen to go back to an earlier state.
 pub(crate) const SET_BACK: &str = "etcd.set-back";
 const LOCK: &str = "lock";

@@ -3,7 +3,7 @@
 //! ```text
 //! /droveway/{environment}/environment              made when the environment is
 //! /droveway/{environment}/ca                       the CA's certificate, PEM
-//! /droveway/{environment}/servers/{id}             Urls, of a server
+//! /droveway/{environment}/servers/{id}             Server
 //! /droveway/{environment}/unreported/{host}        Unreported: a host that has not said what it holds since a restore
 //! /droveway/{environment}/incarnations/{host}      Life: which start of the host's agent counts
 //! /droveway/{environment}/presence/{server}        Noted: who was there, as a server saw it
@@ -90,10 +90,20 @@ impl ApiKey {
     }
 }
 
-/// How agents reach one of the servers.
+/// What a server says of itself.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Urls {
+pub(crate) struct Server {
+    /// How agents reach it.
     pub(crate) urls: Vec<String>,
+    /// Which of its starts goes by its name; empty where nobody else can.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) start: String,
+    /// Whether that one ended, and said so.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) ended: bool,
+    /// That somebody asks whether that one lives: it takes this away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) asked: Option<String>,
 }
 
 /// A host that has not said what it holds since the store was restored, or since a copy of it was taken for it.
@@ -139,7 +149,7 @@ pub(crate) enum Record {
     Withdrawn(Withdrawn),
     Token(String, Token),
     ApiKey(String, ApiKey),
-    Server(String, Urls),
+    Server(String, Server),
     Unreported(HostId, Unreported),
     Audit(String, String, Entry),
     Life(HostId, Life),

@@ -23,6 +23,7 @@ mod keys;
 mod limits;
 mod lines;
 mod metrics;
+mod name;
 mod outbox;
 mod presence;
 mod request;
@@ -165,6 +166,15 @@ pub enum Error {
     /// The store ended under the server.
     #[error("the store ended: {0}; look at the log, and start the server again")]
     Ended(String),
+    /// The file with its name holds something else.
+    #[error("{0} is not as a server wrote it; remove it and start again: the server takes another name")]
+    BadId(PathBuf),
+    /// Another server goes by its name.
+    #[error(
+        "another server has gone on with a copy of {0} while this one could not say that it lives; start this one again: it \
+         takes another name"
+    )]
+    Superseded(PathBuf),
     /// A file with foreign content.
     #[error("{0} cannot be understood; restore it from a backup")]
     Unreadable(PathBuf),

@@ -30,6 +30,8 @@ use crate::store::{Op, Txn};
 const WAITING: usize = 4096;
 /// How many entries one transaction takes away: more than it brings.
 const TAKEN: usize = 64;
+/// The same for the transaction with which a server ends.
+const TAKEN_AT_THE_END: usize = 512;
 /// How long to wait before a log that could not be written is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 
@@ -182,6 +184,13 @@ impl Outbox {
             }
         });
         good
+    }
+
+    /// Entries of an environment that the log has and the store still has, too: as many as one transaction takes away.
+    pub(crate) fn written(&self, environment: &EnvironmentId) -> Vec<String> {
+        let written = self.lock();
+        let ids = written.keys().filter(|(of, _)| of == environment).map(|(_, id)| id.clone());
+        ids.take(TAKEN_AT_THE_END).collect()
     }
 
     /// Waits until the log has the changes up to a revision that the state has; not where it cannot be written.

@@ -18,13 +18,13 @@ use tokio::net::TcpListener;
 use crate::app::{App, now};
 use crate::ca::Ca;
 use crate::files::{self, DataDir};
-use crate::keys::{ApiKey, Keys, Urls, put};
+use crate::keys::{ApiKey, Keys, put};
 use crate::outbox::Outbox;
 use crate::state::{Shared, State, feed};
 use crate::store::{Compare, Ended, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
 use crate::upkeep::Upkeep;
-use crate::{Config, Error, Ready, StoreChoice, presence, secret, serve, tls, upkeep};
+use crate::{Config, Error, Ready, StoreChoice, name, presence, secret, serve, tls, upkeep};
 
 /// The admin key's name in the store.
 pub(crate) const ADMIN: &str = "admin";
@@ -34,6 +34,16 @@ pub(crate) const KEY_PREFIX: &str = "dwk1.";
 const CLOCK: Duration = Duration::from_secs(1);
 /// A key is not shorter than this: the prefix and 256 bits.
 const KEY_LEN: usize = 48;
+
+/// Why a server ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    /// Its operator wants it to.
+    Asked,
+    Store(Ended),
+    /// Another goes by its name.
+    Name,
+}
 
 /// Runs a server until `shutdown` is ready. `ready` is called once, when it listens.
 pub async fn run(
@@ -56,8 +66,8 @@ pub async fn run(
     let listener = listener.map_err(|error| Error::Listen { address: config.listen, error })?;
     let address = listener.local_addr().map_err(|error| Error::Listen { address: config.listen, error })?;
     let identity = ca.server(&data, &config.names, &local_addresses(address.ip()))?;
-    // Its key stays when its certificate and its addresses change.
-    let server = tls::key_of(&identity.certificate).map(|key| key.to_string()).unwrap_or_default();
+    // Before servers kept a name of their own, they were called by their key.
+    let before = tls::key_of(&identity.certificate).map(|key| key.to_string()).unwrap_or_default();
     let certificate = Arc::new(ServerCertificate::new(identity)?);
     let tls = tls::config(&ca, certificate.clone())?;
     let store_file = matches!(config.store, StoreChoice::Embedded).then(|| data.path(files::STORE));
@@ -70,25 +80,26 @@ pub async fn run(
     }
     keep_ca(&data, &*store, &environment, &ca).await?;
     keep_admin_key(&data, &*store, &environment, &config.store).await?;
-    let server = server.get(..16).unwrap_or_default();
-    keep_urls(&*store, &keys.server(server), &config.urls).await?;
+    let shares_store = matches!(config.store, StoreChoice::Etcd(_));
+    let before = before.get(..16).unwrap_or_default();
+    let name = name::take(&data, &*store, &environment, &config.urls, shares_store, before).await?;
     let state = State::load(&*store).await.map_err(fault)?;
-    let outbox = Outbox::new(server);
+    let outbox = Outbox::new(&name.text);
     outbox.recall(&state, &config.data_dir).map_err(unwritable_log)?;
     let shared = Arc::new(Shared::new(state));
     let mut feeder = tokio::spawn(feed(store.clone(), shared.clone()));
     let ca_fingerprint = ca.fingerprint();
-    let shares_store = matches!(config.store, StoreChoice::Etcd(_));
-    let name = (server.to_owned(), shares_store);
-    let app = Arc::new(App::new(store, shared, ca, (config.domain, config.retain), name, upkeep, outbox));
+    let called = (name.text.clone(), shares_store);
+    let app = Arc::new(App::new(store, shared, ca, (config.domain, config.retain), called, upkeep, outbox));
     tracing::info!(%address, ca = %ca_fingerprint, first_start, "the server listens");
     ready(Ready { address, ca: ca_fingerprint, first_start, admin_key_file: data.path(files::ADMIN_KEY) });
-    let mut store_ended = None;
+    let mut why = End::Asked;
     let end = async {
         tokio::select! {
             () = shutdown => {}
             // It follows the store for as long as there is one.
-            why = &mut feeder => store_ended = Some(why.unwrap_or(Ended::Gone)),
+            ended = &mut feeder => why = End::Store(ended.unwrap_or(Ended::Gone)),
+            () = name::hold(&app, &environment, &name) => why = End::Name,
         }
     };
     let (serving, served) = tokio::sync::oneshot::channel::<()>();
@@ -103,18 +114,26 @@ pub async fn run(
     };
     // Lines on their way into the log get there, and are known to be there.
     tokio::join!(serve, app.outbox.run(&app.shared, &app.upkeep.audit, served));
-    if store_ended.is_none() {
+    if why == End::Asked {
         presence::note(&app, &environment).await;
     }
-    // What cannot be written now is written at the next start.
-    app.outbox.write(&app.shared, &app.upkeep.audit).await;
+    // What cannot be written now is written at the next start; what is another's by now is written by that one.
+    if why != End::Name {
+        app.outbox.write(&app.shared, &app.upkeep.audit).await;
+    }
+    if why == End::Asked {
+        name::leave(&app, &environment, &name).await;
+    }
     drop(app);
-    if let Some(why) = store_ended {
+    if let End::Store(why) = why {
         return Err(ended(&data, &config.store, &epoch, why));
     }
     feeder.abort();
     // The feeder holds the store: its file is closed when the feeder is gone, and the lock only after that.
     drop(feeder.await);
+    if why == End::Name {
+        return Err(Error::Superseded(config.data_dir));
+    }
     tracing::info!("the server stopped");
     drop(data);
     Ok(())
@@ -222,23 +241,6 @@ async fn keep_ca(
     store.txn(Txn::new(vec![Compare::Absent(place.clone())], put)).await.map_err(fault)?;
     let same = value(store, &place).await?.is_some_and(|known| known == ca.pem().as_bytes());
     if same { Ok(()) } else { Err(Error::OtherCa(data.path(files::CA_CERTIFICATE))) }
-}
-
-/// Makes the store's list of servers have this one as it is now.
-async fn keep_urls(store: &dyn Store, place: &str, urls: &[String]) -> Result<(), Error> {
-    let urls = Urls { urls: urls.iter().map(|url| url.trim_end_matches('/').to_owned()).collect() };
-    let known = value(store, place).await?;
-    let known = known.and_then(|known| serde_json::from_slice::<Urls>(&known).ok());
-    if known.clone().unwrap_or_default() == urls {
-        return Ok(());
-    }
-    let op = if urls.urls.is_empty() {
-        Op::Delete(place.to_owned())
-    } else {
-        put(place.to_owned(), &urls).map_err(unwritable)?
-    };
-    store.txn(Txn::new(vec![], vec![op])).await.map_err(fault)?;
-    Ok(())
 }
 
 fn unwritable(error: serde_json::Error) -> Error {

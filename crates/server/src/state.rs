@@ -16,7 +16,7 @@ use model::{
 use tokio::sync::watch;
 
 use crate::incarnation::Life;
-use crate::keys::{self, ApiKey, Record, Report, Slot, Token, Unreported};
+use crate::keys::{self, ApiKey, Record, Report, Server, Slot, Token, Unreported};
 use crate::outbox::Entry;
 use crate::presence::Noted;
 use crate::store::{Batch, Ended, Event, KeyValue, Store, StoreError};
@@ -43,8 +43,8 @@ pub(crate) struct Environment {
     pub(crate) withdrawn: BTreeMap<(NetworkId, IpNet), Withdrawn>,
     pub(crate) tokens: BTreeMap<String, Token>,
     pub(crate) api_keys: BTreeMap<String, ApiKey>,
-    /// How agents reach each server.
-    servers: BTreeMap<String, Vec<String>>,
+    /// What each server says of itself.
+    servers: BTreeMap<String, Server>,
     /// Hosts that have not said what they hold since the store was restored.
     pub(crate) unreported: BTreeMap<HostId, Unreported>,
     /// Changes on their way into audit logs, by server and id, with the revision that each made.
@@ -169,8 +169,8 @@ impl Environment {
         };
         match record {
             Record::Environment | Record::Ca | Record::Index => None,
-            Record::Server(id, urls) => {
-                self.servers.insert(id, urls.urls);
+            Record::Server(id, server) => {
+                self.servers.insert(id, server);
                 None
             }
             Record::Unreported(id, unreported) => {
@@ -435,7 +435,7 @@ impl Environment {
     /// How agents reach the servers.
     pub(crate) fn server_urls(&self) -> Vec<String> {
         let mut urls: Vec<String> = Vec::new();
-        for url in self.servers.values().flatten() {
+        for url in self.servers.values().flat_map(|server| &server.urls) {
             if !urls.contains(url) {
                 urls.push(url.clone());
             }
@@ -446,6 +446,11 @@ impl Environment {
     /// The hosts that have not said what they hold since the store was restored.
     pub(crate) fn silent_since_restore(&self) -> impl Iterator<Item = &HostId> {
         self.unreported.iter().filter(|(_, unreported)| !unreported.followed).map(|(host, _)| host)
+    }
+
+    /// What the server of that name says of itself.
+    pub(crate) fn server(&self, name: &str) -> Option<&Server> {
+        self.servers.get(name)
     }
 
     /// The revision that last changed a key of the store.

@@ -44,7 +44,7 @@ const OPERATIONS: usize = 1024;
 const PAGE: usize = 2000;
 /// How many batches a watch may have waiting; etcd keeps the rest.
 const WATCH_QUEUE: usize = 256;
-/// A watch that is silent for so long is compared with what all members agree on: the one that serves it may hang.
+/// A watch that is silent for so long is compared with what all members agree on: its own may hang.
 const SILENT: Duration = Duration::from_secs(5);
 
 /// The store in etcd.
@@ -58,6 +58,8 @@ struct Inner {
     life: Life,
     /// The highest of etcd's own revisions that an answer had.
     seen: AtomicU64,
+    /// The highest at which [`HEAD`] was.
+    head: AtomicU64,
     /// Why this store is used no more, once that is known.
     ended: watch::Sender<Option<Ended>>,
 }
@@ -203,7 +205,7 @@ impl Store for EtcdStore {
             let Some(after_own) = after.0.checked_sub(life.offset) else {
                 return Err(StoreError::Compacted { asked: after, oldest: Revision(life.offset) });
             };
-            let stream = self.inner.open_watch(&prefix, after, after_own + 1).await?;
+            let stream = self.inner.open_watch(&prefix, after_own + 1).await?;
             let (sender, batches) = mpsc::channel(WATCH_QUEUE);
             let inner = self.inner.clone();
             tokio::spawn(async move {
@@ -222,8 +224,8 @@ impl Store for EtcdStore {
 
 impl Inner {
     fn new(gateway: Gateway, prefix: &str, life: Life) -> Self {
-        let (seen, ended) = (AtomicU64::new(0), watch::Sender::default());
-        Self { gateway, prefix: prefix.to_owned(), life, seen, ended }
+        let (seen, head, ended) = (AtomicU64::new(0), AtomicU64::new(0), watch::Sender::default());
+        Self { gateway, prefix: prefix.to_owned(), life, seen, head, ended }
     }
 
     fn key(&self, key: &str) -> String {
@@ -366,7 +368,7 @@ impl Inner {
             more = next.more;
             last = next.kvs.last().map(|kv| kv.key.clone());
         }
-        Ok((self.revision(head), all))
+        Ok((self.saw_head(head), all))
     }
 
     fn collect(&self, kvs: &[Kv], into: &mut Vec<KeyValue>) -> Result<(), StoreError> {
@@ -415,7 +417,7 @@ impl Inner {
             [Response { range: Some(head) }] => head.kvs.first().map_or(Number(0), |kv| kv.modified),
             _ => return Err(StoreError::Refused("etcd answers less than was asked".into())),
         };
-        Ok(Outcome { succeeded: answer.succeeded, revision: self.revision(revision) })
+        Ok(Outcome { succeeded: answer.succeeded, revision: self.saw_head(revision) })
     }
 
     /// What changes something puts the head too; what changes nothing looks at it.
@@ -457,7 +459,7 @@ impl Inner {
         }
     }
 
-    async fn open_watch(&self, prefix: &str, after: Revision, from: u64) -> Result<Stream, StoreError> {
+    async fn open_watch(&self, prefix: &str, from: u64) -> Result<Stream, StoreError> {
         self.goes_on()?;
         let before = self.seen();
         let body = json!({ "create_request": {
@@ -474,16 +476,14 @@ impl Inner {
             return Err(StoreError::Unreachable("etcd opens no watch".into()));
         }
         // For a revision that is yet to come it waits in silence, also where that was and is no more.
-        let head = self.head(before).await?;
-        if head < after {
-            return Err(self.end_for(Ended::SetBack { before: after, now: head }));
-        }
+        self.head(before).await?;
         Ok(stream)
     }
 
     /// The store's revision, as all members agree on it; fails if this is not the life that it was, or was set back since
-    /// `before`.
+    /// `before`. Others' keys may have brought etcd's own revision on since then, and the store's not.
     async fn head(&self, before: u64) -> Result<Revision, StoreError> {
+        let last = self.head.load(Ordering::Relaxed);
         let body = json!({ "key": self.key(OWN), "range_end": self.end(OWN) });
         let own: Range = self.gateway.read("/v3/kv/range", &body).await?;
         self.notice(&own.header, before)?;
@@ -493,7 +493,18 @@ impl Inner {
         if life.as_ref() != Some(&self.life) {
             return Err(self.end_for(Ended::Replaced));
         }
-        Ok(self.revision(find(HEAD).map_or(Number(0), |kv| kv.modified)))
+        let head = find(HEAD).map_or(Number(0), |kv| kv.modified);
+        if head.0 < last {
+            let before = self.revision(Number(last));
+            return Err(self.end_for(Ended::SetBack { before, now: self.revision(head) }));
+        }
+        Ok(self.saw_head(head))
+    }
+
+    /// Notes where the head was.
+    fn saw_head(&self, head: Number) -> Revision {
+        self.head.fetch_max(head.0, Ordering::Relaxed);
+        self.revision(head)
     }
 
     /// Passes changes on until there is an end to it.
@@ -567,10 +578,13 @@ impl Inner {
 
     fn batch(&self, revision: Number, events: &[EtcdEvent]) -> Result<Batch, StoreError> {
         let mut batch = Batch { revision: self.revision(revision), events: Vec::new() };
-        let life = self.key(LIFE);
+        let (life, head) = (self.key(LIFE), self.key(HEAD));
         for event in events {
             if event.kv.key == life {
                 return Err(self.end_for(Ended::Replaced));
+            }
+            if event.kv.key == head {
+                self.saw_head(revision);
             }
             if event.kind == "DELETE" {
                 batch.events.extend(self.own_key(&event.kv)?.map(Event::Delete));

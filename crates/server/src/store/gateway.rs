@@ -141,7 +141,7 @@ impl Gateway {
 
     /// What etcd refused after it had answered: with the remedy, if one is known.
     pub(crate) fn refused(&self, message: &str) -> StoreError {
-        match trouble(&format!("{}: {message}", self.member())) {
+        match trouble(&format!("{}: {message}", self.member()), false) {
             Trouble::Refused(why) => StoreError::Refused(why),
             Trouble::NotTaken(why) | Trouble::Unknown(why) => StoreError::Unreachable(why),
         }
@@ -212,7 +212,8 @@ impl Gateway {
         if response.status().is_success() {
             return Ok(response);
         }
-        Err(trouble(&format!("{member}: {}", refusal(response).await)))
+        let (why, unsure) = refusal(response).await;
+        Err(trouble(&format!("{member}: {why}"), unsure))
     }
 
     async fn token(&self, member: &str) -> Result<Option<String>, Trouble> {
@@ -228,8 +229,9 @@ impl Gateway {
         };
         let response = request.send().await.map_err(not_taken)?;
         if !response.status().is_success() {
-            let why = format!("{member}: user {:?} cannot log in: {}", login.user, refusal(response).await);
-            return Err(match trouble(&why) {
+            let (why, unsure) = refusal(response).await;
+            let why = format!("{member}: user {:?} cannot log in: {why}", login.user);
+            return Err(match trouble(&why, unsure) {
                 Trouble::NotTaken(why) | Trouble::Unknown(why) => Trouble::NotTaken(why),
                 Trouble::Refused(why) => Trouble::Refused(why),
             });
@@ -310,25 +312,28 @@ fn tls_fault(error: &reqwest::Error) -> Option<String> {
     Some(format!("{remedy} ({fault})"))
 }
 
-/// What etcd says as it refuses.
-async fn refusal(response: Response) -> String {
+/// What etcd says as it refuses, and whether it may be in trouble after it began.
+async fn refusal(response: Response) -> (String, bool) {
     let status = response.status();
     let text = match response.text().await {
         Ok(text) => text,
-        Err(error) => return format!("HTTP {status}, and then {}", cause(&error)),
+        Err(error) => return (format!("HTTP {status}, and then {}", cause(&error)), true),
     };
-    serde_json::from_str(&text).map_or_else(
-        |_| format!("HTTP {status} {:?}", text.trim().chars().take(200).collect::<String>()),
-        |refusal: Refusal| refusal.message(),
-    )
+    match serde_json::from_str::<Refusal>(&text) {
+        Ok(refusal) => (refusal.message(), refusal.is_unsure()),
+        Err(_) => {
+            let text: String = text.trim().chars().take(200).collect();
+            (format!("HTTP {status} {text:?}"), status.is_server_error())
+        }
+    }
 }
 
 /// What etcd's message means for the request.
-fn trouble(message: &str) -> Trouble {
+fn trouble(message: &str, unsure: bool) -> Trouble {
     let says = |text: &str| message.contains(text);
     let why = message.to_owned();
     let refused = |remedy: &str| Trouble::Refused(format!("{message}; {remedy}"));
-    if says("no leader") || says("too many requests") || says("not a leader") || says("is stopping") {
+    if says("no leader") || says("too many requests") || says("not leader") {
         Trouble::NotTaken(why)
     } else if says("database space exceeded") {
         refused("compact and defragment etcd, then clear its alarm with `etcdctl alarm disarm`")
@@ -347,7 +352,7 @@ fn trouble(message: &str) -> Trouble {
         refused("check --store-user and the password in --store-password-file")
     } else if says("permission denied") {
         refused("grant the role of --store-user readwrite on the keys with the prefix that --store names")
-    } else if says("timed out") || says("leader changed") || says("code = Unavailable") || says("HTTP 5") {
+    } else if unsure || says("timed out") || says("leader changed") {
         Trouble::Unknown(why)
     } else {
         Trouble::Refused(why)
@@ -365,11 +370,20 @@ struct Refusal {
     message: String,
     #[serde(default)]
     error: Value,
+    /// As gRPC has it.
+    #[serde(default)]
+    code: u32,
 }
 
 impl Refusal {
-    fn message(self) -> String {
-        if self.message.is_empty() { self.error.to_string() } else { self.message }
+    fn message(&self) -> String {
+        if self.message.is_empty() { self.error.to_string() } else { self.message.clone() }
+    }
+
+    /// Cancelled, unknown, deadline exceeded, aborted, internal, unavailable, data loss: a member says so also of what it
+    /// had passed on to the others by then.
+    fn is_unsure(&self) -> bool {
+        matches!(self.code, 1 | 2 | 4 | 10 | 13 | 14 | 15)
     }
 }
 
@@ -492,16 +506,33 @@ mod tests {
 
     #[test]
     fn only_what_was_certainly_not_done_is_sent_again() {
-        let kind = |message: &str| match trouble(message) {
-            Trouble::NotTaken(_) => "again",
-            Trouble::Unknown(_) => "unknown",
-            Trouble::Refused(_) => "refused",
+        let kind = |answer: &str| {
+            let refusal: Refusal = serde_json::from_str(answer).unwrap();
+            match trouble(&format!("m: {}", refusal.message()), refusal.is_unsure()) {
+                Trouble::NotTaken(_) => "again",
+                Trouble::Unknown(_) => "unknown",
+                Trouble::Refused(_) => "refused",
+            }
         };
-        assert_eq!(kind("m: etcdserver: no leader"), "again");
-        assert_eq!(kind("m: etcdserver: request timed out"), "unknown");
-        assert_eq!(kind("m: etcdserver: leader changed"), "unknown");
-        assert_eq!(kind("m: etcdserver: mvcc: database space exceeded"), "refused");
-        assert_eq!(kind("m: etcdserver: duplicate key given in txn request"), "refused");
-        assert_eq!(kind("m: user \"u\" cannot log in: HTTP 503 Service Unavailable"), "unknown");
+        for (message, code, wanted) in [
+            ("etcdserver: no leader", 14, "again"),
+            ("etcdserver: not leader", 9, "again"),
+            ("etcdserver: too many requests", 8, "again"),
+            ("etcdserver: request timed out", 14, "unknown"),
+            ("etcdserver: leader changed", 14, "unknown"),
+            ("etcdserver: server stopped", 14, "unknown"),
+            ("transport is closing", 14, "unknown"),
+            ("context deadline exceeded", 4, "unknown"),
+            ("etcdserver: request cancelled", 2, "unknown"),
+            ("etcdserver: mvcc: database space exceeded", 8, "refused"),
+            ("etcdserver: duplicate key given in txn request", 3, "refused"),
+            ("etcdserver: invalid auth token", 16, "refused"),
+        ] {
+            let answer = json!({ "error": message, "message": message, "code": code });
+            assert_eq!(kind(&answer.to_string()), wanted, "{message}");
+        }
+        assert_eq!(kind(r#"{"error":{"grpc_code":9}}"#), "refused");
+        let login = "m: user \"u\" cannot log in: HTTP 503 Service Unavailable";
+        assert!(matches!(trouble(login, true), Trouble::Unknown(_)));
     }
 }

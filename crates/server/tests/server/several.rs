@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use base64::Engine;
 use model::api::{AuditEntry, ErrorCode, ServerInfo, TokenRequest};
 use model::{Catalog, Change, Object, Revision, Watch};
 use serde_json::json;
@@ -294,4 +295,106 @@ async fn a_copy_that_comes_to_the_other_server_is_found_out_and_both_know_who_is
     both_say(true).await;
     drop(watch);
     both_say(false).await;
+}
+
+/// How agents reach the servers, as they are told.
+async fn told_urls(server: &Server) -> BTreeSet<String> {
+    let host = server.host("asker").await;
+    let mut watch = host.watch().await;
+    let Some(Watch::Servers { urls }) = watch.next().await else { panic!("not told of the servers") };
+    server.admin().delete(&format!("{DEFAULT}/hosts/asker")).await.unwrap();
+    urls.into_iter().collect()
+}
+
+/// What the server of a directory is called.
+fn name(dir: &TempDir) -> String {
+    let text = std::fs::read_to_string(dir.path().join("data/server.id")).unwrap();
+    serde_json::from_str::<serde_json::Value>(&text).unwrap()["name"].as_str().unwrap().to_owned()
+}
+
+fn copied(from: &TempDir) -> TempDir {
+    let to = TempDir::new().unwrap();
+    std::fs::create_dir(to.path().join("data")).unwrap();
+    for file in std::fs::read_dir(from.path().join("data")).unwrap().map(Result::unwrap) {
+        std::fs::copy(file.path(), to.path().join("data").join(file.file_name())).unwrap();
+    }
+    to
+}
+
+/// Changes at both at once; the lines of those in their logs, which end with the servers.
+async fn lines_of(servers: [Server; 2], names: &str) -> [TempDir; 2] {
+    let [one, two] = &servers;
+    heard(one, two).await;
+    heard(two, one).await;
+    let since = info(one).await.revision;
+    let mut asked = [BTreeSet::new(), BTreeSet::new()];
+    for n in 0..8 {
+        for (server, asked) in servers.iter().zip(&mut asked) {
+            let name = format!("{names}{n}{}", asked.len() + server.ready.address.port() as usize);
+            let spec = json!({ "name": name, "cidrs": ["10.60.0.0/16"] });
+            server.admin().make_network(spec).await.unwrap();
+            asked.insert(format!("network {name:?}"));
+        }
+    }
+    let [one, two] = servers;
+    let dirs = [one.stop().await, two.stop().await];
+    for (dir, asked) in dirs.iter().zip(&asked) {
+        let text = std::fs::read_to_string(dir.path().join("data/audit.jsonl")).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<AuditEntry>(line).unwrap());
+        let lines: Vec<AuditEntry> = lines.filter(|line| line.revision > Some(since)).collect();
+        let about: BTreeSet<String> = lines.iter().filter_map(|line| line.about.clone()).collect();
+        assert_eq!((lines.len(), &about), (asked.len(), asked), "each its own, once: {lines:?}");
+    }
+    dirs
+}
+
+#[tokio::test]
+async fn servers_from_copied_directories_and_from_one_backup_have_names_of_their_own() {
+    let etcd = Etcd::start(1);
+    let one = server_on(&etcd, tempfile::tempdir().unwrap(), "https://one:7443").await.unwrap();
+    let urls = BTreeSet::from(["https://one:7443".to_owned(), "https://two:7443".to_owned()]);
+    let two = server_on(&etcd, copied(&one.dir), "https://two:7443").await.unwrap();
+    assert_eq!(told_urls(&one).await, urls);
+    let [one, two] = lines_of([one, two], "copied").await;
+
+    // Both start again as they were.
+    let names = [name(&one), name(&two)];
+    assert_ne!(names[0], names[1]);
+    let one = server_on(&etcd, one, "https://one:7443").await.unwrap();
+    let two = server_on(&etcd, two, "https://two:7443").await.unwrap();
+    assert_eq!([name(&one.dir), name(&two.dir)], names);
+
+    let (data, files) = (one.dir.path().join("data"), tempfile::tempdir().unwrap());
+    let (file, store) = (files.path().join("monday"), StoreChoice::Etcd(etcd.config("/several")));
+    server::backup(&data, &store, &file).await.unwrap();
+    drop((one.stop().await, two.stop().await));
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    for dir in &dirs {
+        server::restore(&file, &dir.path().join("data"), &store, true).await.unwrap();
+    }
+    let [one, two] = dirs;
+    let one = server_on(&etcd, one, "https://one:7443").await.unwrap();
+    let two = server_on(&etcd, two, "https://two:7443").await.unwrap();
+    assert_eq!(one.file("server.key"), two.file("server.key"));
+    assert_eq!(told_urls(&two).await, urls);
+    lines_of([one, two], "restored").await;
+}
+
+#[tokio::test]
+async fn a_server_whose_name_another_goes_by_ends_and_is_called_otherwise_when_it_starts_again() {
+    let etcd = Etcd::start(1);
+    let one = server_on(&etcd, tempfile::tempdir().unwrap(), "https://one:7443").await.unwrap();
+    let before = name(&one.dir);
+    // So does a copy that asked, and was not answered.
+    let base64 = |text: &str| base64::prelude::BASE64_STANDARD.encode(text);
+    let key = base64(&format!("/several/droveway/default/servers/{before}"));
+    let value = base64(&json!({ "urls": [], "start": "another" }).to_string());
+    etcd.ask(0, "/v3/kv/put", json!({ "key": key, "value": value })).await;
+    let (dir, error) = one.ends().await;
+    assert!(
+        matches!(&error, Error::Superseded(_)) && error.to_string().contains("start this one again"),
+        "{error}"
+    );
+    let one = server_on(&etcd, dir, "https://one:7443").await.unwrap();
+    assert_ne!(name(&one.dir), before);
 }
