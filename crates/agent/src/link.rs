@@ -12,7 +12,7 @@ use std::time::Duration;
 use model::agent_api::Connection;
 use model::api::{ApiError, ErrorCode, Held, HeldAnswer, HostReport};
 use model::{Candidate, Key, Watch};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::chores::{Chores, Heard};
@@ -62,10 +62,13 @@ impl Link {
         mut candidates: watch::Receiver<Vec<Candidate>>,
     ) {
         let Self { server, control, connection, chores, report, counts } = self;
+        // What the server knows of this host is not of this start, or of an old backup: it is told again.
+        let doubted = Notify::new();
         loop {
+            let told = (chores.clone(), report.clone());
             tokio::select! {
-                () = follow(&server, &control, &connection, &counts) => return,
-                () = tell(&server, &control, chores.clone(), report.clone(), connection.subscribe()) => return,
+                () = follow(&server, &control, &connection, &counts, &doubted) => return,
+                () = tell(&server, &control, told, connection.subscribe(), &doubted) => return,
                 changed = candidates.changed() => if changed.is_err() { return },
             }
             let identity = identity.borrow().clone();
@@ -77,7 +80,13 @@ impl Link {
 }
 
 /// Follows the watch stream and hands its messages to the reconciler.
-async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connection>, counts: &Counts) {
+async fn follow(
+    server: &Server,
+    control: &Control,
+    state: &watch::Sender<Connection>,
+    counts: &Counts,
+    doubted: &Notify,
+) {
     let mut backoff = Backoff::new();
     // How many servers were tried in vain.
     let mut turned = 0;
@@ -110,6 +119,7 @@ async fn follow(server: &Server, control: &Control, state: &watch::Sender<Connec
                     for conflict in conflicts {
                         tracing::warn!("after a restore of the server: {conflict}");
                     }
+                    doubted.notify_one();
                     server.watch(None).await
                 }
                 Err(error) => Err(error),
@@ -191,9 +201,9 @@ fn down(state: &watch::Sender<Connection>, error: &ApiError) {
 async fn tell(
     server: &Server,
     control: &Control,
-    mut chores: watch::Receiver<Arc<Chores>>,
-    mut report: watch::Receiver<HostReport>,
+    (mut chores, mut report): (watch::Receiver<Arc<Chores>>, watch::Receiver<HostReport>),
     mut connection: watch::Receiver<Connection>,
+    doubted: &Notify,
 ) {
     let mut teller = Teller {
         server: server.clone(),
@@ -232,6 +242,7 @@ async fn tell(
         tokio::select! {
             changed = chores.changed() => if changed.is_err() { return },
             changed = report.changed() => if changed.is_err() { return },
+            () = doubted.notified() => report.mark_changed(),
             () = tokio::time::sleep(again) => {}
         }
     }

@@ -162,7 +162,7 @@ pub(crate) async fn look_after_store(app: &App) -> Infallible {
         let changed = app.severed.send_if_modified(|was| std::mem::replace(was, severed) != severed);
         match why {
             Some(why) if changed => {
-                tracing::error!("{why}; agents are sent to the other servers, if there are any")
+                tracing::error!("{why}; agents are sent to the other servers, if there are any");
             }
             None if changed => tracing::info!("the store answers again"),
             Some(_) | None => {}

@@ -127,6 +127,9 @@ fn an_original_that_was_cut_off_while_a_copy_came_goes_on_when_it_is_back() {
     is_refused(&lab, "h3");
     lab.wait_connected("h1").unwrap();
     meet(&lab, &near, &far);
+    until(LIMIT, "h1 is where the original is", || {
+        view(&lab, "h1").host.candidates.first().is_some_and(|it| it.address.to_string() == "10.0.0.5")
+    });
     let third = lab.run("h1", &idle("third")).unwrap();
     meet(&lab, &third, &far);
     assert_eq!(view(&lab, "h1").copy.unwrap().from.to_string(), "10.0.0.7");
