@@ -139,8 +139,10 @@ impl Etcd {
             command.arg("--client-cert-auth");
         }
         command.args(&member.extra).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let process =
-            command.spawn().expect("etcd cannot be started; `scripts/deps.sh test` installs etcd-server");
+        let process = command
+            .spawn()
+            .map_err(|error| format!("{error}; `scripts/deps.sh test` installs etcd-server"))
+            .unwrap();
         member.process = Some(process);
     }
 
