@@ -31,6 +31,8 @@ const FILES: usize = 8;
 const WAITING: usize = 1024;
 /// How many lines are synced together at most.
 const TOGETHER: usize = 256;
+/// How often a reader looks for what seems to be missing.
+const LOOKS: usize = 4;
 const NEWEST: &str = "audit.jsonl";
 /// What becomes the newest.
 const NEXT: &str = ".audit.next";
@@ -384,10 +386,14 @@ impl Reader {
 
     /// The oldest file with lines after the last one read.
     fn next_file(&self) -> io::Result<Option<File>> {
-        let found = self.look()?;
         // Files move up while one looks from the last to the first: one may have gone past.
-        let gap = found.as_ref().and_then(first_number).is_some_and(|first| first > self.told + 1);
-        if gap { self.look() } else { Ok(found) }
+        for _ in 1..LOOKS {
+            let found = self.look()?;
+            if found.as_ref().and_then(first_number).is_some_and(|first| first <= self.told + 1) {
+                return Ok(found);
+            }
+        }
+        self.look()
     }
 
     fn look(&self) -> io::Result<Option<File>> {
