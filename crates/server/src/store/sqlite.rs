@@ -11,6 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use model::{Epoch, Revision};
 use rusqlite::{Connection, OptionalExtension, Row, params};
@@ -29,6 +30,8 @@ const SCHEMA: i64 = 1;
 const KEPT: u64 = 10_000;
 /// How many batches a watch may have waiting.
 const WATCH_QUEUE: usize = 1024;
+/// How long another that has the file open may be in the way.
+const BUSY: Duration = Duration::from_secs(5);
 /// How many transactions share a commit.
 const GROUP: usize = 64;
 
@@ -65,7 +68,7 @@ impl SqliteStore {
     pub(crate) fn open(path: &Path, epoch: Epoch) -> Result<Self, OpenError> {
         let (connection, epoch, revision, compacted) = open(path, &epoch)?;
         let (commands, receiver) = mpsc::channel();
-        let worker = Worker { connection, revision, compacted, watches: Vec::new() };
+        let worker = Worker { connection, revision, compacted, watches: Vec::new(), unwiped: false };
         let thread = std::thread::Builder::new()
             .name("store".into())
             .spawn(move || worker.run(&receiver))
@@ -250,6 +253,8 @@ struct Worker {
     /// Changes up to this revision are no longer in the log.
     compacted: Revision,
     watches: Vec<Watch>,
+    /// Something secret was deleted that is in the journal still.
+    unwiped: bool,
 }
 
 struct Watch {
@@ -348,10 +353,13 @@ impl Worker {
                     self.publish(&batch);
                 }
                 let gone = |op: &Op| matches!(op, Op::Delete(key) if is_secret(key));
-                if group.iter().any(|(txn, _)| txn.success.iter().any(gone))
-                    && let Err(error) = self.wipe()
-                {
-                    tracing::warn!(%error, "what was deleted is in the store's journal still, for a while");
+                let gone = group.iter().any(|(txn, _)| txn.success.iter().any(gone));
+                if gone || self.unwiped {
+                    let wiped = self.wipe();
+                    self.unwiped = wiped.is_err();
+                    if let Some(error) = wiped.err().filter(|_| gone) {
+                        tracing::warn!(%error, "what was deleted is in the store's journal still, for a while");
+                    }
                 }
                 for ((_, reply), outcome) in group.into_iter().zip(outcomes) {
                     drop(reply.send(Ok(outcome)));
@@ -417,10 +425,13 @@ impl Worker {
         });
     }
 
-    /// Leaves nothing of what was deleted in the journal, where older pages are.
+    /// Leaves nothing of what was deleted in the journal, where older pages are. Who reads them (a backup) is not waited for.
     fn wipe(&self) -> Result<(), StoreError> {
-        self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
-        Ok(())
+        self.connection.busy_timeout(Duration::ZERO)?;
+        let busy =
+            self.connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, i64>(0));
+        self.connection.busy_timeout(BUSY)?;
+        if busy? == 0 { Ok(()) } else { Err(StoreError::Io("somebody reads the journal".into())) }
     }
 
     /// Forgets old changes, a thousand revisions at a time.
@@ -594,6 +605,17 @@ mod tests {
         let key = "/droveway/default/peers/p-aaaaaaaaaa".to_owned();
         store.txn(Txn::new(vec![], vec![Op::Put(key.clone(), secret.to_vec())])).await.unwrap();
         assert!(has());
+        // While somebody reads what was there before it stays; it goes with the next change after that.
+        let reader = Connection::open(dir.path().join("store.sqlite")).unwrap();
+        reader.execute_batch("BEGIN; SELECT * FROM kv").unwrap();
+        let begun = std::time::Instant::now();
+        store.txn(Txn::new(vec![], vec![Op::Delete(key)])).await.unwrap();
+        assert!(has() && begun.elapsed() < BUSY, "it waits for whoever reads");
+        drop(reader);
+        store.txn(Txn::new(vec![], vec![Op::Put("/a".into(), vec![])])).await.unwrap();
+        assert!(!has());
+        let key = "/droveway/default/peers/p-bbbbbbbbbb".to_owned();
+        store.txn(Txn::new(vec![], vec![Op::Put(key.clone(), secret.to_vec())])).await.unwrap();
         store.txn(Txn::new(vec![], vec![Op::Delete(key)])).await.unwrap();
         assert!(!has());
         let mut watch = store.watch("/", Revision(0)).await.unwrap();
@@ -642,8 +664,13 @@ mod tests {
     async fn a_watch_from_before_the_kept_log_is_told_so() {
         let dir = tempfile::tempdir().unwrap();
         let (connection, ..) = open(&dir.path().join("store.sqlite"), &epoch(1)).unwrap();
-        let mut worker =
-            Worker { connection, revision: Revision(KEPT + 5000), compacted: Revision(0), watches: vec![] };
+        let mut worker = Worker {
+            connection,
+            revision: Revision(KEPT + 5000),
+            compacted: Revision(0),
+            watches: vec![],
+            unwiped: false,
+        };
         worker.compact().unwrap();
         let error = worker.watch("/".into(), Revision(4999)).unwrap_err();
         assert_eq!(error, StoreError::Compacted { asked: Revision(4999), oldest: Revision(5000) });
@@ -654,8 +681,13 @@ mod tests {
     async fn a_full_disk_refuses_changes_keeps_what_is_there_and_is_forgotten_when_there_is_room() {
         let dir = tempfile::tempdir().unwrap();
         let (connection, ..) = open(&dir.path().join("store.sqlite"), &epoch(1)).unwrap();
-        let mut worker =
-            Worker { connection, revision: Revision(0), compacted: Revision(0), watches: vec![] };
+        let mut worker = Worker {
+            connection,
+            revision: Revision(0),
+            compacted: Revision(0),
+            watches: vec![],
+            unwiped: false,
+        };
         let put = |worker: &mut Worker, size: usize| {
             let (reply, mut answer) = oneshot::channel();
             worker.commit(vec![(Txn::new(vec![], vec![Op::Put("/a".into(), vec![7; size])]), reply)]);
