@@ -95,11 +95,15 @@ fn exhausted(env: &Environment, network: &Network) -> ApiError {
         let waits = list(waits.into_iter().map(str::to_owned), 8);
         why = format!("{why}, {} wait until {waits} have heard that they were given back", withdrawn.len());
     }
+    let resting = env.resting(&network.id).len();
+    if resting > 0 {
+        why = format!("{why}, {resting} single addresses rest for a minute after their last use");
+    }
     ApiError::new(
         ErrorCode::Exhausted,
         format!(
-            "network \"{}\": {why}; remove hosts that are gone with `droveway host rm`, or create a network with a \
-             larger --subnet",
+            "network \"{}\": {why}; remove containers that are not needed, hosts that are gone (`droveway host rm`), or create a \
+             network with a larger --subnet",
             network.name,
         ),
     )
@@ -244,7 +248,8 @@ pub(crate) fn heard(
     Ok((!txn.success.is_empty()).then_some(txn))
 }
 
-/// Any address that is in no block, where no block is free: of what no block can be made, then of the claims slice.
+/// Any address that is in no block and does not rest, where no block is free: of what no block can be made, then of the
+/// claims slice.
 pub(crate) fn single(env: &Environment, network: &Network) -> Result<IpAddr, ApiError> {
     let geometry = network.geometry();
     let all = (0..geometry.blocks()).rev().filter_map(|index| geometry.piece(index));
@@ -252,8 +257,10 @@ pub(crate) fn single(env: &Environment, network: &Network) -> Result<IpAddr, Api
         let name = (network.id.clone(), *cidr);
         !env.catalog.blocks.contains_key(&name) && !env.withdrawn.contains_key(&name)
     };
+    let resting = env.resting(&network.id);
     let unclaimed = |address: &IpAddr| {
         !env.catalog.claims.contains_key(&(network.id.clone(), *address))
+            && !resting.contains(address)
             && env.holder(&network.id, *address).is_none()
     };
     all.filter(free)

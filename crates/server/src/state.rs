@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::IpAddr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use model::{
@@ -34,6 +34,9 @@ pub(crate) struct State {
     remembered_since: Revision,
 }
 
+/// How long an address rests that was claimed by itself, before it is given to whoever asks for any: as long as those of blocks.
+const REST: Duration = Duration::from_mins(1);
+
 /// One environment.
 #[derive(Debug, Default)]
 pub(crate) struct Environment {
@@ -60,6 +63,8 @@ pub(crate) struct Environment {
     endpoints: BTreeMap<NetworkId, BTreeSet<EndpointId>>,
     endpoints_of_host: BTreeMap<HostId, BTreeSet<EndpointId>>,
     by_address: BTreeMap<(NetworkId, IpAddr), EndpointId>,
+    /// When claims went, while their addresses rest. A server that starts anew knows of none.
+    released: BTreeMap<(NetworkId, IpAddr), Instant>,
     /// The revision that last changed each key of the store.
     modified: HashMap<String, Revision>,
 }
@@ -258,7 +263,12 @@ impl Environment {
             Slot::Network(id) => Key::Network(id.clone()),
             Slot::Host(id) => Key::Host(id.clone()),
             Slot::Block(id, cidr) => Key::Block(id.clone(), *cidr),
-            Slot::Claim(id, address) => Key::Claim(id.clone(), *address),
+            Slot::Claim(id, address) => {
+                let now = Instant::now();
+                self.released.retain(|_, since| now.saturating_duration_since(*since) < REST);
+                self.released.insert((id.clone(), *address), now);
+                Key::Claim(id.clone(), *address)
+            }
             Slot::Endpoint(id) => Key::Endpoint(id.clone()),
             Slot::Peer(id) => Key::Peer(id.clone()),
         };
@@ -419,6 +429,14 @@ impl Environment {
     /// The endpoint that has the address in the network.
     pub(crate) fn holder(&self, network: &NetworkId, address: IpAddr) -> Option<&Endpoint> {
         self.by_address.get(&(network.clone(), address)).and_then(|id| self.catalog.endpoint(id))
+    }
+
+    /// The addresses of the network that rest: others may have who had them last in a cache.
+    pub(crate) fn resting(&self, network: &NetworkId) -> BTreeSet<IpAddr> {
+        let now = Instant::now();
+        let of = self.released.iter().filter(|((id, _), _)| id == network);
+        let resting = of.filter(|(_, since)| now.saturating_duration_since(**since) < REST);
+        resting.map(|((_, address), _)| *address).collect()
     }
 
     /// The networks that a host takes part in: those where it holds a block or a claim, or speaks to a foreign peer.

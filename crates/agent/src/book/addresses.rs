@@ -102,7 +102,13 @@ impl Book {
     fn idle_claim(&self, network: &NetworkId) -> Option<IpAddr> {
         let own = self.catalog.claims_of(network);
         let own = own.filter(|it| it.host == self.host && !it.router && it.retained.is_none());
-        let idle = |address: &IpAddr| !self.is_used(network, *address) && self.has_claim(network, *address);
+        let now = self.clock();
+        let rested = |address: &IpAddr| {
+            self.released.get(&(network.clone(), *address)).is_none_or(|since| !rests(*since, now))
+        };
+        let idle = |address: &IpAddr| {
+            !self.is_used(network, *address) && self.has_claim(network, *address) && rested(address)
+        };
         own.map(|claim| claim.address).find(idle)
     }
 

@@ -310,4 +310,11 @@ async fn where_no_block_is_free_single_addresses_are_granted_and_no_block_is_mad
     }
     // The claims slice without network and gateway address, and the block with the claim in it.
     assert_eq!(all.len(), 62 + 64);
+    // One that is given back rests; who wants that one has it all the same.
+    let given = ReleaseClaim { network: "small".into(), address: router.address, endpoint: None };
+    two.client.delete_with(&format!("{DEFAULT}/claims"), &given).await.unwrap();
+    let why = "1 single addresses rest for a minute after their last use; remove containers";
+    refused(single(&one, 252, None).await, ErrorCode::Exhausted, why);
+    let address = router.address.to_string();
+    assert_eq!(single(&one, 252, Some(&address)).await.unwrap().address, router.address);
 }
