@@ -40,7 +40,8 @@ const HOLD: Duration = Duration::from_secs(10);
     responses((status = 200, body = Vec<UnreportedHost>), (status = "default", body = ApiError)))]
 pub(super) async fn list(State(app): Shared, person: Person) -> Reply<Json<Vec<UnreportedHost>>> {
     Ok(Json(app.read(&person.environment, |env| {
-        let hosts = env.unreported.iter().filter_map(|(id, unreported)| {
+        let waited_for = env.unreported.iter().filter(|(_, unreported)| !unreported.followed);
+        let hosts = waited_for.filter_map(|(id, unreported)| {
             let name = env.catalog.hosts.get(id)?.name.clone();
             Some(UnreportedHost { host: id.clone(), name, since: unreported.since })
         });
@@ -59,11 +60,14 @@ pub(super) async fn remove(State(app): Shared, person: Person, Item(id): Item) -
         .change(&person.environment, |env, _| {
             let host = find(env, &id)?;
             let key = keys.unreported(&host.id);
-            if !env.unreported.contains_key(&host.id) {
+            let Some(unreported) = env.unreported.get(&host.id) else {
                 return Ok(Plan::Nothing(host.name.clone()));
+            };
+            let mut ops = vec![Op::Delete(key.clone())];
+            if !unreported.followed {
+                // Of its agent's starts the backup may know too few: should it come, it is taken as it is.
+                ops.push(Op::Delete(keys.life(&host.id)));
             }
-            // Of its agent's starts the backup may know too few: should it come, it is taken as it is.
-            let ops = vec![Op::Delete(key.clone()), Op::Delete(keys.life(&host.id))];
             Ok(Plan::Commit(Txn::new(vec![Compare::Present(key)], ops), host.name.clone()))
         })
         .await?;
