@@ -488,9 +488,8 @@ impl Inner {
         let own: Range = self.gateway.read("/v3/kv/range", &body).await?;
         self.notice(&own.header, before)?;
         let find = |key: &str| own.kvs.iter().find(|kv| kv.key == self.key(key));
-        let life = find(LIFE).map(|kv| decode(&kv.value)).transpose()?;
-        let life = life.and_then(|life| serde_json::from_slice::<Life>(&life).ok());
-        if life.as_ref() != Some(&self.life) {
+        let life = find(LIFE).map(|kv| decode(&kv.value)).transpose()?.unwrap_or_default();
+        if serde_json::from_slice::<Life>(&life).ok().as_ref() != Some(&self.life) {
             return Err(self.end_for(Ended::Replaced));
         }
         let head = find(HEAD).map_or(Number(0), |kv| kv.modified);
