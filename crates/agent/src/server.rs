@@ -28,7 +28,7 @@ use serde::de::DeserializeOwned;
 
 use crate::control::{BoxFuture, Lessor};
 use crate::ledger::Identity;
-use crate::tls::{ClientIdentity, TlsError, Trust, client_config, untrusted};
+use crate::tls::{ClientIdentity, TlsError, Trust, client_config, root_cause, untrusted};
 
 const CONNECT: Duration = Duration::from_secs(5);
 const REQUEST: Duration = Duration::from_secs(20);
@@ -492,11 +492,7 @@ fn unreachable_because(url: &str, error: &reqwest::Error) -> ApiError {
     if let Some(why) = untrusted(error) {
         return unavailable(url, &format!("not trusted: {why}"));
     }
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    unavailable(url, &format!("{cause} (is it running and reachable from this host?)"))
+    unavailable(url, &format!("{} (is it running and reachable from this host?)", root_cause(error)))
 }
 
 #[cfg(test)]

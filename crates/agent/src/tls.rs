@@ -161,6 +161,19 @@ pub fn untrusted(error: &(dyn StdError + 'static)) -> Option<Untrusted> {
     None
 }
 
+/// The last cause alone: what the system said, without the layers that passed it on.
+pub fn root_cause(error: &(dyn StdError + 'static)) -> String {
+    let mut last = error;
+    while let Some(cause) = last.source() {
+        last = cause;
+    }
+    match last.downcast_ref::<io::Error>() {
+        // Of TLS it says more than there is to know.
+        Some(error) if error.kind() == io::ErrorKind::UnexpectedEof => "it ended the connection".to_owned(),
+        Some(_) | None => last.to_string(),
+    }
+}
+
 fn fingerprint(certificate: &CertificateDer<'_>) -> Fingerprint {
     let mut octets = [0; 32];
     octets.copy_from_slice(digest(&SHA256, certificate).as_ref());

@@ -13,7 +13,7 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use agent::tls::{self, TlsError, Trust, Untrusted};
+use agent::tls::{self, TlsError, Trust, Untrusted, root_cause};
 use model::api::{
     ApiError, AuditEntry, ErrorCode, HostPatch, HostView, IpamView, KeyCreated, KeyRequest, KeyView,
     ReleaseClaim, ServerInfo, TokenCreated, TokenRequest, TokenView, UnreportedHost, path,
@@ -487,15 +487,6 @@ fn chain(error: &dyn StdError) -> String {
         next = cause.source();
     }
     text
-}
-
-/// The last cause alone: what the system said, without the layers that passed it on.
-fn root_cause(error: &dyn StdError) -> String {
-    let mut last = error;
-    while let Some(cause) = last.source() {
-        last = cause;
-    }
-    last.to_string()
 }
 
 #[cfg(test)]
