@@ -155,6 +155,8 @@ pub(crate) enum Command {
     Settled,
     /// Whether the ledger counts.
     Counts { reply: Reply<()> },
+    /// Whether the ledger counts and takes what is to be written.
+    Takes { reply: Reply<()> },
     /// The ledger does not count any more.
     Copied { why: String, reply: Reply<()> },
     /// A message of the watch stream.
@@ -261,6 +263,11 @@ impl Control {
     /// Whether the ledger counts; if not, why.
     pub(crate) async fn counts(&self) -> Result<(), ApiError> {
         self.ask(|reply| Command::Counts { reply }).await
+    }
+
+    /// Whether the ledger counts and takes what is to be written; if not, why, and what to do.
+    pub(crate) async fn takes(&self) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Takes { reply }).await
     }
 
     /// The ledger does not count any more: nothing is attached from now on, and no other host is spoken to.

@@ -169,6 +169,12 @@ impl Book {
         }
     }
 
+    /// Whether the ledger takes what is to be written; if not, why, and what to do.
+    pub(crate) fn takes(&mut self) -> Result<(), ApiError> {
+        self.counts()?;
+        self.ledger.takes().map_err(|why| ApiError::new(ErrorCode::Internal, why))
+    }
+
     /// What the kernel and the tunnels are made from: the snapshot, or this host's own part of it alone where the ledger does
     /// not count.
     pub(crate) fn drawn(&self) -> Cow<'_, Catalog> {

@@ -61,6 +61,23 @@ fn a_change_that_the_disk_does_not_take_is_not_lost() {
 }
 
 #[test]
+fn a_ledger_that_takes_nothing_says_so_until_it_takes_something() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    book.takes().unwrap();
+    book.ledger.refuse_writes(true);
+    book.watch(put(2, "10.42.64.64/26")).unwrap_err();
+    let why = book.takes().unwrap_err().message;
+    assert!(why.contains("takes nothing") && why.contains("ledger.sqlite"), "{why}");
+    book.ledger.refuse_writes(false);
+    book.watch(put(3, "10.42.64.128/26")).unwrap();
+    book.takes().unwrap();
+    let left: Vec<_> =
+        std::fs::read_dir(directory.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| name.to_string_lossy().starts_with("ledger.sqlite")), "{left:?}");
+}
+
+#[test]
 fn no_address_is_given_from_a_block_that_goes_back_until_it_is_granted_again() {
     let directory = tempfile::tempdir().unwrap();
     let mut book = book(directory.path());
