@@ -2,7 +2,7 @@
 //!
 //! Nothing here touches the kernel. A request is checked, written to the ledger, then done in memory; a refused one has
 //! changed nothing. Here is what the server says; the rest by concern: which [`addresses`] are given, the [`endpoints`],
-//! their published [`ports`], and what the plan has to know of them ([`local`]).
+//! their published [`ports`], what is wrong with them ([`troubles`]), and what the plan has to know of them ([`local`]).
 //!
 //! Invariant: memory holds what the ledger holds. Of the snapshot, which the server has, memory may hold more while the
 //! disk takes nothing.
@@ -11,6 +11,7 @@ mod addresses;
 mod endpoints;
 mod local;
 mod ports;
+mod troubles;
 
 pub(crate) use endpoints::inode;
 pub(crate) use local::{handed, local_with};

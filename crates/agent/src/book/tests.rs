@@ -328,3 +328,28 @@ fn an_address_rests_after_another_hosts_claim_is_gone_also_when_the_agent_starts
         }
     }
 }
+
+#[test]
+fn an_endpoint_whose_block_went_to_another_host_is_a_trouble_until_it_has_the_claim() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let address = book.reserve(&network().id, None).unwrap();
+    let made = book.create(&network().id, "docker-1", address, None).unwrap();
+    assert_eq!(book.troubles(), [""; 0]);
+    let lost = Block { host: HostId::from_random([9; 8]), ..block("10.42.64.0/26") };
+    let delta =
+        |revision, object| Watch::Delta { revision: Revision(revision), changes: vec![Change::Put(object)] };
+    book.watch(delta(2, Object::Block(lost))).unwrap();
+    let troubles = book.troubles();
+    let says = |trouble: &String| {
+        trouble.contains(made.id.as_str())
+            && trouble.contains(&address.to_string())
+            && trouble.contains("start it again")
+    };
+    assert!(troubles.len() == 1 && troubles.iter().all(says), "{troubles:?}");
+    let claim = Claim { address, endpoint: made.id, retained: None, ..retained(0) };
+    book.watch(delta(3, Object::Claim(Claim { asked: true, ..claim.clone() }))).unwrap();
+    assert_eq!(book.troubles().len(), 1, "what is asked for is not granted");
+    book.watch(delta(4, Object::Claim(claim))).unwrap();
+    assert_eq!(book.troubles(), [""; 0]);
+}
