@@ -467,10 +467,10 @@ impl Control {
         let view = self.view();
         if held == 0 && view.catalog.router_address(network, &view.host).is_none() {
             let own = crate::random_endpoint_id();
-            let claim = self.lessor.claim(network.clone(), None, own, true).await?;
+            let claim = self.lessor.claim(network.clone(), None, own, true).await.map_err(used_up)?;
             self.send(Command::Claimed { claim });
         }
-        let claim = self.lessor.claim(network.clone(), None, id.clone(), false).await?;
+        let claim = self.lessor.claim(network.clone(), None, id.clone(), false).await.map_err(used_up)?;
         self.send(Command::Claimed { claim });
         Ok(())
     }
@@ -496,6 +496,18 @@ impl Control {
         self.send(command(reply));
         answer.await.map_err(|_| ApiError::new(ErrorCode::Unavailable, "the agent is stopping; try again"))
     }
+}
+
+/// What the server says where neither a block nor an address is left, and what can be done on this host.
+fn used_up(error: ApiError) -> ApiError {
+    if error.code != ErrorCode::Exhausted {
+        return error;
+    }
+    let message = format!(
+        "{}; or remove containers of it that are not needed: what a host's containers leave, its new ones get",
+        error.message
+    );
+    ApiError { message, ..error }
 }
 
 #[cfg(test)]
