@@ -547,10 +547,14 @@ impl Ledger {
         let (path, why) = (self.path.clone(), error.to_string());
         match error.sqlite_error_code() {
             Some(rusqlite::ErrorCode::DiskFull) => LedgerError::Full(path, why),
-            Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => {
-                LedgerError::Foreign(path, why)
-            }
-            _ => LedgerError::Write(path, why),
+            // Its content is to blame: damaged, or not what we put there.
+            Some(
+                rusqlite::ErrorCode::NotADatabase
+                | rusqlite::ErrorCode::DatabaseCorrupt
+                | rusqlite::ErrorCode::Unknown,
+            )
+            | None => LedgerError::Foreign(path, why),
+            Some(_) => LedgerError::Write(path, why),
         }
     }
 }
@@ -716,6 +720,29 @@ mod tests {
             assert!(error.to_string().contains("move it away"), "{part} bytes: {error}");
             assert_eq!(std::fs::read(&path).unwrap(), whole[..part]);
         }
+    }
+
+    #[test]
+    fn a_damaged_ledger_that_is_only_looked_at_is_refused_with_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        drop(Ledger::open(dir.path()).unwrap());
+        let whole = std::fs::read(&path).unwrap();
+        // All but the header, all but the first page, and a table that is not there.
+        for from in [0, 200, 4096] {
+            let mut damaged = whole.clone();
+            damaged[from..].fill(0xa5);
+            std::fs::write(&path, &damaged).unwrap();
+            let looked = Ledger::look(dir.path())
+                .and_then(|ledger| ledger.unwrap().identity().map(drop))
+                .err()
+                .unwrap_or_else(|| panic!("damaged from {from} on it is taken"));
+            assert!(looked.to_string().contains("move it away"), "{looked}");
+        }
+        std::fs::write(&path, &whole).unwrap();
+        Connection::open(&path).unwrap().execute_batch("DROP TABLE meta").unwrap();
+        let error = Ledger::look(dir.path()).unwrap().unwrap().identity().err().unwrap();
+        assert!(error.to_string().contains("move it away"), "{error}");
     }
 
     #[test]
