@@ -155,6 +155,8 @@ pub(crate) enum Command {
     Settled,
     /// Whether the ledger counts.
     Counts { reply: Reply<()> },
+    /// Whether the ledger counts and takes what is to be written.
+    Takes { reply: Reply<()> },
     /// The ledger does not count any more.
     Copied { why: String, reply: Reply<()> },
     /// A message of the watch stream.
@@ -261,6 +263,11 @@ impl Control {
     /// Whether the ledger counts; if not, why.
     pub(crate) async fn counts(&self) -> Result<(), ApiError> {
         self.ask(|reply| Command::Counts { reply }).await
+    }
+
+    /// Whether the ledger counts and takes what is to be written; if not, why, and what to do.
+    pub(crate) async fn takes(&self) -> Result<(), ApiError> {
+        self.ask(|reply| Command::Takes { reply }).await
     }
 
     /// The ledger does not count any more: nothing is attached from now on, and no other host is spoken to.
@@ -460,10 +467,10 @@ impl Control {
         let view = self.view();
         if held == 0 && view.catalog.router_address(network, &view.host).is_none() {
             let own = crate::random_endpoint_id();
-            let claim = self.lessor.claim(network.clone(), None, own, true).await?;
+            let claim = self.lessor.claim(network.clone(), None, own, true).await.map_err(used_up)?;
             self.send(Command::Claimed { claim });
         }
-        let claim = self.lessor.claim(network.clone(), None, id.clone(), false).await?;
+        let claim = self.lessor.claim(network.clone(), None, id.clone(), false).await.map_err(used_up)?;
         self.send(Command::Claimed { claim });
         Ok(())
     }
@@ -489,6 +496,18 @@ impl Control {
         self.send(command(reply));
         answer.await.map_err(|_| ApiError::new(ErrorCode::Unavailable, "the agent is stopping; try again"))
     }
+}
+
+/// What the server says where neither a block nor an address is left, and what can be done on this host.
+fn used_up(error: ApiError) -> ApiError {
+    if error.code != ErrorCode::Exhausted {
+        return error;
+    }
+    let message = format!(
+        "{}; or remove containers of it that are not needed: what a host's containers leave, its new ones get",
+        error.message
+    );
+    ApiError { message, ..error }
 }
 
 #[cfg(test)]

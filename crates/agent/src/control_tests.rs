@@ -130,3 +130,13 @@ async fn who_needs_an_address_while_a_block_goes_back_waits_and_then_asks_for_an
     assert_eq!(reserving.await.unwrap().unwrap().to_string(), "10.42.64.2");
     assert!(!world.leased_too_soon.load(Ordering::SeqCst), "a block was leased while one went back");
 }
+
+#[test]
+fn who_finds_all_addresses_used_up_is_told_what_can_be_done() {
+    let refused = |code| used_up(ApiError::new(code, "no block is free; create a larger network"));
+    let message = refused(ErrorCode::Exhausted).message;
+    for part in ["no block is free; create a larger network", "remove containers"] {
+        assert!(message.contains(part), "{message}");
+    }
+    assert_eq!(refused(ErrorCode::NotFound).message, "no block is free; create a larger network");
+}

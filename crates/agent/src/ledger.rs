@@ -22,6 +22,8 @@ use model::{
 use rusqlite::{Connection, OpenFlags, OptionalExtension, Transaction, params};
 use serde::{Deserialize, Serialize};
 
+use crate::room::{self, Room};
+
 /// "DWAL": this file is a Droveway agent's ledger.
 const APPLICATION_ID: i64 = 0x4457_414c;
 const FORMAT: i64 = 1;
@@ -34,6 +36,7 @@ pub const FILE: &str = "ledger.sqlite";
 pub struct Ledger {
     db: Connection,
     path: PathBuf,
+    room: Room,
 }
 
 /// Who this host is, as the server knows it.
@@ -132,6 +135,9 @@ pub enum LedgerError {
     /// The disk, or SQLite.
     #[error("ledger {0}: {1}; nothing was changed")]
     Write(PathBuf, String),
+    /// The disk has no room.
+    #[error("ledger {0}: {1}; nothing was changed; make room on this host's disk, and try again")]
+    Full(PathBuf, String),
 }
 
 impl Ledger {
@@ -161,7 +167,7 @@ impl Ledger {
             }
             Some(_) => broken(error.to_string()),
         })?;
-        Ok(Self { db, path })
+        Ok(Self::opened(db, path))
     }
 
     /// Opens the ledger in `directory` to be read, and changes nothing; `None` if there is none.
@@ -176,7 +182,7 @@ impl Ledger {
             Ok((db, application))
         });
         match opened {
-            Ok((db, APPLICATION_ID)) => Ok(Some(Self { db, path })),
+            Ok((db, APPLICATION_ID)) => Ok(Some(Self::opened(db, path))),
             Ok((_, other)) => Err(LedgerError::Foreign(path, format!("application {other:#x}"))),
             Err(error) => Err(match error.sqlite_error_code() {
                 Some(rusqlite::ErrorCode::DatabaseBusy | rusqlite::ErrorCode::DatabaseLocked) => {
@@ -185,6 +191,10 @@ impl Ledger {
                 Some(_) | None => LedgerError::Foreign(path, error.to_string()),
             }),
         }
+    }
+
+    fn opened(db: Connection, path: PathBuf) -> Self {
+        Self { db, path, room: Room::default() }
     }
 
     fn prepare(db: &Connection) -> rusqlite::Result<()> {
@@ -495,7 +505,24 @@ impl Ledger {
             work(&tx)?;
             tx.commit()
         });
+        self.room.wrote(outcome.is_err());
         outcome.map_err(|e| self.failed(e))
+    }
+
+    /// Whether it takes what is to be written; if not, why, and what to do. The answer is some seconds old at most.
+    pub(crate) fn takes(&mut self) -> Result<(), String> {
+        if let Some(told) = self.room.told() {
+            return told;
+        }
+        let mut answer = self.path.parent().map_or(Ok(()), room::probe);
+        if answer.is_ok() && self.room.failed() {
+            // Nothing else may be written for long.
+            let nothing = self.write(true, |tx| {
+                tx.execute("INSERT OR REPLACE INTO meta VALUES ('probe', '')", []).map(drop)
+            });
+            answer = nothing.map_err(|error| format!("it takes nothing: {error}"));
+        }
+        self.room.tell(answer)
     }
 
     /// As if the disk took nothing any more.
@@ -517,7 +544,18 @@ impl Ledger {
     }
 
     fn failed(&self, error: rusqlite::Error) -> LedgerError {
-        LedgerError::Write(self.path.clone(), error.to_string())
+        let (path, why) = (self.path.clone(), error.to_string());
+        match error.sqlite_error_code() {
+            Some(rusqlite::ErrorCode::DiskFull) => LedgerError::Full(path, why),
+            // Its content is to blame: damaged, or not what we put there.
+            Some(
+                rusqlite::ErrorCode::NotADatabase
+                | rusqlite::ErrorCode::DatabaseCorrupt
+                | rusqlite::ErrorCode::Unknown,
+            )
+            | None => LedgerError::Foreign(path, why),
+            Some(_) => LedgerError::Write(path, why),
+        }
     }
 }
 
@@ -682,6 +720,29 @@ mod tests {
             assert!(error.to_string().contains("move it away"), "{part} bytes: {error}");
             assert_eq!(std::fs::read(&path).unwrap(), whole[..part]);
         }
+    }
+
+    #[test]
+    fn a_damaged_ledger_that_is_only_looked_at_is_refused_with_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        drop(Ledger::open(dir.path()).unwrap());
+        let whole = std::fs::read(&path).unwrap();
+        // All but the header, all but the first page, and a table that is not there.
+        for from in [0, 200, 4096] {
+            let mut damaged = whole.clone();
+            damaged[from..].fill(0xa5);
+            std::fs::write(&path, &damaged).unwrap();
+            let looked = Ledger::look(dir.path())
+                .and_then(|ledger| ledger.unwrap().identity().map(drop))
+                .err()
+                .unwrap_or_else(|| panic!("damaged from {from} on it is taken"));
+            assert!(looked.to_string().contains("move it away"), "{looked}");
+        }
+        std::fs::write(&path, &whole).unwrap();
+        Connection::open(&path).unwrap().execute_batch("DROP TABLE meta").unwrap();
+        let error = Ledger::look(dir.path()).unwrap().unwrap().identity().err().unwrap();
+        assert!(error.to_string().contains("move it away"), "{error}");
     }
 
     #[test]

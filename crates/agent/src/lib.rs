@@ -23,6 +23,7 @@ mod metrics;
 pub mod names;
 mod reconcile;
 mod renew;
+mod room;
 mod routers;
 mod said;
 pub mod server;

@@ -88,7 +88,7 @@ async fn ready(State(context): State<Arc<Context>>) -> (StatusCode, Json<Readine
     };
     let snapshot =
         view.epoch.as_ref().map(drop).ok_or_else(|| "no snapshot has come from the server yet".to_owned());
-    let ledger = context.control.counts().await.map_err(|error| error.message);
+    let ledger = context.control.takes().await.map_err(|error| error.message);
     let readiness = Readiness::of([
         ("reconciler", reconciler),
         ("kernel", kernel),

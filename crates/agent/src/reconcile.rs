@@ -248,6 +248,7 @@ impl Reconciler {
             }
             Command::Settled => self.settled(),
             Command::Counts { reply } => drop(reply.send(self.book.counts().map_err(Refusal::from))),
+            Command::Takes { reply } => drop(reply.send(self.book.takes().map_err(Refusal::from))),
             Command::Copied { why, reply } => {
                 self.stale = true;
                 drop(reply.send(self.book.set_copied(why).map_err(|e| unwritten(e).into())));

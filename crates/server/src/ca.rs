@@ -276,8 +276,11 @@ mod tests {
         Ca::load_or_make(&data, false, None, Lives::default()).unwrap();
         data.write(files::CA_KEY, &KeyPair::generate().unwrap().serialize_pem()).unwrap();
         assert!(fail(false).contains("do not belong together"));
-        data.write(files::CA_KEY, "rubbish").unwrap();
-        assert!(fail(false).contains("ca.key"));
+        for rubbish in [&b"rubbish"[..], b"\xff\xfe\x00rubbish"] {
+            std::fs::write(data.path(files::CA_KEY), rubbish).unwrap();
+            let error = fail(false);
+            assert!(error.contains("ca.key cannot be understood; restore it from a backup"), "{error}");
+        }
         std::fs::remove_file(data.path(files::CA_KEY)).unwrap();
         assert!(fail(false).contains("ca.key"));
         assert!(!data.path(files::CA_KEY).exists());

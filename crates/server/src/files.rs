@@ -78,6 +78,10 @@ impl DataDir {
         match fs::read_to_string(self.path(name)) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            // No text at all.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                Err(Error::Unreadable(self.path(name)))
+            }
             Err(error) => Err(Error::File { what: "read", path: self.path(name), error }),
         }
     }

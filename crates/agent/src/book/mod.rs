@@ -2,7 +2,7 @@
 //!
 //! Nothing here touches the kernel. A request is checked, written to the ledger, then done in memory; a refused one has
 //! changed nothing. Here is what the server says; the rest by concern: which [`addresses`] are given, the [`endpoints`],
-//! their published [`ports`], and what the plan has to know of them ([`local`]).
+//! their published [`ports`], what is wrong with them ([`troubles`]), and what the plan has to know of them ([`local`]).
 //!
 //! Invariant: memory holds what the ledger holds. Of the snapshot, which the server has, memory may hold more while the
 //! disk takes nothing.
@@ -11,6 +11,7 @@ mod addresses;
 mod endpoints;
 mod local;
 mod ports;
+mod troubles;
 
 pub(crate) use endpoints::inode;
 pub(crate) use local::{handed, local_with};
@@ -167,6 +168,12 @@ impl Book {
             None => Ok(()),
             Some(why) => Err(ApiError::new(ErrorCode::Copied, why.clone())),
         }
+    }
+
+    /// Whether the ledger takes what is to be written; if not, why, and what to do.
+    pub(crate) fn takes(&mut self) -> Result<(), ApiError> {
+        self.counts()?;
+        self.ledger.takes().map_err(|why| ApiError::new(ErrorCode::Internal, why))
     }
 
     /// What the kernel and the tunnels are made from: the snapshot, or this host's own part of it alone where the ledger does

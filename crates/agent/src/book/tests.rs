@@ -61,6 +61,23 @@ fn a_change_that_the_disk_does_not_take_is_not_lost() {
 }
 
 #[test]
+fn a_ledger_that_takes_nothing_says_so_until_it_takes_something() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    book.takes().unwrap();
+    book.ledger.refuse_writes(true);
+    book.watch(put(2, "10.42.64.64/26")).unwrap_err();
+    let why = book.takes().unwrap_err().message;
+    assert!(why.contains("takes nothing") && why.contains("ledger.sqlite"), "{why}");
+    book.ledger.refuse_writes(false);
+    book.watch(put(3, "10.42.64.128/26")).unwrap();
+    book.takes().unwrap();
+    let left: Vec<_> =
+        std::fs::read_dir(directory.path()).unwrap().map(|file| file.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| name.to_string_lossy().starts_with("ledger.sqlite")), "{left:?}");
+}
+
+#[test]
 fn no_address_is_given_from_a_block_that_goes_back_until_it_is_granted_again() {
     let directory = tempfile::tempdir().unwrap();
     let mut book = book(directory.path());
@@ -310,4 +327,29 @@ fn an_address_rests_after_another_hosts_claim_is_gone_also_when_the_agent_starts
             assert!(given > 50, "{given}");
         }
     }
+}
+
+#[test]
+fn an_endpoint_whose_block_went_to_another_host_is_a_trouble_until_it_has_the_claim() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut book = book(directory.path());
+    let address = book.reserve(&network().id, None).unwrap();
+    let made = book.create(&network().id, "docker-1", address, None).unwrap();
+    assert_eq!(book.troubles(), [""; 0]);
+    let lost = Block { host: HostId::from_random([9; 8]), ..block("10.42.64.0/26") };
+    let delta =
+        |revision, object| Watch::Delta { revision: Revision(revision), changes: vec![Change::Put(object)] };
+    book.watch(delta(2, Object::Block(lost))).unwrap();
+    let troubles = book.troubles();
+    let says = |trouble: &String| {
+        trouble.contains(made.id.as_str())
+            && trouble.contains(&address.to_string())
+            && trouble.contains("start it again")
+    };
+    assert!(troubles.len() == 1 && troubles.iter().all(says), "{troubles:?}");
+    let claim = Claim { address, endpoint: made.id, retained: None, ..retained(0) };
+    book.watch(delta(3, Object::Claim(Claim { asked: true, ..claim.clone() }))).unwrap();
+    assert_eq!(book.troubles().len(), 1, "what is asked for is not granted");
+    book.watch(delta(4, Object::Claim(claim))).unwrap();
+    assert_eq!(book.troubles(), [""; 0]);
 }

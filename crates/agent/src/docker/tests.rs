@@ -159,6 +159,7 @@ impl World {
             | Command::Begun { .. }
             | Command::Settled
             | Command::Counts { .. }
+            | Command::Takes { .. }
             | Command::Copied { .. }
             | Command::EngineFirewall
             | Command::LetGo { .. }

@@ -332,6 +332,7 @@ pub fn tunnels(books: &Books, said: &[TunnelStatus]) -> Vec<Finding> {
 /// What the agent's books say by themselves.
 pub fn books(books: &Books) -> Vec<Finding> {
     let catalog = books.catalog();
+    let rights = server::Rights::of(&catalog, &books.host);
     let mut findings = Vec::new();
     let mut seen: BTreeMap<(&NetworkId, IpAddr), String> = BTreeMap::new();
     for record in &books.records {
@@ -345,9 +346,7 @@ pub fn books(books: &Books) -> Vec<Finding> {
                 let what = format!("{address} is also that of {other}");
                 findings.push(Finding::new(Kind::AddressTwice, &place, what));
             }
-            if catalog.networks.contains_key(&endpoint.network)
-                && !server::may_use(&catalog, &books.host, &endpoint.network, address)
-            {
+            if catalog.networks.contains_key(&endpoint.network) && !rights.has(&endpoint.network, address) {
                 let what = format!("{address} is in no block and no claim of this host");
                 findings.push(Finding::new(Kind::NoRight, &place, what));
             }

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use model::api::{HostView, IpamView};
-use model::{Catalog, Endpoint, EndpointId, HostId, NetworkId, Object};
+use model::{Catalog, Claim, Endpoint, EndpointId, HostId, NetworkId, Object};
 
 use super::{Books, Finding, Kind, called, name_of};
 
@@ -41,6 +42,35 @@ pub fn may_use(catalog: &Catalog, host: &HostId, network: &NetworkId, address: I
     match catalog.claims.get(&(network.clone(), address)).filter(|claim| !claim.asked) {
         Some(claim) => claim.host == *host,
         None => catalog.blocks_of(network).any(|block| block.host == *host && block.cidr.contains(&address)),
+    }
+}
+
+/// Which addresses one host may use: as [`may_use`] has it, for many addresses.
+pub(crate) struct Rights<'a> {
+    host: &'a HostId,
+    claims: &'a BTreeMap<(NetworkId, IpAddr), Claim>,
+    blocks: BTreeMap<&'a NetworkId, Vec<IpNet>>,
+}
+
+impl<'a> Rights<'a> {
+    /// Looks once at all blocks.
+    pub(crate) fn of(catalog: &'a Catalog, host: &'a HostId) -> Self {
+        let mut blocks: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for block in catalog.blocks.values().filter(|block| block.host == *host) {
+            blocks.entry(&block.network).or_default().push(block.cidr);
+        }
+        Self { host, claims: &catalog.claims, blocks }
+    }
+
+    /// Whether the host may use the address.
+    pub(crate) fn has(&self, network: &NetworkId, address: IpAddr) -> bool {
+        match self.claims.get(&(network.clone(), address)).filter(|claim| !claim.asked) {
+            Some(claim) => claim.host == *self.host,
+            None => {
+                let blocks = self.blocks.get(network);
+                blocks.is_some_and(|blocks| blocks.iter().any(|block| block.contains(&address)))
+            }
+        }
     }
 }
 

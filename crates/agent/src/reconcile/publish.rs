@@ -5,12 +5,11 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use model::{NetworkId, Revision};
+use model::Revision;
 use plan::object::Ifname;
 use plan::{Key, Place};
 
 use super::Reconciler;
-use crate::book::Book;
 use crate::chores::Chores;
 use crate::view::{Router, View};
 
@@ -63,23 +62,8 @@ impl Reconciler {
                 Some((id.clone(), router))
             })
             .collect();
-        let stranded = stranded(book);
-        let troubles = self.troubles.iter().chain(&self.refused).cloned().chain(stranded).collect();
+        let troubles = self.troubles.iter().chain(&self.refused).cloned().chain(book.troubles()).collect();
         let (tunnels, moves) = (self.tunnels.clone(), self.moves);
         View { routers, tunnels, troubles, moves, ..View::from_book(book) }
     }
-}
-
-/// Endpoints of networks that were removed while the server knew nothing of them.
-fn stranded(book: &Book) -> impl Iterator<Item = String> {
-    let gone = |network: &NetworkId| book.epoch.is_some() && !book.catalog.networks.contains_key(network);
-    book.records().filter(move |record| gone(&record.endpoint.network)).map(|record| {
-        let endpoint = &record.endpoint;
-        format!(
-            "{} ({}) is cut off: its network {} was removed while this host was away; stop it, or start it on another",
-            endpoint.name.as_ref().map_or("an endpoint", model::Name::as_str),
-            endpoint.id,
-            endpoint.network
-        )
-    })
 }

@@ -62,9 +62,16 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
         }
         assert!(taken.len() < 200, "nothing is refused");
     };
-    for part in ["ledger", "full", "nothing was changed"] {
+    for part in ["ledger", "full", "nothing was changed", "make room on this host's disk"] {
         assert!(error.contains(part), "{part:?} is not in {error:?}");
     }
+    let ready = || lab.exec("h1", &["droveway", "status", "--ready"]).unwrap();
+    until(LIMIT, "it says that it is not ready, and what to do", || {
+        let said = ready();
+        let text =
+            String::from_utf8_lossy(&said.stdout).into_owned() + &String::from_utf8_lossy(&said.stderr);
+        !said.status.success() && text.contains("make room on")
+    });
     let names = || -> Vec<String> {
         let list = lab.endpoints("h1").unwrap();
         let mut names: Vec<String> = list.into_iter().map(|one| one.name.unwrap().to_string()).collect();
@@ -96,6 +103,7 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     });
 
     disk.empty();
+    until(LIMIT, "it is ready again, though nothing was attached", || ready().status.success());
     let after = lab.run("h1", &idle("after")).unwrap();
     meet(&lab, &far, &after);
     detach().unwrap();
