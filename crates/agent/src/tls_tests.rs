@@ -148,7 +148,8 @@ fn other_failures_are_no_refusals() {
 
 #[test]
 fn a_connection_that_ends_is_said_to_end_and_else_the_system_has_the_word() {
-    let ended = io::Error::new(io::ErrorKind::UnexpectedEof, "peer closed connection: https://docs.rs/rustls");
+    let ended =
+        io::Error::new(io::ErrorKind::UnexpectedEof, "peer closed connection: https://docs.rs/rustls");
     assert_eq!(root_cause(&ended), "it ended the connection");
     assert_eq!(root_cause(&io::Error::other("no route")), "no route");
 }

@@ -10,12 +10,13 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use crate::ca::Ca;
+use crate::feed::Shared;
 use crate::keys;
 use crate::lines::Lines;
 use crate::outbox::Outbox;
 use crate::presence::Presence;
 use crate::request;
-use crate::state::{Environment, Shared};
+use crate::state::Environment;
 use crate::store::{Op, Store, StoreError, Txn};
 use crate::upkeep::Upkeep;
 

@@ -14,6 +14,7 @@ mod app;
 mod audit;
 mod backup;
 mod ca;
+mod feed;
 mod files;
 mod incarnation;
 mod ipam;

@@ -20,10 +20,11 @@ use tokio::sync::{oneshot, watch};
 
 use crate::app::put;
 use crate::audit::{self, Audit, Line};
+use crate::feed::Shared;
 use crate::keys::Keys;
 use crate::request;
 use crate::secret;
-use crate::state::{Environment, Shared, State};
+use crate::state::{Environment, State};
 use crate::store::{Op, Txn};
 
 /// How many changes may wait for the log. After that none is made: what cannot be written down must not happen.

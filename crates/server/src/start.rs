@@ -17,10 +17,11 @@ use tokio::net::TcpListener;
 
 use crate::app::{App, now};
 use crate::ca::Ca;
+use crate::feed::{Shared, feed};
 use crate::files::{self, DataDir};
 use crate::keys::{ApiKey, Keys, put};
 use crate::outbox::Outbox;
-use crate::state::{Shared, State, feed};
+use crate::state::State;
 use crate::store::{Compare, Ended, EtcdStore, Op, SqliteStore, Store, StoreError, Txn};
 use crate::tls::ServerCertificate;
 use crate::upkeep::Upkeep;
