@@ -56,7 +56,7 @@ pub(crate) fn probe(directory: &Path) -> Result<(), String> {
         let path = directory.join(NAME);
         let mut file = OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&path)?;
         fs::remove_file(&path)?;
-        file.write_all(&[0; SIZE])
+        file.write_all(&vec![0; SIZE])
     };
     write().map_err(|error| {
         format!(
