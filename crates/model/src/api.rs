@@ -122,6 +122,8 @@ pub enum ErrorCode {
     TooMany,
     /// 507: no address or block is free.
     Exhausted,
+    /// 507: the disk has no room.
+    Full,
     /// 410: the revision asked for is gone; take a snapshot.
     Compacted,
     /// 409: the store was restored, and the host has to say first what it holds.
@@ -149,7 +151,7 @@ impl ErrorCode {
             Self::TooMany => 429,
             Self::Internal => 500,
             Self::Unavailable => 503,
-            Self::Exhausted => 507,
+            Self::Exhausted | Self::Full => 507,
         }
     }
 }

@@ -523,7 +523,8 @@ fn attached_to(record: &Record) -> Option<(Inode, String)> {
 
 /// A ledger that could not be written refuses the request and changes nothing.
 pub(crate) fn unwritten(error: LedgerError) -> ApiError {
-    ApiError::new(ErrorCode::Internal, error.to_string())
+    let code = if matches!(error, LedgerError::Full(..)) { ErrorCode::Full } else { ErrorCode::Internal };
+    ApiError::new(code, error.to_string())
 }
 
 #[cfg(test)]

@@ -19,6 +19,8 @@ use super::log::LogArgs;
 use super::parse;
 
 /// The variable that may hold the token.
+/// Where the agent keeps what outlives it.
+pub(super) const STATE_DIR: &str = "/var/lib/droveway/agent";
 const TOKEN_VARIABLE: &str = "DROVEWAY_TOKEN";
 /// Longer than any token.
 const TOKEN_MAX: u64 = 4096;
@@ -60,7 +62,7 @@ pub(super) struct AgentArgs {
     #[arg(long = "label", value_name = "KEY=VALUE", value_parser = parse::label)]
     labels: Vec<(String, String)>,
     /// Where the agent keeps its key, certificate and ledger
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/droveway/agent")]
+    #[arg(long, env = "DROVEWAY_STATE_DIR", hide_env_values = true, value_name = "DIR", default_value = STATE_DIR)]
     state_dir: PathBuf,
     /// Where the agent listens for attach, detach and status
     #[arg(long, env = "DROVEWAY_SOCKET", hide_env_values = true, value_name = "PATH", default_value = agent_api::SOCKET)]

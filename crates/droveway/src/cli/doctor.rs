@@ -42,7 +42,7 @@ pub(super) struct DoctorArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 5)]
     settle: u64,
     /// Where the agent keeps its ledger, which is read while it is away
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/droveway/agent")]
+    #[arg(long, env = "DROVEWAY_STATE_DIR", hide_env_values = true, value_name = "DIR", default_value = super::agent::STATE_DIR)]
     state_dir: PathBuf,
 }
 
@@ -122,9 +122,9 @@ async fn look(
     let (books, there) = match agent.books().await {
         Ok(books) => (Some(books), true),
         Err(error @ (Error::NoAgent { .. } | Error::Unreachable { .. })) => {
-            found.push(Finding::new(Kind::AgentAway, "agent", error.to_string()));
             let books = Books::of_ledger(state_dir)
                 .map_err(|error| Failure::new(Exit::Internal, error.to_string()))?;
+            found.push(Finding::new(Kind::AgentAway, "agent", away(&error, books.is_some(), state_dir)));
             (books, false)
         }
         Err(error) => return Err(error.into()),
@@ -145,6 +145,18 @@ async fn look(
         found.extend(doctor::names::examine(&books, netns_dir, others));
     }
     Ok(found)
+}
+
+/// That the agent does not answer, and whether there is anything to look at without it.
+fn away(error: &Error, known: bool, state_dir: &Path) -> String {
+    if known {
+        return error.to_string();
+    }
+    format!(
+        "{error}, and {} has no ledger of a host that has joined, so nothing else was looked at (--state-dir or \
+         DROVEWAY_STATE_DIR says where it is)",
+        state_dir.display()
+    )
 }
 
 /// What the server says of the environment.

@@ -72,7 +72,7 @@ impl Exit {
             }
             ErrorCode::Exhausted => Self::Exhausted,
             ErrorCode::Unavailable => Self::Unreachable,
-            ErrorCode::Compacted | ErrorCode::Internal => Self::Internal,
+            ErrorCode::Compacted | ErrorCode::Full | ErrorCode::Internal => Self::Internal,
         }
     }
 }
@@ -149,6 +149,7 @@ impl From<ApiError> for Failure {
             | ErrorCode::TooSlow
             | ErrorCode::TooMany
             | ErrorCode::Exhausted
+            | ErrorCode::Full
             | ErrorCode::Unreported
             | ErrorCode::Copied
             | ErrorCode::Compacted => failure,
@@ -227,6 +228,7 @@ mod tests {
             (ErrorCode::TooSlow, 6),
             (ErrorCode::TooMany, 6),
             (ErrorCode::Exhausted, 7),
+            (ErrorCode::Full, 1),
             (ErrorCode::Unreported, 4),
             (ErrorCode::Copied, 4),
             (ErrorCode::Compacted, 1),
@@ -236,6 +238,12 @@ mod tests {
         for (code, exit) in expected {
             assert_eq!(Failure::from(ApiError::new(code, "x")).exit as u8, exit, "{code:?}");
         }
+    }
+
+    #[test]
+    fn a_full_disk_is_no_defect_worth_reporting() {
+        let refusal = ApiError::new(ErrorCode::Full, "the disk is full; make room");
+        assert_eq!(Failure::from(refusal).render(), "error: the disk is full; make room\n");
     }
 
     #[test]

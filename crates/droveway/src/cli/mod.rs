@@ -112,6 +112,8 @@ Environment:
                    how verbs reach the server
   DROVEWAY_TOKEN   the agent's join token
   DROVEWAY_SOCKET  the agent's socket
+  DROVEWAY_STATE_DIR
+                   the agent's ledger
   DROVEWAY_LOG     how much server and agent log: debug, or info,agent=debug",
         exit::help()
     )

@@ -194,6 +194,9 @@ impl Lab {
             },
         };
         let mut command = self.enter(&door);
+        if self.spec.is_host(node) && !self.spec.bare {
+            command.env("DROVEWAY_STATE_DIR", self.spec.agent_dir(node));
+        }
         command.args(["lab-stage", "--"]).args(prefix).args(words.iter().map(AsRef::as_ref));
         Ok(command)
     }

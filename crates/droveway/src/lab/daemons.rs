@@ -85,7 +85,7 @@ impl Daemon {
             }
             Self::Agent => {
                 let (url, token) = (spec.server_urls(), path(spec.token_file()));
-                let state = path(spec.node_dir(node).join("agent"));
+                let state = path(spec.agent_dir(node));
                 let mut command = words(&[&program, "agent", "--server", &url, "--token-file", &token]);
                 command.extend(words(&["--name", node, "--state-dir", &state]));
                 // All hosts of a lab share one machine's processors.

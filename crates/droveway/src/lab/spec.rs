@@ -335,6 +335,11 @@ impl LabSpec {
         self.node_dir(node).join("data")
     }
 
+    /// Where a host's agent keeps its ledger.
+    pub(super) fn agent_dir(&self, node: &str) -> PathBuf {
+        self.node_dir(node).join("agent")
+    }
+
     pub(super) fn token_file(&self) -> PathBuf {
         self.dir.join("join.token")
     }

@@ -65,6 +65,7 @@ fn an_agent_whose_disk_is_full_refuses_and_changes_nothing_and_goes_on_when_ther
     for part in ["ledger", "full", "nothing was changed", "make room on this host's disk"] {
         assert!(error.contains(part), "{part:?} is not in {error:?}");
     }
+    assert!(!error.contains("defect"), "{error}");
     let ready = || lab.exec("h1", &["droveway", "status", "--ready"]).unwrap();
     until(LIMIT, "it says that it is not ready, and what to do", || {
         let said = ready();
