@@ -28,9 +28,9 @@ fn tos_after(a: &Host, b: &Host, sender: &udp::Socket, receiver: &udp::Socket, t
         local: SocketAddr::new(a.inner(), sender.port()),
         remote: SocketAddr::new(b.inner(), receiver.port()),
     };
+    let dropped = b.dropped("ecn");
     sender.send(&[udp::Send { path, bytes: &[0; 100], segment: 100, tos }]).1.unwrap();
     let (mut buffers, mut received) = (vec![vec![0; 2000]], Vec::new());
-    let dropped = b.dropped("ecn");
     let mut arrived = None;
     eventually("it arrives or is dropped", || {
         receiver.receive(&mut buffers, &mut received).unwrap();
