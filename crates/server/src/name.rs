@@ -79,15 +79,20 @@ pub(crate) async fn take(
 ) -> Result<Name, Error> {
     let keys = Keys(environment);
     let urls: Vec<String> = urls.iter().map(|url| url.trim_end_matches('/').to_owned()).collect();
-    let mut id = match data.read(files::SERVER_ID)? {
-        Some(text) => serde_json::from_str(&text).map_err(|_| Error::BadId(data.path(files::SERVER_ID)))?,
+    let found = data.read(files::SERVER_ID)?;
+    let mut id = match &found {
+        Some(text) => serde_json::from_str(text).map_err(|_| Error::BadId(data.path(files::SERVER_ID)))?,
         None => first(store, keys, before).await?,
     };
     if !shared {
-        keep(data, &id)?;
+        if found.is_none() {
+            keep(data, &id)?;
+        }
         say(store, keys.server(&id.name), urls).await?;
         return Ok(Name { text: id.name, start: None });
     }
+    // A name that the disk does not take is that of this start alone.
+    let mut kept = true;
     loop {
         let place = keys.server(&id.name);
         let mut found = look(store, &place).await?;
@@ -108,7 +113,14 @@ pub(crate) async fn take(
         }
         let start = random()?;
         id.next = Some(start.clone());
-        keep(data, &id)?;
+        if kept && let Err(error) = keep(data, &id) {
+            tracing::warn!(
+                "{error}; the server starts all the same, and has another name until it is started again"
+            );
+            id = Id { name: random()?, last: None, next: None };
+            kept = false;
+            continue;
+        }
         let server = Server { urls: urls.clone(), start: start.clone(), ended: false, asked: None };
         let compare = match found {
             Some((_, at)) => Compare::Modified(place.clone(), at),
@@ -116,7 +128,10 @@ pub(crate) async fn take(
         };
         if store.txn(Txn::new(vec![compare], vec![put(place, &server)?])).await.map_err(fault)?.succeeded {
             let id = Id { name: id.name, last: Some(start.clone()), next: None };
-            keep(data, &id)?;
+            if kept && let Err(error) = keep(data, &id) {
+                // What it may have taken is written down.
+                tracing::warn!("{error}; it is settled when the server starts again");
+            }
             return Ok(Name { text: id.name, start: Some(start) });
         }
     }
@@ -298,6 +313,13 @@ mod tests {
         take(&data, store, &EnvironmentId::default(), &[], shared, BEFORE).await.unwrap()
     }
 
+    /// Nothing can be written there, as if the disk were full.
+    fn fill(dir: &TempDir) -> std::path::PathBuf {
+        let stone = dir.path().join(format!(".{}.new", files::SERVER_ID));
+        std::fs::create_dir(&stone).unwrap();
+        stone
+    }
+
     fn copy(of: &TempDir) -> TempDir {
         let copy = tempfile::tempdir().unwrap();
         drop(DataDir::open(copy.path()).unwrap());
@@ -313,6 +335,20 @@ mod tests {
         let txn =
             Txn::new(vec![Compare::Modified(place.clone(), at)], vec![super::put(place, &server).unwrap()]);
         assert!(store.txn(txn).await.unwrap().succeeded);
+    }
+
+    #[tokio::test]
+    async fn on_a_full_disk_a_server_starts_all_the_same() {
+        let (dir, original) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let store = store(&dir);
+        let alone = start(&store, &original, false).await;
+        let stone = fill(&original);
+        assert_eq!(start(&store, &original, false).await, alone);
+        // Among several by a name that nobody else can have, until there is room.
+        let other = start(&store, &original, true).await;
+        assert!(other.text != alone.text && other.start.is_some(), "{other:?}");
+        std::fs::remove_dir(stone).unwrap();
+        assert_eq!(start(&store, &original, true).await.text, alone.text);
     }
 
     #[tokio::test]
