@@ -16,7 +16,7 @@ use agent::control::Lessor;
 use agent::server::{Join, Server, WatchStream, join};
 use anyhow::{Context, Result, ensure};
 use droveway::client::{Client, Settings};
-use model::api::{ApiError, TokenRequest};
+use model::api::{ApiError, ErrorCode, TokenRequest};
 use model::{
     Block, Change, Endpoint, EndpointId, EndpointKind, EnvironmentId, Epoch, Mac, NetworkSpec, Object,
     Revision, Watch,
@@ -281,8 +281,8 @@ async fn connect(agents: Vec<Agent>, resume: bool) -> Result<(Vec<Agent>, u64)> 
     for mut agent in agents {
         connecting.spawn(async move {
             let at = agent.at.clone().filter(|_| resume);
-            let at = at.as_ref().map(|(epoch, revision)| (epoch, *revision));
-            // As agents do: who is not let in at once asks again after a while.
+            let mut at = at.as_ref().map(|(epoch, revision)| (epoch, *revision));
+            // As agents do: who is not let in at once asks again after a while, and who is too far behind for a snapshot.
             let mut tried = 0;
             let (stream, first) = loop {
                 let attempt = async {
@@ -293,6 +293,10 @@ async fn connect(agents: Vec<Agent>, resume: bool) -> Result<(Vec<Agent>, u64)> 
                 match attempt.await {
                     Ok(begun) => break begun,
                     Err(error) if tried == TRIES => return Err(error.into()),
+                    Err(error) if error.code == ErrorCode::Compacted => {
+                        at = None;
+                        continue;
+                    }
                     Err(_) => tried += 1,
                 }
                 tokio::time::sleep(Duration::from_millis(100 * tried)).await;
