@@ -7,8 +7,8 @@
 //!
 //! A host that a copy was taken for ([`crate::incarnation`]) says what it holds in the same way. Others do not wait for that.
 //!
-//! Invariant: while a host is marked since a restore, no block is leased and no claim is made that it might hold, which is any. What hosts
-//! hold already they go on using.
+//! Invariant: while a host is marked since a restore, no block is leased and no claim is made that it might hold, which is
+//! any. What hosts hold already they go on using.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

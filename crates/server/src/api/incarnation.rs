@@ -93,6 +93,10 @@ pub(super) async fn step(
             () = tokio::time::sleep_until(deadline) => {}
         }
     };
+    if matches!(verdict, Verdict::Back(_)) {
+        tracing::warn!(environment = %agent.environment, host = %agent.name, "this host's agent ran all the while that another \
+            was taken for it: that one has a copy of its state directory, and is refused from now on");
+    }
     match verdict {
         Verdict::Take(life) | Verdict::Back(life) => {
             // Who only shows that it lives goes on watching.
