@@ -75,17 +75,26 @@ impl Pool<'_> {
 
     fn free(&self) -> impl Iterator<Item = IpAddr> + '_ {
         self.blocks.iter().flat_map(move |block| {
-            // Both go up: each is walked once.
-            let mut used = self.used.range(block.network()..=block.broadcast()).copied().peekable();
+            // Both go up: each is walked once. This is done for each container, over all addresses of the host: as numbers.
+            let mut used = self.used.range(block.network()..=block.broadcast()).map(number).peekable();
             self.geometry.addresses(*block).filter(move |address| {
-                while used.next_if(|used| used < address).is_some() {}
-                used.peek() != Some(address)
+                let this = number(address);
+                while used.next_if(|used| *used < this).is_some() {}
+                used.peek() != Some(&this)
                     && Some(*address) != self.router
                     && !odd(*address)
                     && (self.claims.is_empty()
                         || !self.claims.contains_key(&(self.network.clone(), *address)))
             })
         })
+    }
+}
+
+/// Numbers are compared faster than addresses. Those of one block are of one family.
+fn number(address: &IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u32::from(*address).into(),
+        IpAddr::V6(address) => u128::from(*address),
     }
 }
 

@@ -75,6 +75,9 @@ pub struct Record {
     /// The namespace of its container, once it has one.
     #[serde(default)]
     pub sandbox: Option<Sandbox>,
+    /// Which bridge of the router its device is a port of: [`plan::Bridge`].
+    #[serde(default)]
+    pub bridge: u16,
 }
 
 /// The namespace of a container.

@@ -24,6 +24,7 @@ fn record(seed: u8, address: &str) -> Record {
         }),
         foreign: None,
         sandbox: None,
+        bridge: 0,
     }
 }
 

@@ -130,6 +130,12 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
             }
             Ok(())
         }
+        // The other end is a device of its own here: the rest of it is set as such.
+        (LinkKind::Veth, Some(Peer::Here { name: peer, mtu, gso_max_size })) => {
+            let end = End { name: peer, mac: None, mtu: *mtu, gso_max_size: *gso_max_size };
+            let here = site.home.ns.as_raw_fd();
+            make_pair(site.home, name, want, &end, here)
+        }
         (LinkKind::Veth, Some(Peer::Container(container))) => {
             let ns = Netns::open(&container.netns)?;
             let end = End {

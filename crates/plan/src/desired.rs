@@ -14,8 +14,8 @@ use model::{
 };
 
 use crate::object::{
-    ContainerEnd, Family, Field, HOST_DEVICE_PREFIX, Ifname, Key, Link, LinkKind, Object, Peer, Place, Route,
-    RouteKind, Set, State, TABLE_MAIN,
+    ContainerEnd, Family, Field, HOST_DEVICE_PREFIX, Ifname, Key, LEAF_PREFIX, Link, LinkKind, Object, Peer,
+    Place, Route, RouteKind, Set, State, TABLE_MAIN,
 };
 use crate::shortcut::{self, Shortcut};
 use crate::{firewall, hash, transit};
@@ -57,6 +57,39 @@ pub struct Attachment {
     pub end: End,
     /// Ports published on the host.
     pub ports: Vec<PublishedPort>,
+    /// Which bridge of its router it is a port of.
+    pub bridge: Bridge,
+}
+
+/// A bridge of a router. What the kernel does to add a port grows with the ports that are there, and 1,023 is the most: when
+/// `br0` has its share, others take the next ones, each joined to `br0` by a pair of devices.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Bridge(pub u16);
+
+impl Bridge {
+    /// The one with the router's addresses.
+    pub const ROOT: Self = Self(0);
+    /// How many endpoints a bridge is given.
+    pub const PORTS: usize = 128;
+
+    /// All, in the order in which they are filled.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..=u16::MAX).map(Self)
+    }
+
+    /// What it is called.
+    pub fn name(self) -> Ifname {
+        match self {
+            Self::ROOT => Ifname::new("br0"),
+            Self(leaf) => Ifname::new(&format!("{LEAF_PREFIX}{leaf}")),
+        }
+    }
+
+    /// The pair that joins a leaf to `br0`: the leaf's end, and `br0`'s.
+    fn joint(self) -> (Ifname, Ifname) {
+        let end = |way| Ifname::new(&format!("{LEAF_PREFIX}{}-{way}", self.0));
+        (end("up"), end("down"))
+    }
 }
 
 /// Where the container's end of an attachment is, or is to be made.
@@ -86,17 +119,28 @@ pub fn desired(catalog: &Catalog, local: &Local) -> State {
         }
     }
     for (id, attachment) in &local.attachments {
+        leaf_objects(catalog, local, attachment, &mut state);
         attachment_objects(catalog, local, id, attachment, &mut state);
     }
     host_objects(catalog, local, &mut state);
     state
 }
 
-/// The objects of one attachment alone, by the same rules: for an attach that does not wait for all the others.
+/// The objects of one attachment alone, by the same rules: for an attach that does not wait for all the others. Its bridge is
+/// not among them: [`desired_bridge()`].
 pub fn desired_attachment(catalog: &Catalog, local: &Local, id: &EndpointId) -> State {
     let mut state = State::new();
     if let Some(attachment) = local.attachments.get(id) {
         attachment_objects(catalog, local, id, attachment, &mut state);
+    }
+    state
+}
+
+/// The bridge that an attachment is on, unless it is the router's first.
+pub fn desired_bridge(catalog: &Catalog, local: &Local, id: &EndpointId) -> State {
+    let mut state = State::new();
+    if let Some(attachment) = local.attachments.get(id) {
+        leaf_objects(catalog, local, attachment, &mut state);
     }
     state
 }
@@ -353,6 +397,40 @@ impl<'a> Router<'a> {
     }
 }
 
+/// The bridge of one attachment, where it is a leaf: without addresses, deaf to what the router is asked, and joined to `br0`.
+fn leaf_objects(catalog: &Catalog, local: &Local, attachment: &Attachment, state: &mut State) {
+    let Some(network) = catalog.networks.get(&attachment.network) else { return };
+    let bridge = attachment.bridge;
+    let name = bridge.name();
+    let mut draw = Drawing { place: Place::Router(network.id.clone()), state };
+    if bridge == Bridge::ROOT
+        || !local.routers.contains_key(&network.id)
+        || draw.has(&Key::Link(name.clone()))
+    {
+        return;
+    }
+    let mtu = network_mtu(catalog, local, network);
+    let mac = derived_mac(&["leaf", network.id.as_str(), name.as_str()]);
+    draw.link(name.as_str(), LinkKind::Bridge { link_local_learning: false }, mac, mtu);
+    for (what, value) in [("arp_ignore", "8"), ("forwarding", "0"), ("rp_filter", "0")] {
+        let path = format!("ipv4/conf/{name}/{what}");
+        draw.put(Key::Sysctl(path), Object::Sysctl(value.to_owned()));
+    }
+    let (up, down) = bridge.joint();
+    let end = |kind, master, peer| Link {
+        kind,
+        mac: None,
+        mtu: Some(mtu),
+        gso_max_size: Some(GSO_MAX_SIZE),
+        master: Some(master),
+        up: true,
+        peer,
+    };
+    let peer = Peer::Here { name: down.clone(), mtu, gso_max_size: Some(GSO_MAX_SIZE) };
+    draw.put(Key::Link(up), Object::Link(end(LinkKind::Veth, name, Some(peer))));
+    draw.put(Key::Link(down), Object::Link(end(LinkKind::VethEnd, Bridge::ROOT.name(), None)));
+}
+
 /// The device, guard entries and published ports of one attachment.
 fn attachment_objects(
     catalog: &Catalog,
@@ -400,7 +478,7 @@ fn attachment_objects(
         mac: None,
         mtu: Some(mtu),
         gso_max_size: Some(GSO_MAX_SIZE),
-        master: Some(Ifname::new("br0")),
+        master: Some(attachment.bridge.name()),
         up: true,
         peer: Some(peer),
     };

@@ -57,6 +57,7 @@ fn scene(internal: bool) -> (Catalog, Local, EndpointId) {
         mac: Mac([2, 0, 0, 0, 0, 9]),
         end: End::Handed,
         ports: vec![PublishedPort { protocol: Protocol::Tcp, host_port: 8080, port: 80 }],
+        bridge: Bridge::ROOT,
     };
     let local = Local {
         host: HostId::from_random(H1),
@@ -165,8 +166,59 @@ fn every_device_takes_packets_of_the_same_size_to_cut_up() {
         match &link.peer {
             Some(Peer::Host { gso_max_size, .. }) => assert_eq!(*gso_max_size, Some(65_536), "{key:?}"),
             Some(Peer::Container(end)) => assert_eq!(end.gso_max_size, Some(65_536), "{key:?}"),
+            Some(Peer::Here { gso_max_size, .. }) => assert_eq!(*gso_max_size, Some(65_536), "{key:?}"),
             None => {}
         }
+    }
+}
+
+#[test]
+fn a_leaf_is_there_with_the_first_port_that_it_has_and_is_no_part_of_an_attachment() {
+    let (catalog, mut local, endpoint) = scene(false);
+    let plain = desired(&catalog, &local);
+    assert!(desired_bridge(&catalog, &local, &endpoint).is_empty(), "br0 is the router's");
+
+    let leaf = Bridge(3);
+    local.attachments.get_mut(&endpoint).unwrap().bridge = leaf;
+    let all = desired(&catalog, &local);
+    let links: Vec<_> = all
+        .iter()
+        .filter_map(|(name, object)| Some((name, object)).filter(|_| !plain.contains_key(name)))
+        .map(|((_, key), object)| match (key, object) {
+            (Key::Link(name), Object::Link(link)) => {
+                format!("{name} of {:?}", link.master.as_ref().map(Ifname::as_str))
+            }
+            (key, object) => format!("{key:?} {object:?}"),
+        })
+        .collect();
+    assert_eq!(
+        links,
+        [
+            "leaf3 of None",
+            r#"leaf3-down of Some("br0")"#,
+            r#"leaf3-up of Some("leaf3")"#,
+            r#"Sysctl("ipv4/conf/leaf3/arp_ignore") Sysctl("8")"#,
+            r#"Sysctl("ipv4/conf/leaf3/forwarding") Sysctl("0")"#,
+            r#"Sysctl("ipv4/conf/leaf3/rp_filter") Sysctl("0")"#,
+        ]
+    );
+    let port = |state: &State| match &state
+        [&(Place::Router(local.attachments[&endpoint].network.clone()), Key::Link(port_name(&endpoint)))]
+    {
+        Object::Link(link) => link.master.clone(),
+        _ => None,
+    };
+    assert_eq!((port(&plain), port(&all)), (Some(Bridge::ROOT.name()), Some(leaf.name())));
+
+    let own = desired_attachment(&catalog, &local, &endpoint);
+    let bridge = desired_bridge(&catalog, &local, &endpoint);
+    assert_eq!((own.len(), bridge.len()), (5, 6));
+    assert!(
+        own.keys().all(|name| !bridge.contains_key(name)),
+        "a detach leaves the bridge to its other ports"
+    );
+    for (name, object) in own.iter().chain(&bridge) {
+        assert_eq!(all.get(name), Some(object));
     }
 }
 

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 
 use model::SERVICE_ADDRESS;
 
-use crate::object::{Family, HOST_DEVICE_PREFIX, TABLE, Table};
+use crate::object::{Family, HOST_DEVICE_PREFIX, LEAF_PREFIX, TABLE, Table};
 use crate::transit;
 
 /// What a router's rules are made of.
@@ -36,7 +36,7 @@ pub(crate) struct Router<'a> {
 /// in throughput (`make bench`).
 ///
 /// What comes by a port and not by the bridge was sent to a link-local MAC, which the guard does not see (nor does the kernel
-/// forward it).
+/// forward it). A leaf is a bridge alone: nothing is asked of the router by it.
 ///
 /// Queries to port 53 of any address go to the router's own service. This is NAT and not a policy rule with transparent
 /// sockets: a namespace that has ever had a policy rule takes the slow way for each routing decision.
@@ -76,6 +76,7 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
         type filter hook input priority filter; policy accept;
         iifname "DEVICE" ip saddr != INSIDE drop
         iifname "p-*" drop
+        iifname "LEAF*" drop
         iifname "up0" ct state established,related accept
         iifname "up0" ip protocol icmp accept
         iifname "up0" drop
@@ -113,7 +114,10 @@ pub(crate) fn router(router: &Router<'_>) -> Table {
         iifname "DEVICE" ip saddr { REMOTE } ip daddr POOL accept"#
         ),
     );
-    let text = text.replace("INSIDE", &inside).replace("POOL", &router.pool.to_string());
+    let text = text
+        .replace("INSIDE", &inside)
+        .replace("POOL", &router.pool.to_string())
+        .replace("LEAF", LEAF_PREFIX);
     table(Family::Inet, &text.replace("DEVICE", router.device))
 }
 
@@ -130,9 +134,9 @@ fn rules(remote: Option<&str>, text: &str) -> String {
 }
 
 /// The bridge's guard: a port sends only from its endpoint's MAC and addresses, ARP included. The first rule is all that
-/// good IPv4 frames meet.
+/// good IPv4 frames meet. What comes from another bridge of the router has met the guard there.
 pub(crate) fn bridge() -> Table {
-    let text = r"
+    let text = r#"
     set port_mac {
         type ifname . ether_addr
     }
@@ -142,12 +146,13 @@ pub(crate) fn bridge() -> Table {
     chain guard {
         type filter hook prerouting priority -200; policy drop;
         ether type ip iifname . ether saddr . ip saddr @port_address accept
+        iifname "LEAF*" accept
         iifname . ether saddr != @port_mac drop
         ether type arp iifname . arp saddr ether . arp saddr ip @port_address accept
         ether type arp arp saddr ip 0.0.0.0 iifname . arp saddr ether @port_mac accept
     }
-";
-    table(Family::Bridge, text)
+"#;
+    table(Family::Bridge, &text.replace("LEAF", LEAF_PREFIX))
 }
 
 /// The host's part: NAT for the routers, published ports, and who may send to the overlay's ports.

@@ -15,8 +15,8 @@ pub mod transit;
 mod tunnels;
 
 pub use desired::{
-    Attachment, End, Local, ROUTER_PREFIX, TUN, desired, desired_attachment, endpoint_mac, gateway_mac,
-    handed_name, network_mtu, overlay_mac, port_name,
+    Attachment, Bridge, End, Local, ROUTER_PREFIX, TUN, desired, desired_attachment, desired_bridge,
+    endpoint_mac, gateway_mac, handed_name, network_mtu, overlay_mac, port_name,
 };
 pub use diff::{Scope, Step, diff};
 pub use object::{Key, Object, Place, State};

@@ -30,6 +30,8 @@ pub type State = BTreeMap<(Place, Key), Object>;
 
 /// The name of every nft table that is ours.
 pub const TABLE: &str = "droveway";
+/// What the names of a router's further bridges begin with, and of the devices that join them to its first.
+pub const LEAF_PREFIX: &str = "leaf";
 /// What the names of our devices on the host begin with.
 pub const HOST_DEVICE_PREFIX: &str = "dw";
 
@@ -182,6 +184,15 @@ pub enum Peer {
     },
     /// In a container, fully set up.
     Container(Box<ContainerEnd>),
+    /// In the same place, under that name: a device of its own there ([`LinkKind::VethEnd`]).
+    Here {
+        /// The device's name.
+        name: Ifname,
+        /// Its MTU, bytes.
+        mtu: u32,
+        /// As of [`Link`].
+        gso_max_size: Option<u32>,
+    },
 }
 
 /// The container's end of an endpoint's veth pair, and everything to set up around it.

@@ -54,7 +54,8 @@ impl Book {
             created: now_millis(),
         };
         let shared = Arc::new(endpoint.clone());
-        let record = Record { endpoint: shared, foreign: Some(foreign.to_owned()), sandbox: None };
+        let bridge = self.bridge_for(&endpoint.network);
+        let record = Record { endpoint: shared, foreign: Some(foreign.to_owned()), sandbox: None, bridge };
         self.ledger.put_record(&record).map_err(unwritten)?;
         self.remember(record);
         Ok(endpoint)
@@ -141,7 +142,8 @@ impl Book {
         let sandbox =
             Sandbox { path: request.netns, ifname: Some(request.ifname), inode: Some(inode), routes };
         let shared = Arc::new(endpoint.clone());
-        let record = Record { endpoint: shared, foreign, sandbox: Some(sandbox) };
+        let bridge = self.bridge_for(&endpoint.network);
+        let record = Record { endpoint: shared, foreign, sandbox: Some(sandbox), bridge };
         self.ledger.put_record(&record).map_err(unwritten)?;
         self.remember(record);
         Ok(Attached {
@@ -176,6 +178,9 @@ impl Book {
             self.attached.remove(&place);
         }
         let network = &record.endpoint.network;
+        if let Some(ports) = self.ports.get_mut(&(network.clone(), record.bridge)) {
+            *ports = ports.saturating_sub(1);
+        }
         for &address in &record.endpoint.addresses {
             let name = (network.clone(), address);
             if keep {

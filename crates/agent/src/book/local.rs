@@ -6,7 +6,7 @@ use std::path::Path;
 
 use linux::netns::Netns;
 use model::{Candidate, EndpointId, HostId, Network, NetworkId};
-use plan::{Attachment, End, Local};
+use plan::{Attachment, Bridge, End, Local};
 
 use super::Book;
 use crate::control::Handed;
@@ -103,6 +103,7 @@ fn attachment(record: &Record, end: End) -> Attachment {
         mac: endpoint.mac,
         end,
         ports: endpoint.ports.clone(),
+        bridge: Bridge(record.bridge),
     }
 }
 

@@ -26,6 +26,7 @@ use model::{
     Candidate, Catalog, Change, Endpoint, EndpointId, Epoch, HostId, Incarnation, Key, Lineage, Name,
     Network, NetworkId, Object, PeerId, Revision, Step, UnixMillis, Watch,
 };
+use plan::Bridge;
 
 use crate::control::LocalEndpoint;
 use crate::ipam::rests;
@@ -48,6 +49,8 @@ pub(crate) struct Book {
     foreign: BTreeMap<String, EndpointId>,
     reservations: BTreeSet<(NetworkId, IpAddr)>,
     used: BTreeMap<NetworkId, BTreeSet<IpAddr>>,
+    /// How many endpoints the bridges of routers have.
+    ports: BTreeMap<(NetworkId, u16), usize>,
     /// When addresses were released, by [`Book::clock`].
     released: BTreeMap<(NetworkId, IpAddr), i64>,
     began: Instant,
@@ -95,6 +98,7 @@ impl Book {
             foreign: BTreeMap::new(),
             reservations: BTreeSet::new(),
             used: BTreeMap::new(),
+            ports: BTreeMap::new(),
             released: contents.released.into_iter().map(|(name, at)| (name, before(at))).collect(),
             began: Instant::now(),
             withdrawal: contents.revision,
@@ -473,6 +477,9 @@ impl Book {
         if let Some(place) = attached_to(&record) {
             self.attached.insert(place, id.clone());
         }
+        if !self.records.contains_key(&id) {
+            *self.ports.entry((record.endpoint.network.clone(), record.bridge)).or_default() += 1;
+        }
         self.records.insert(id.clone(), record);
         self.compare(&id);
     }
@@ -506,6 +513,20 @@ impl Book {
         for id in all {
             self.compare(&id);
         }
+    }
+
+    /// The first bridge of a router that takes one endpoint more.
+    fn bridge_for(&self, network: &NetworkId) -> u16 {
+        let ports = |bridge: &u16| self.ports.get(&(network.clone(), *bridge)).copied().unwrap_or_default();
+        (0..u16::MAX).find(|bridge| ports(bridge) < Bridge::PORTS).unwrap_or_default()
+    }
+
+    /// Whether an endpoint shares its bridge with no other, and the bridge is there for endpoints alone.
+    pub(crate) fn is_last_of_leaf(&self, id: &EndpointId) -> bool {
+        self.records.get(id).is_some_and(|record| {
+            let place = (record.endpoint.network.clone(), record.bridge);
+            Bridge(record.bridge) != Bridge::ROOT && self.ports.get(&place) == Some(&1)
+        })
     }
 
     fn unuse(&mut self, network: &NetworkId, address: IpAddr) {

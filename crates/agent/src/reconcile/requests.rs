@@ -9,8 +9,8 @@ use model::agent_api::{AttachRequest, Attached, Routes};
 use model::api::{ApiError, ErrorCode};
 use model::{EndpointId, EndpointKind, NetworkId, Object};
 use nix::errno::Errno;
-use plan::object::{Ifname, Set};
-use plan::{End, Key, Place, Scope};
+use plan::object::Set;
+use plan::{Bridge, End, Key, Place, Scope};
 
 use super::{ROUNDS, Reconciler, unknown};
 use crate::book::{self, handed};
@@ -107,13 +107,15 @@ impl Reconciler {
     fn try_put_up(&mut self, id: &EndpointId, network: &NetworkId, end: Option<End>) -> Result<(), ApiError> {
         self.book.slot(network)?;
         self.lingering.remove(network);
-        let bridge = (Place::Router(network.clone()), Key::Link(Ifname::new("br0")));
+        let bridge = (Place::Router(network.clone()), Key::Link(Bridge::ROOT.name()));
         if self.stale || !self.wanted.contains_key(&bridge) || !self.kernel.state().contains_key(&bridge) {
             // The router first, and all else with it.
             self.converge_all(Some(id));
         }
         let end = end.or_else(|| self.inside(id)).unwrap_or(End::Nowhere);
-        let part = plan::desired_attachment(&self.book.catalog, &self.book.local_of(Some((id, end))), id);
+        let local = self.book.local_of(Some((id, end)));
+        let mut part = plan::desired_attachment(&self.book.catalog, &local, id);
+        part.extend(plan::desired_bridge(&self.book.catalog, &local, id));
         let names: BTreeSet<_> = part.keys().cloned().collect();
         self.wanted.extend(part);
         let scope = Scope::Only(names);
@@ -164,7 +166,10 @@ impl Reconciler {
     pub(super) fn forget(&mut self, id: &EndpointId, keep: bool) -> Result<(), Refusal> {
         let names = self.names_of(id);
         let network = self.book.record(id).map(|record| record.endpoint.network.clone());
+        // Its bridge goes too, then.
+        let last = self.book.is_last_of_leaf(id);
         self.book.forget(id, keep)?;
+        self.stale |= last;
         self.moved.stirred = true;
         self.take_down(names);
         self.linger(network);

@@ -26,6 +26,7 @@ mod memory;
 mod peers;
 mod plain;
 mod plot;
+mod ports;
 mod probe;
 #[allow(dead_code, clippy::unwrap_used, clippy::expect_used, reason = "shared with the tests")]
 #[path = "../../../agent/tests/dataplane/rig.rs"]

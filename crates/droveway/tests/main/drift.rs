@@ -8,6 +8,7 @@ use crate::support::{
     LIMIT, Look, idle_in, kernel, lab, meet, network_in_clear, ping, router_words, run_soon, says, spec,
     ttl_of, until,
 };
+use crate::table::crowd;
 use crate::watch::Watched;
 
 /// A second, and as much again for a machine that has others to serve: how long it took is printed.
@@ -45,8 +46,8 @@ fn on_host(what: &'static str, command: impl Into<String>) -> Case {
 
 impl Scene {
     fn new(lab: Watched, network: &'static str) -> Self {
-        let near = run_soon(&lab, "h1", &idle_in(network, "near"));
         let far = run_soon(&lab, "h2", &idle_in(network, "far"));
+        let near = run_soon(&lab, "h1", &idle_in(network, "near"));
         meet(&lab, &near, &far);
         let mut scene = Self { lab, network, near, far, before: String::new() };
         until(LIMIT, "all is well", || scene.flows());
@@ -183,5 +184,27 @@ fn what_is_deleted_of_a_vxlan_is_back_within_a_second() {
         in_router("vxlan0", "ip link del vxlan0"),
         in_router("vxlan0, set down", "ip link set vxlan0 down"),
         on_host("the host's table", "nft delete table inet droveway"),
+    ]);
+}
+
+#[test]
+fn what_is_deleted_of_a_leaf_is_back_within_a_second() {
+    let lab = lab(2);
+    crowd(&lab, "h1", plan::Bridge::PORTS);
+    let scene = Scene::new(lab, "managed");
+    let port = format!("p-{}", scene.near.attached.endpoint.id.short());
+    let words = router_words("managed", &["ip", "-br", "link", "show", "master", "leaf1"]);
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    assert!(says(&scene.lab, "h1", &words).contains(&port));
+    scene.all_comes_back(&[
+        in_router("the leaf", "ip link del leaf1"),
+        in_router("the leaf, set down", "ip link set leaf1 down"),
+        in_router("its way to br0", "ip link del leaf1-up"),
+        in_router("its way to br0, freed from br0", "ip link set leaf1-down nomaster"),
+        in_router("its way to br0, set down", "ip link set leaf1-down down"),
+        in_router("the port, freed from the leaf", format!("ip link set {port} nomaster")),
+        in_router("the port, on the wrong bridge", format!("ip link set {port} master br0")),
+        in_router("the bridges' guard", "nft delete table bridge droveway"),
+        in_router("br0", "ip link del br0"),
     ]);
 }

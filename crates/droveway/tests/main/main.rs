@@ -28,6 +28,7 @@ mod isolation;
 mod killed_server;
 mod lab;
 mod lab_bare;
+mod leaves;
 mod load;
 mod mended;
 mod nat;

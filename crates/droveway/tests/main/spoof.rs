@@ -10,6 +10,7 @@ use crate::steady::Steady;
 use crate::support::{
     Capture, LIMIT, Look, idle, in_router, lab, meet, ping, router, silent, ttl, ttl_of, until,
 };
+use crate::table::crowd;
 use crate::watch::{Watched, canary};
 
 struct Street {
@@ -21,11 +22,13 @@ struct Street {
     gateway: Mac,
 }
 
-fn street() -> Street {
+/// With so many others on their host that attacker and victim have a bridge of their own, or none.
+fn street(others: usize) -> Street {
     let lab = lab(2);
     let run = |host: &str, name: &str| lab.run(host, &idle(name)).unwrap();
-    let (attacker, victim) = (run("h1", "attacker"), run("h1", "victim"));
     let (bystander, far) = (run("h1", "bystander"), run("h2", "far"));
+    crowd(&lab, "h1", others);
+    let (attacker, victim) = (run("h1", "attacker"), run("h1", "victim"));
     for other in [&attacker, &victim, &bystander] {
         meet(&lab, &far, other);
     }
@@ -106,7 +109,16 @@ impl Street {
 
 #[test]
 fn no_forged_frame_of_a_container_reaches_anyone_and_its_neighbours_traffic_goes_on() {
-    let street = street();
+    no_forged_frame(0, "br0");
+}
+
+#[test]
+fn no_forged_frame_of_a_container_on_a_leaf_reaches_anyone() {
+    no_forged_frame(plan::Bridge::PORTS - 1, "leaf1");
+}
+
+fn no_forged_frame(others: usize, bridge: &str) {
+    let street = street(others);
     let Street { lab, attacker, victim, bystander, far, .. } = &street;
     let steady = Steady::start(lab, far, victim);
     let at = |container: &Container| {
@@ -134,11 +146,14 @@ fn no_forged_frame_of_a_container_reaches_anyone_and_its_neighbours_traffic_goes
     for (capture, to) in [(&at_bystander, bystander), (&at_victim, victim), (&overlay, far)] {
         capture.sees(&sign(to));
     }
-    let router = router(lab, "h1", "managed").address.unwrap();
+    let [router, far_router] = ["h1", "h2"].map(|host| router(lab, host, "managed").address.unwrap());
     let asks = format!("Request who-has {} tell {router}", victim.ip());
     let pings = [
         format!("{} > {}: ICMP echo request", far.ip(), victim.ip()),
         format!("{} > {}: ICMP echo reply", victim.ip(), far.ip()),
+        // The far agent sees whether the tunnel lives.
+        format!("{far_router} > {router}: ICMP echo request"),
+        format!("{router} > {far_router}: ICMP echo reply"),
     ];
     let expected = |line: &String, of: &Container| {
         let steady = pings.iter().chain([&asks]).any(|sign| line.contains(sign));
@@ -156,7 +171,7 @@ fn no_forged_frame_of_a_container_reaches_anyone_and_its_neighbours_traffic_goes
         assert!(table.contains(&knows.mac()), "{table}");
     }
     assert!(street.router_believes(victim.ip()).contains(&victim.mac()));
-    let fdb = in_router(lab, "h1", "managed", &["bridge", "fdb", "show", "br", "br0"]);
+    let fdb = in_router(lab, "h1", "managed", &["bridge", "fdb", "show", "br", bridge]);
     let port = format!("p-{}", victim.attached.endpoint.id.short());
     let learned: Vec<_> = fdb.lines().filter(|line| line.contains(&victim.mac())).collect();
     assert!(!learned.is_empty() && learned.iter().all(|line| line.contains(&port)), "{learned:#?}");
@@ -167,7 +182,7 @@ fn no_forged_frame_of_a_container_reaches_anyone_and_its_neighbours_traffic_goes
 
 #[test]
 fn a_container_that_takes_its_neighbours_mac_or_address_only_cuts_itself_off() {
-    let street = street();
+    let street = street(0);
     let Street { lab, attacker, victim, bystander, far, .. } = &street;
     let at = attacker.path();
     let steady = Steady::start(lab, far, victim);

@@ -52,6 +52,15 @@ fn detach(lab: &Lab, host: &str, id: &EndpointId) -> Result<(), Error> {
     ask_agent(&lab.agent_socket(host).unwrap(), async |agent| agent.detach(id).await)
 }
 
+/// So many endpoints of network `managed`, in which nothing runs.
+pub fn crowd(lab: &Lab, host: &str, count: usize) {
+    let names: Vec<String> = (0..count).map(|i| format!("{host}-crowd-{i}")).collect();
+    netns(lab, host, "add", &names);
+    for name in &names {
+        until(LIMIT, "there is a block for it", || attach(lab, host, "managed", name).is_ok());
+    }
+}
+
 fn netns(lab: &Lab, host: &str, verb: &str, names: &[String]) {
     let script = format!("for name in {}; do ip netns {verb} $name || exit; done", names.join(" "));
     lab.check(host, &["sh", "-c", &script]).unwrap();

@@ -70,6 +70,7 @@ pub(crate) fn scene(netns: &Path) -> State {
         mac: Mac([2, 0, 0, 0, 0, 9]),
         end: End::Inside { netns: netns.to_owned(), ifname: "eth0".to_owned(), routes: Routes::All },
         ports: vec![PublishedPort { protocol: Protocol::Udp, host_port: 7007, port: 7 }],
+        bridge: plan::Bridge::ROOT,
     };
     let local = Local {
         host: HostId::from_random([1; 8]),
