@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `make demo`, twice, and `make demo-down`, twice, from a clean clone of HEAD on a bare Debian: made by debootstrap with git and make,
-# with this machine's Rust, entered by chroot. As root. BARE is where the Debian tree is kept (made if missing). What was built for
-# this tree with the dev profile is used again.
+# with this machine's Rust, entered by chroot. As root. `scripts/bare.sh test`: `make test` instead, which installs what tests need there.
+# BARE is where the Debian tree is kept (made if missing). What was built for this tree with the dev profile is used again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Mounts are ours alone, and end with us.
@@ -43,7 +43,12 @@ mount --bind target "$root/mnt/target"
 cp /etc/resolv.conf "$root/etc/resolv.conf"
 
 inside "git clone -q /mnt/source /root/droveway; cd /root/droveway; git checkout -q $(git rev-parse HEAD); ln -s /mnt/target target"
-inside 'make demo'
-inside 'make demo' >"$run/again" 2>&1 || { cat "$run/again" >&2; exit 1; }
-for _ in 1 2; do inside 'make demo-down'; done
+case ${1:-demo} in
+  demo)
+    inside 'make demo'
+    inside 'make demo' >"$run/again" 2>&1 || { cat "$run/again" >&2; exit 1; }
+    for _ in 1 2; do inside 'make demo-down'; done ;;
+  test) inside 'make test' ;;
+  *) echo "error: $1: there are demo and test" >&2; exit 2 ;;
+esac
 echo "bare: all good"
