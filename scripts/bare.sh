@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `make demo`, twice, and `make demo-down`, twice, from a clean clone of HEAD on a bare Debian: made by debootstrap with git and make,
-# with this machine's Rust, entered by chroot. As root. `scripts/bare.sh test`: `make test` instead, which installs what tests need there.
+# with this machine's Rust. As root. `scripts/bare.sh test`: `make test` instead, which installs what tests need there.
 # BARE is where the Debian tree is kept (made if missing). What was built for this tree with the dev profile is used again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,8 +19,10 @@ fi
 
 run=$(mktemp -d /var/tmp/droveway-bare.XXXXXX)
 root=$run/root
-inside() { # script: as root, in the clone
-  chroot "$root" env -i HOME=/root PATH=/root/.cargo/bin:/usr/sbin:/usr/bin:/sbin:/bin PROFILE=dev CARGO_INCREMENTAL=0 \
+inside() { # script: as root, in the clone. Not by chroot alone: whoever is in one can make no user namespace.
+  # shellcheck disable=SC2016 # Expanded inside.
+  unshare -m --propagation private sh -c 'cd "$1" && pivot_root . mnt/old && umount -l mnt/old && shift && exec chroot . "$@"' - "$root" \
+    env -i HOME=/root PATH=/root/.cargo/bin:/usr/sbin:/usr/bin:/sbin:/bin PROFILE=dev CARGO_INCREMENTAL=0 \
     bash -ec "[ ! -d /root/droveway ] || cd /root/droveway; $1"
 }
 cleanup() {
@@ -35,7 +37,7 @@ mount -t overlay overlay -o "lowerdir=$home/tree,upperdir=$run/upper,workdir=$ru
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
-mkdir -p "$root"/{root/.cargo,root/.rustup,mnt/source,mnt/target} target
+mkdir -p "$root"/{root/.cargo,root/.rustup,mnt/source,mnt/target,mnt/old} target
 mount --bind "${CARGO_HOME:-$HOME/.cargo}" "$root/root/.cargo"
 mount --bind "${RUSTUP_HOME:-$HOME/.rustup}" "$root/root/.rustup"
 mount --bind "$(git rev-parse --path-format=absolute --git-common-dir)" "$root/mnt/source"

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 declare -A packages=(
   [run]="nftables iproute2"
   [build]="build-essential cmake pkg-config ca-certificates"
-  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq
+  [test]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq curl
     arping libfaketime strongswan-swanctl charon-systemd libstrongswan-standard-plugins libstrongswan-extra-plugins libcharon-extra-plugins etcd-server"
   [demo]="nftables iproute2 iptables iputils-ping traceroute tcpdump bind9-dnsutils busybox-static docker.io util-linux procps jq"
   [soak]="debootstrap systemd-container"

@@ -33,8 +33,12 @@ const LOOK_CLOSELY: Duration = Duration::from_millis(100);
 const BURST: usize = 256;
 /// How often paths to peers that are not up are looked at again: routes come and go.
 const PATHS: Duration = Duration::from_secs(5);
-/// Paths in use that are looked at each time: the address of ours that one leaves from may be gone.
+/// Paths in use that are looked at each time, at least: the address of ours that one leaves from may be gone.
 pub(super) const PATHS_EACH: usize = 8;
+/// After so many looks all were looked at.
+pub(super) const PATHS_LOOKS: usize = 30;
+/// What is known of the largest packet is tried again once in so many pings: every half minute where there are few peers.
+const MTU_EVERY: u32 = 15;
 /// For how long after its start the agent does not wait for peers to begin: they may have had tunnels with it.
 const BEGINNING: Duration = Duration::from_secs(10);
 /// How long saying farewell may take.
@@ -329,9 +333,11 @@ impl Engine {
             self.ends_of = self.view.clone();
             self.find_ends(now);
         }
-        if self.paths_at <= now || self.have_moved() {
-            self.paths_at = now + PATHS;
+        if self.have_moved() {
             self.follow_addresses(now);
+        } else if self.paths_at <= now {
+            self.paths_at = now + PATHS;
+            self.find_paths(now);
         }
         let mut closely = !self.devices_open;
         let every = probe::every(self.peers.len());
@@ -342,7 +348,7 @@ impl Engine {
             let last = &mut self.last_ping;
             closely |= ping((peer, foreign), every, &mut self.endpoint, &self.dataplane, last, now);
             let mtus = &self.view.routers;
-            closely |= measure(peer, &self.dataplane, mtus, &mut self.last_ping, now);
+            closely |= measure(peer, &self.dataplane, mtus, every, &mut self.last_ping, now);
         }
         self.look_at = now + if closely { LOOK_CLOSELY } else { LOOK };
         self.drain(now);
@@ -474,6 +480,7 @@ fn measure(
     peer: &mut Peer,
     dataplane: &Dataplane,
     routers: &BTreeMap<NetworkId, Router>,
+    every: Duration,
     last: &mut u32,
     now: Instant,
 ) -> bool {
@@ -485,7 +492,7 @@ fn measure(
         Some(search) if search.wanted() == router.mtu => search,
         other => other.insert(Search::new(router.mtu, now)),
     };
-    if let Some(size) = search.due(now) {
+    if let Some(size) = search.due(every * MTU_EVERY, now) {
         *last = last.wrapping_add(1);
         let packet = probe::ping(ours, theirs, &dataplane.probe_magic(), *last, size as usize);
         search.sent(*last, now);

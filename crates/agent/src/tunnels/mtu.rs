@@ -14,8 +14,6 @@ const WAIT: Duration = Duration::from_millis(700);
 const TRIES: u32 = 3;
 /// ESP pads to four bytes: no use in looking closer.
 const STEP: u32 = 4;
-/// How often what is known is tried again.
-const CHECK: Duration = Duration::from_secs(30);
 /// How often more than what is known is tried, where it is less than the network's MTU (RFC 4821 §7.8).
 const RAISE: Duration = Duration::from_mins(10);
 
@@ -55,8 +53,9 @@ impl Search {
         self.wanted
     }
 
-    /// The size of a ping to send now, if one is due. Small pings are answered at present.
-    pub(super) fn due(&mut self, now: Instant) -> Option<u32> {
+    /// The size of a ping to send now, if one is due; what is known is tried `again` after so long. Small pings are answered at
+    /// present.
+    pub(super) fn due(&mut self, again: Duration, now: Instant) -> Option<u32> {
         if let Some(attempt) = &self.trying {
             if attempt.at.is_some_and(|at| now.saturating_duration_since(at) < WAIT) {
                 return None;
@@ -83,7 +82,7 @@ impl Search {
         match self.next() {
             Some(size) => Some(self.try_size(size)),
             None => {
-                self.settled = Some(now + CHECK);
+                self.settled = Some(now + again);
                 None
             }
         }
@@ -187,6 +186,8 @@ impl Search {
 mod tests {
     use super::*;
 
+    const AGAIN: Duration = Duration::from_secs(30);
+
     struct Story {
         search: Search,
         now: Instant,
@@ -204,7 +205,7 @@ mod tests {
         fn run(&mut self, span: Duration, passes: u32, says: bool) {
             let end = self.now + span;
             while self.now < end {
-                if let Some(size) = self.search.due(self.now) {
+                if let Some(size) = self.search.due(AGAIN, self.now) {
                     self.pings += 1;
                     self.number += 1;
                     self.search.sent(self.number, self.now);
@@ -270,14 +271,14 @@ mod tests {
         story.run(MINUTE, 1438, false);
         let size = loop {
             story.now += Duration::from_secs(1);
-            if let Some(size) = story.search.due(story.now) {
+            if let Some(size) = story.search.due(AGAIN, story.now) {
                 break size;
             }
         };
         story.search.sent(900, story.now);
         assert!(!story.search.busy(), "what is known is tried again without a hurry");
         story.now += Duration::from_secs(1);
-        assert_eq!(story.search.due(story.now), Some(size));
+        assert_eq!(story.search.due(AGAIN, story.now), Some(size));
         story.search.sent(901, story.now);
         assert!(story.search.busy(), "unless that is lost");
         assert!(story.search.answered(900), "late, and good enough");

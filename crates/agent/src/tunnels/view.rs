@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use model::{HostId, NetworkId};
 use plan::{Far, Inside, Tunnel};
 
-use super::engine::{Engine, PATHS_EACH, Port500};
+use super::engine::{Engine, PATHS_EACH, PATHS_LOOKS, Port500};
 use super::peer::{Peer, Slot};
 use super::wanted::{self, Own};
 use crate::dataplane::{PeerIndex, Sockets};
@@ -199,20 +199,10 @@ impl Engine {
 
     /// Looks again which of our addresses lead to the peers: paths to try, and paths in use.
     pub(super) fn follow_addresses(&mut self, now: Instant) {
-        self.open_port_500();
-        // What could not be may be possible from where we are now.
-        let impossible = self.peers.iter().filter(|(_, peer)| peer.impossible.is_some());
-        let impossible: Vec<_> = impossible.map(|(far, peer)| (far.clone(), peer.tunnel.clone())).collect();
-        for (far, tunnel) in impossible {
-            self.configure(&far, &tunnel, now);
-        }
+        self.try_impossible(now);
         let port = self.settings.port;
         for peer in self.peers.values_mut().filter(|peer| peer.impossible.is_none()) {
-            let paths = wanted::paths(&peer.tunnel.addresses, port, linux::host::source_for);
-            if peer.paths != paths {
-                peer.paths.clone_from(&paths);
-                self.endpoint.set_paths(peer.id(), paths, wanted::initiate(&peer.tunnel.begins), now);
-            }
+            find_paths(peer, port, &mut self.endpoint, now);
             let Some(ike::Status::Up { path, .. }) = self.endpoint.status(peer.id()) else { continue };
             if let Some(other) = moved(path, &peer.tunnel.addresses, port) {
                 let name = &peer.tunnel.name;
@@ -222,9 +212,31 @@ impl Engine {
         }
     }
 
+    /// The same for peers that are not up.
+    pub(super) fn find_paths(&mut self, now: Instant) {
+        self.try_impossible(now);
+        let port = self.settings.port;
+        for peer in self.peers.values_mut().filter(|peer| peer.impossible.is_none()) {
+            if !matches!(self.endpoint.status(peer.id()), Some(ike::Status::Up { .. })) {
+                find_paths(peer, port, &mut self.endpoint, now);
+            }
+        }
+    }
+
+    /// What could not be may be possible from where we are now.
+    fn try_impossible(&mut self, now: Instant) {
+        self.open_port_500();
+        let impossible = self.peers.iter().filter(|(_, peer)| peer.impossible.is_some());
+        let impossible: Vec<_> = impossible.map(|(far, peer)| (far.clone(), peer.tunnel.clone())).collect();
+        for (far, tunnel) in impossible {
+            self.configure(&far, &tunnel, now);
+        }
+    }
+
     /// Whether one of the next few paths in use should leave from another address of ours.
     pub(super) fn have_moved(&mut self) -> bool {
-        let count = self.peers.len().min(PATHS_EACH);
+        let all = self.peers.len();
+        let count = PATHS_EACH.max(all / PATHS_LOOKS).min(all);
         let mut next = self.peers.values().cycle().skip(self.checked).take(count);
         self.checked = (self.checked + count) % self.peers.len().max(1);
         next.any(|peer| match self.endpoint.status(peer.id()) {
@@ -261,6 +273,15 @@ impl Engine {
                 slot.arrange_probes(now);
             }
         }
+    }
+}
+
+/// Looks which of our addresses lead to a peer.
+fn find_paths(peer: &mut Peer, port: u16, endpoint: &mut ike::Endpoint, now: Instant) {
+    let paths = wanted::paths(&peer.tunnel.addresses, port, linux::host::source_for);
+    if peer.paths != paths {
+        peer.paths.clone_from(&paths);
+        endpoint.set_paths(peer.id(), paths, wanted::initiate(&peer.tunnel.begins), now);
     }
 }
 
