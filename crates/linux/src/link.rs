@@ -130,11 +130,19 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
             }
             Ok(())
         }
-        // The other end is a device of its own here: the rest of it is set as such.
-        (LinkKind::Veth, Some(Peer::Here { name: peer, mtu, gso_max_size })) => {
+        (LinkKind::Veth, Some(Peer::Here { name: peer, master, mtu, gso_max_size })) => {
             let end = End { name: peer, mac: None, mtu: *mtu, gso_max_size: *gso_max_size };
             let here = site.home.ns.as_raw_fd();
-            make_pair(site.home, name, want, &end, here)
+            make_pair(site.home, name, want, &end, here)?;
+            let rest =
+                Link { kind: LinkKind::VethEnd, master: Some(master.clone()), peer: None, ..made(want) };
+            let joined = set(site.home, peer, &rest).and_then(|()| {
+                [name, peer].into_iter().try_for_each(|end| container::wait_for_port(site.home, shown, end))
+            });
+            if joined.is_err() {
+                drop(remove(&mut site.home.route, name));
+            }
+            joined
         }
         (LinkKind::Veth, Some(Peer::Container(container))) => {
             let ns = Netns::open(&container.netns)?;

@@ -426,9 +426,10 @@ fn leaf_objects(catalog: &Catalog, local: &Local, attachment: &Attachment, state
         up: true,
         peer,
     };
-    let peer = Peer::Here { name: down.clone(), mtu, gso_max_size: Some(GSO_MAX_SIZE) };
+    let root = Bridge::ROOT.name();
+    let peer = Peer::Here { name: down.clone(), master: root.clone(), mtu, gso_max_size: Some(GSO_MAX_SIZE) };
     draw.put(Key::Link(up), Object::Link(end(LinkKind::Veth, name, Some(peer))));
-    draw.put(Key::Link(down), Object::Link(end(LinkKind::VethEnd, Bridge::ROOT.name(), None)));
+    draw.put(Key::Link(down), Object::Link(end(LinkKind::VethEnd, root, None)));
 }
 
 /// The device, guard entries and published ports of one attachment.

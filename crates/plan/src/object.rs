@@ -184,10 +184,12 @@ pub enum Peer {
     },
     /// In a container, fully set up.
     Container(Box<ContainerEnd>),
-    /// In the same place, under that name: a device of its own there ([`LinkKind::VethEnd`]).
+    /// In the same place, under that name, as a port of another bridge: a device of its own there ([`LinkKind::VethEnd`]).
     Here {
         /// The device's name.
         name: Ifname,
+        /// The bridge that it is a port of.
+        master: Ifname,
         /// Its MTU, bytes.
         mtu: u32,
         /// As of [`Link`].

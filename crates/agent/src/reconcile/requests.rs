@@ -94,6 +94,7 @@ impl Reconciler {
             let undone = if self.is_engines(id) {
                 self.book.set_sandbox(id, None)
             } else {
+                self.stale |= self.book.is_last_of_leaf(id);
                 self.book.forget(id, false)
             };
             if let Err(error) = undone {

@@ -6,7 +6,7 @@ use plan::Bridge;
 use crate::support::{
     LIMIT, Look, converged, idle, in_router, kernel, lab, meet, says, succeeds, ttl, until,
 };
-use crate::table::crowd;
+use crate::table::{attach, crowd};
 
 /// The most ports that the kernel lets a bridge have.
 const KERNEL_PORTS: usize = 1023;
@@ -76,5 +76,12 @@ fn a_host_has_more_endpoints_than_a_bridge_takes_and_the_walk_is_the_same_for_al
     }
     until(LIMIT, "the last leaf is gone", || !leaves().contains("leaf8") && converged(&lab, "h1"));
     assert!(leaves().contains("leaf7"));
+    // So does one whose first endpoint the kernel refuses.
+    lab.check("h1", &["ip", "netns", "add", "odd"]).unwrap();
+    lab.check("h1", &["ip", "-n", "odd", "link", "add", "eth0", "type", "veth", "peer", "name", "other"])
+        .unwrap();
+    let refused = attach(&lab, "h1", "managed", "odd").unwrap_err().to_string();
+    assert!(refused.contains("choose another ifname"), "{refused}");
+    until(LIMIT, "nothing is left of it", || !leaves().contains("leaf8") && converged(&lab, "h1"));
     assert!(hops(&first, &far).is_some());
 }
