@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use linux::{Kernel, Woken};
 use model::api::{ApiError, ErrorCode};
 use model::{Change, EndpointId, NetworkId, Object, Watch};
-use plan::{End, Key, Place, Scope, State, Step};
+use plan::{Bridge, End, Key, Place, Scope, State, Step};
 use tokio::sync::watch;
 
 use crate::book::{Book, unwritten};
@@ -32,6 +32,8 @@ use moved::Moved;
 
 /// How long a router stays after its last endpoint.
 pub(crate) const LINGER: Duration = Duration::from_secs(60);
+/// And one of its leaves: a host may have now one endpoint more than its other bridges take, and now one less.
+const LEAF_LINGER: Duration = Duration::from_secs(10);
 /// Diffs that may follow each other before the rest is left to the next wake-up.
 const ROUNDS: usize = 6;
 /// For how long a start waits with tunnels until the server has said whether its ledger counts: a copy of another host's
@@ -50,6 +52,8 @@ pub(crate) struct Reconciler {
     counts: Arc<Counts>,
     /// Networks without endpoints whose routers stay until then.
     lingering: BTreeMap<NetworkId, Instant>,
+    /// Bridges without endpoints that stay until then.
+    spare: BTreeMap<(NetworkId, Bridge), Instant>,
     generations: BTreeMap<NetworkId, u64>,
     /// The same for their TUN devices.
     tuns: BTreeMap<NetworkId, u64>,
@@ -96,6 +100,7 @@ impl Reconciler {
             published,
             chores,
             lingering: BTreeMap::new(),
+            spare: BTreeMap::new(),
             generations: BTreeMap::new(),
             tuns: BTreeMap::new(),
             tunnels: Arc::default(),
@@ -296,7 +301,7 @@ impl Reconciler {
         }
     }
 
-    /// Works out anew what should be, and makes it so; the device of attachment `except` is left to its caller.
+    /// Works out anew what should be, and makes it so; making the device of attachment `except` is left to its caller.
     fn converge_all(&mut self, except: Option<&EndpointId>) {
         self.stale = false;
         self.unpublished = true;
@@ -456,7 +461,8 @@ impl Reconciler {
         }
         let observed = self.kernel.state();
         let mut local = self.book.local(&routers, |id| port_is_there(observed, &self.book, id));
-        if let Some(id) = except {
+        // One that is there already stays: its container's end would go with it.
+        if let Some(id) = except.filter(|id| !port_is_there(observed, &self.book, id)) {
             local.attachments.remove(id);
         }
         plan::desired(&self.book.drawn(), &local)
@@ -503,12 +509,22 @@ impl Reconciler {
         let before = self.lingering.len();
         self.lingering.retain(|network, until| now < *until && !self.book.has_endpoints(network));
         self.stale |= self.lingering.len() != before;
+
+        let spare = self.book.spare_leaves();
+        self.spare.retain(|leaf, _| spare.contains(leaf));
+        for leaf in spare {
+            if *self.spare.entry(leaf.clone()).or_insert(now + LEAF_LINGER) <= now {
+                self.spare.remove(&leaf);
+                self.book.forget_leaf(leaf);
+                self.stale = true;
+            }
+        }
     }
 
     fn deadline(&self) -> Option<Duration> {
         let publish = self.unpublished.then(|| self.last_published + self.publish_pause);
         let retry = self.retry.map(|(at, _)| at);
-        let linger = self.lingering.values().min().copied();
+        let linger = self.lingering.values().chain(self.spare.values()).min().copied();
         let next = [publish, retry, linger, self.rested, self.held].into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }

@@ -42,6 +42,8 @@ pub struct Local {
     pub shortcut: bool,
     /// Attachments on this host.
     pub attachments: BTreeMap<EndpointId, Attachment>,
+    /// Bridges that had endpoints lately.
+    pub spare: BTreeSet<(NetworkId, Bridge)>,
 }
 
 /// One attachment, as the ledger knows it.
@@ -118,8 +120,11 @@ pub fn desired(catalog: &Catalog, local: &Local) -> State {
             Router::new(catalog, local, network, *slot).objects(&mut state);
         }
     }
+    for (network, bridge) in &local.spare {
+        leaf_objects(catalog, local, network, *bridge, &mut state);
+    }
     for (id, attachment) in &local.attachments {
-        leaf_objects(catalog, local, attachment, &mut state);
+        leaf_objects(catalog, local, &attachment.network, attachment.bridge, &mut state);
         attachment_objects(catalog, local, id, attachment, &mut state);
     }
     host_objects(catalog, local, &mut state);
@@ -140,7 +145,7 @@ pub fn desired_attachment(catalog: &Catalog, local: &Local, id: &EndpointId) -> 
 pub fn desired_bridge(catalog: &Catalog, local: &Local, id: &EndpointId) -> State {
     let mut state = State::new();
     if let Some(attachment) = local.attachments.get(id) {
-        leaf_objects(catalog, local, attachment, &mut state);
+        leaf_objects(catalog, local, &attachment.network, attachment.bridge, &mut state);
     }
     state
 }
@@ -240,7 +245,8 @@ impl<'a> Router<'a> {
         draw.put(Key::Table(Family::Inet), Object::Table(table));
 
         for (path, value) in [
-            ("ipv4/ip_forward", "1"),
+            // The same as `ip_forward`: before any device's own, which it sets too.
+            ("ipv4/conf/all/forwarding", "1"),
             // Nearly all that comes is handed on: no socket need be looked for before that.
             ("ipv4/ip_early_demux", "0"),
             ("ipv4/icmp_ratelimit", "0"),
@@ -257,6 +263,9 @@ impl<'a> Router<'a> {
             ("ipv4/conf/all/send_redirects", "0"),
             ("ipv4/conf/br0/send_redirects", "0"),
             ("ipv4/conf/br0/proxy_arp", "1"),
+            // A device that is not of its bridge, for the moment that it takes to mend that, answers for nobody.
+            ("ipv4/conf/default/arp_ignore", "8"),
+            ("ipv4/conf/br0/arp_ignore", "0"),
             ("ipv4/neigh/br0/proxy_delay", "0"),
         ] {
             draw.put(Key::Sysctl(path.to_owned()), Object::Sysctl(value.to_owned()));
@@ -302,6 +311,7 @@ impl<'a> Router<'a> {
             peer: Some(peer),
         };
         draw.put(Key::Link(Ifname::new("up0")), Object::Link(up0));
+        draw.put(Key::Sysctl("ipv4/conf/up0/arp_ignore".to_owned()), Object::Sysctl("0".to_owned()));
         draw.put(Key::Address(Ifname::new("up0"), transit_net(own_side)), Object::Address);
         let dev = Some(Ifname::new("up0"));
         let route =
@@ -315,7 +325,9 @@ impl<'a> Router<'a> {
         let device = Ifname::new("vxlan0");
         let kind = LinkKind::Vxlan { vni, port, local: underlay.address };
         draw.link("vxlan0", kind, overlay_mac(&self.network.id, &self.local.host), self.mtu);
-        draw.put(Key::Sysctl("ipv4/conf/vxlan0/rp_filter".to_owned()), Object::Sysctl("0".to_owned()));
+        for what in ["arp_ignore", "rp_filter"] {
+            draw.put(Key::Sysctl(format!("ipv4/conf/vxlan0/{what}")), Object::Sysctl("0".to_owned()));
+        }
 
         for peer in self.catalog.hosts.values().filter(|host| host.id != self.local.host) {
             let Some(remote) = peer.underlay().filter(|c| c.address.is_ipv4() == underlay.address.is_ipv4())
@@ -397,10 +409,9 @@ impl<'a> Router<'a> {
     }
 }
 
-/// The bridge of one attachment, where it is a leaf: without addresses, deaf to what the router is asked, and joined to `br0`.
-fn leaf_objects(catalog: &Catalog, local: &Local, attachment: &Attachment, state: &mut State) {
-    let Some(network) = catalog.networks.get(&attachment.network) else { return };
-    let bridge = attachment.bridge;
+/// A bridge that is a leaf: without addresses, deaf to what the router is asked, and joined to `br0`.
+fn leaf_objects(catalog: &Catalog, local: &Local, network: &NetworkId, bridge: Bridge, state: &mut State) {
+    let Some(network) = catalog.networks.get(network) else { return };
     let name = bridge.name();
     let mut draw = Drawing { place: Place::Router(network.id.clone()), state };
     if bridge == Bridge::ROOT

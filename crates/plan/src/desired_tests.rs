@@ -65,6 +65,7 @@ fn scene(internal: bool) -> (Catalog, Local, EndpointId) {
         routers: BTreeMap::from([(id, 0)]),
         shortcut: true,
         attachments: BTreeMap::from([(endpoint.clone(), attachment)]),
+        spare: BTreeSet::new(),
     };
     (catalog, local, endpoint)
 }

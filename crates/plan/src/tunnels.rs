@@ -236,6 +236,7 @@ mod tests {
             routers: BTreeMap::new(),
             shortcut: false,
             attachments: BTreeMap::new(),
+            spare: BTreeSet::new(),
         }
     }
 

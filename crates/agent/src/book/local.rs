@@ -25,6 +25,7 @@ impl Book {
             routers: self.slots.clone(),
             shortcut: self.no_shortcut.is_none(),
             attachments,
+            spare: BTreeSet::new(),
         }
     }
 
@@ -36,14 +37,15 @@ impl Book {
     ) -> Local {
         let mut slots = self.slots.clone();
         slots.retain(|id, _| routers.contains(id));
-        local_with(
+        let local = local_with(
             &self.host,
             self.candidates.first(),
             slots,
             self.no_shortcut.is_none(),
             self.records.values(),
             port_is_there,
-        )
+        );
+        Local { spare: self.spare_leaves(), ..local }
     }
 }
 
@@ -66,6 +68,7 @@ pub(crate) fn local_with<'a>(
         routers: slots,
         shortcut,
         attachments: attachments.collect(),
+        spare: BTreeSet::new(),
     }
 }
 

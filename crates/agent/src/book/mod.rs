@@ -521,12 +521,19 @@ impl Book {
         (0..u16::MAX).find(|bridge| ports(bridge) < Bridge::PORTS).unwrap_or_default()
     }
 
-    /// Whether an endpoint shares its bridge with no other, and the bridge is there for endpoints alone.
-    pub(crate) fn is_last_of_leaf(&self, id: &EndpointId) -> bool {
-        self.records.get(id).is_some_and(|record| {
-            let place = (record.endpoint.network.clone(), record.bridge);
-            Bridge(record.bridge) != Bridge::ROOT && self.ports.get(&place) == Some(&1)
-        })
+    /// Leaves that had endpoints and have none.
+    pub(crate) fn spare_leaves(&self) -> BTreeSet<(NetworkId, Bridge)> {
+        let spare =
+            self.ports.iter().filter(|((_, bridge), ports)| Bridge(*bridge) != Bridge::ROOT && **ports == 0);
+        spare.map(|((network, bridge), _)| (network.clone(), Bridge(*bridge))).collect()
+    }
+
+    /// Forgets a leaf that has no endpoint.
+    pub(crate) fn forget_leaf(&mut self, (network, bridge): (NetworkId, Bridge)) {
+        let place = (network, bridge.0);
+        if self.ports.get(&place) == Some(&0) {
+            self.ports.remove(&place);
+        }
     }
 
     fn unuse(&mut self, network: &NetworkId, address: IpAddr) {

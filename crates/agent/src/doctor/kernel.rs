@@ -10,7 +10,7 @@ use linux::netns::Netns;
 use linux::{Error, Kernel};
 use model::{EndpointId, Mac, NetworkId, SERVICE_ADDRESS};
 use plan::object::Ifname;
-use plan::{Key, Local, Place, Scope, State, Step};
+use plan::{Bridge, Key, Local, Place, Scope, State, Step};
 
 use super::{Books, Finding, Kind, name_of};
 use crate::book::local_with;
@@ -106,7 +106,10 @@ impl Books {
         let mut slots = self.slots.clone();
         slots.retain(|id, _| routers.contains(id));
         let shortcut = self.shortcut.unwrap_or_default();
-        local_with(&self.host, self.candidates.first(), slots, shortcut, &self.records, port_is_there)
+        let spare = self.spare.iter().map(|(network, bridge)| (network.clone(), Bridge(*bridge))).collect();
+        let local =
+            local_with(&self.host, self.candidates.first(), slots, shortcut, &self.records, port_is_there);
+        Local { spare, ..local }
     }
 }
 

@@ -48,6 +48,9 @@ pub struct Books {
     pub resting: Vec<(NetworkId, IpAddr)>,
     /// Transit slots of networks.
     pub slots: BTreeMap<NetworkId, u16>,
+    /// Bridges that had endpoints lately, by their numbers.
+    #[serde(default)]
+    pub spare: Vec<(NetworkId, u16)>,
     /// The networks that have a router here by the agent's will; `None` while it is away.
     pub routers: Option<BTreeSet<NetworkId>>,
     /// Whether packets take a shortcut past the kernel's stack here; `None` while the agent is away.
@@ -74,6 +77,7 @@ impl Books {
             reservations: book.reservations(),
             resting: book.resting(),
             slots: book.slots().clone(),
+            spare: book.spare_leaves().into_iter().map(|(network, bridge)| (network, bridge.0)).collect(),
             routers: Some(routers),
             shortcut: Some(book.no_shortcut.is_none()),
             engine: true,

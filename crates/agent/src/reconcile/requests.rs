@@ -94,7 +94,6 @@ impl Reconciler {
             let undone = if self.is_engines(id) {
                 self.book.set_sandbox(id, None)
             } else {
-                self.stale |= self.book.is_last_of_leaf(id);
                 self.book.forget(id, false)
             };
             if let Err(error) = undone {
@@ -167,10 +166,7 @@ impl Reconciler {
     pub(super) fn forget(&mut self, id: &EndpointId, keep: bool) -> Result<(), Refusal> {
         let names = self.names_of(id);
         let network = self.book.record(id).map(|record| record.endpoint.network.clone());
-        // Its bridge goes too, then.
-        let last = self.book.is_last_of_leaf(id);
         self.book.forget(id, keep)?;
-        self.stale |= last;
         self.moved.stirred = true;
         self.take_down(names);
         self.linger(network);

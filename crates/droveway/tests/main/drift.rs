@@ -207,4 +207,11 @@ fn what_is_deleted_of_a_leaf_is_back_within_a_second() {
         in_router("the bridges' guard", "nft delete table bridge droveway"),
         in_router("br0", "ip link del br0"),
     ]);
+    // Made anew with all else, it forwards nothing itself either.
+    scene.lab.check("h1", &["ip", "netns", "del", "droveway-managed"]).unwrap();
+    until(LIMIT, "the router is back", || scene.flows() && scene.kernel() == scene.before);
+    let forwards = ["cat", "/proc/sys/net/ipv4/conf/leaf1/forwarding", "/proc/sys/net/ipv4/ip_forward"];
+    let forwards = router_words("managed", &forwards);
+    let forwards: Vec<&str> = forwards.iter().map(String::as_str).collect();
+    assert_eq!(says(&scene.lab, "h1", &forwards), "0\n1\n");
 }

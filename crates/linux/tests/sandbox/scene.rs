@@ -78,6 +78,7 @@ pub(crate) fn scene(netns: &Path) -> State {
         routers: BTreeMap::<NetworkId, u16>::from([(network(), 0)]),
         shortcut: super::takes_programs(),
         attachments: BTreeMap::from([(EndpointId::from_random([3; 8]), attachment)]),
+        spare: std::collections::BTreeSet::new(),
     };
     desired(&catalog, &local)
 }
