@@ -37,8 +37,10 @@ const PATHS: Duration = Duration::from_secs(5);
 pub(super) const PATHS_EACH: usize = 8;
 /// After so many looks all were looked at.
 pub(super) const PATHS_LOOKS: usize = 30;
-/// What is known of the largest packet is tried again once in so many pings: every half minute where there are few peers.
+/// What is known of the largest packet is tried again once in so many pings, every half minute where there are few peers, and
+/// every minute at least.
 const MTU_EVERY: u32 = 15;
+const MTU_AT_LEAST: Duration = Duration::from_mins(1);
 /// For how long after its start the agent does not wait for peers to begin: they may have had tunnels with it.
 const BEGINNING: Duration = Duration::from_secs(10);
 /// How long saying farewell may take.
@@ -492,7 +494,7 @@ fn measure(
         Some(search) if search.wanted() == router.mtu => search,
         other => other.insert(Search::new(router.mtu, now)),
     };
-    if let Some(size) = search.due(every * MTU_EVERY, now) {
+    if let Some(size) = search.due((every * MTU_EVERY).min(MTU_AT_LEAST), now) {
         *last = last.wrapping_add(1);
         let packet = probe::ping(ours, theirs, &dataplane.probe_magic(), *last, size as usize);
         search.sent(*last, now);

@@ -236,7 +236,7 @@ impl Engine {
     /// Whether one of the next few paths in use should leave from another address of ours.
     pub(super) fn have_moved(&mut self) -> bool {
         let all = self.peers.len();
-        let count = PATHS_EACH.max(all / PATHS_LOOKS).min(all);
+        let count = PATHS_EACH.max(all.div_ceil(PATHS_LOOKS)).min(all);
         let mut next = self.peers.values().cycle().skip(self.checked).take(count);
         self.checked = (self.checked + count) % self.peers.len().max(1);
         next.any(|peer| match self.endpoint.status(peer.id()) {
