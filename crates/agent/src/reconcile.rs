@@ -515,7 +515,7 @@ impl Reconciler {
         for leaf in spare {
             if *self.spare.entry(leaf.clone()).or_insert(now + LEAF_LINGER) <= now {
                 self.spare.remove(&leaf);
-                self.book.forget_leaf(leaf);
+                self.book.forget_leaf(&leaf);
                 self.stale = true;
             }
         }

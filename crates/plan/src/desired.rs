@@ -13,9 +13,10 @@ use model::{
     TUNNEL_PORT, esp_mtu, vxlan_mtu,
 };
 
+use crate::bridge::Bridge;
 use crate::object::{
-    ContainerEnd, Family, Field, HOST_DEVICE_PREFIX, Ifname, Key, LEAF_PREFIX, Link, LinkKind, Object, Peer,
-    Place, Route, RouteKind, Set, State, TABLE_MAIN,
+    ContainerEnd, Family, Field, HOST_DEVICE_PREFIX, Ifname, Key, Link, LinkKind, Object, Peer, Place, Route,
+    RouteKind, Set, State, TABLE_MAIN,
 };
 use crate::shortcut::{self, Shortcut};
 use crate::{firewall, hash, transit};
@@ -61,37 +62,6 @@ pub struct Attachment {
     pub ports: Vec<PublishedPort>,
     /// Which bridge of its router it is a port of.
     pub bridge: Bridge,
-}
-
-/// A bridge of a router. What the kernel does to add a port grows with the ports that are there, and 1,023 is the most: when
-/// `br0` has its share, others take the next ones, each joined to `br0` by a pair of devices.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct Bridge(pub u16);
-
-impl Bridge {
-    /// The one with the router's addresses.
-    pub const ROOT: Self = Self(0);
-    /// How many endpoints a bridge is given.
-    pub const PORTS: usize = 128;
-
-    /// All, in the order in which they are filled.
-    pub fn all() -> impl Iterator<Item = Self> {
-        (0..=u16::MAX).map(Self)
-    }
-
-    /// What it is called.
-    pub fn name(self) -> Ifname {
-        match self {
-            Self::ROOT => Ifname::new("br0"),
-            Self(leaf) => Ifname::new(&format!("{LEAF_PREFIX}{leaf}")),
-        }
-    }
-
-    /// The pair that joins a leaf to `br0`: the leaf's end, and `br0`'s.
-    fn joint(self) -> (Ifname, Ifname) {
-        let end = |way| Ifname::new(&format!("{LEAF_PREFIX}{}-{way}", self.0));
-        (end("up"), end("down"))
-    }
 }
 
 /// Where the container's end of an attachment is, or is to be made.

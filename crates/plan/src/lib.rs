@@ -6,6 +6,7 @@
 //!
 //! Invariant: applying a diff and diffing again yields nothing.
 
+mod bridge;
 mod desired;
 mod diff;
 mod firewall;
@@ -14,9 +15,10 @@ mod shortcut;
 pub mod transit;
 mod tunnels;
 
+pub use bridge::Bridge;
 pub use desired::{
-    Attachment, Bridge, End, Local, ROUTER_PREFIX, TUN, desired, desired_attachment, desired_bridge,
-    endpoint_mac, gateway_mac, handed_name, network_mtu, overlay_mac, port_name,
+    Attachment, End, Local, ROUTER_PREFIX, TUN, desired, desired_attachment, desired_bridge, endpoint_mac,
+    gateway_mac, handed_name, network_mtu, overlay_mac, port_name,
 };
 pub use diff::{Scope, Step, diff};
 pub use object::{Key, Object, Place, State};

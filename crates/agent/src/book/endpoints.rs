@@ -11,6 +11,7 @@ use linux::netns::Netns;
 use model::agent_api::{AttachRequest, Attached, Routes};
 use model::api::{ApiError, ErrorCode};
 use model::{Endpoint, EndpointId, EndpointKind, Mac, NetworkId, PublishedPort};
+use plan::Bridge;
 
 use super::{Book, Inode, attached_to, unwritten};
 use crate::control::{Description, Refusal};
@@ -178,7 +179,7 @@ impl Book {
             self.attached.remove(&place);
         }
         let network = &record.endpoint.network;
-        if let Some(ports) = self.ports.get_mut(&(network.clone(), record.bridge)) {
+        if let Some(ports) = self.ports.get_mut(&(network.clone(), Bridge(record.bridge))) {
             *ports = ports.saturating_sub(1);
         }
         for &address in &record.endpoint.addresses {

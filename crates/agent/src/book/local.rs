@@ -37,15 +37,15 @@ impl Book {
     ) -> Local {
         let mut slots = self.slots.clone();
         slots.retain(|id, _| routers.contains(id));
-        let local = local_with(
+        local_with(
             &self.host,
             self.candidates.first(),
             slots,
             self.no_shortcut.is_none(),
             self.records.values(),
+            self.spare_leaves(),
             port_is_there,
-        );
-        Local { spare: self.spare_leaves(), ..local }
+        )
     }
 }
 
@@ -56,6 +56,7 @@ pub(crate) fn local_with<'a>(
     slots: BTreeMap<NetworkId, u16>,
     shortcut: bool,
     records: impl IntoIterator<Item = &'a Record>,
+    spare: BTreeSet<(NetworkId, Bridge)>,
     port_is_there: impl Fn(&EndpointId) -> bool,
 ) -> Local {
     let attachments = records.into_iter().map(|record| {
@@ -68,7 +69,7 @@ pub(crate) fn local_with<'a>(
         routers: slots,
         shortcut,
         attachments: attachments.collect(),
-        spare: BTreeSet::new(),
+        spare,
     }
 }
 

@@ -50,7 +50,7 @@ pub(crate) struct Book {
     reservations: BTreeSet<(NetworkId, IpAddr)>,
     used: BTreeMap<NetworkId, BTreeSet<IpAddr>>,
     /// How many endpoints the bridges of routers have.
-    ports: BTreeMap<(NetworkId, u16), usize>,
+    ports: BTreeMap<(NetworkId, Bridge), usize>,
     /// When addresses were released, by [`Book::clock`].
     released: BTreeMap<(NetworkId, IpAddr), i64>,
     began: Instant,
@@ -478,7 +478,7 @@ impl Book {
             self.attached.insert(place, id.clone());
         }
         if !self.records.contains_key(&id) {
-            *self.ports.entry((record.endpoint.network.clone(), record.bridge)).or_default() += 1;
+            *self.ports.entry((record.endpoint.network.clone(), Bridge(record.bridge))).or_default() += 1;
         }
         self.records.insert(id.clone(), record);
         self.compare(&id);
@@ -517,22 +517,21 @@ impl Book {
 
     /// The first bridge of a router that takes one endpoint more.
     fn bridge_for(&self, network: &NetworkId) -> u16 {
-        let ports = |bridge: &u16| self.ports.get(&(network.clone(), *bridge)).copied().unwrap_or_default();
-        (0..u16::MAX).find(|bridge| ports(bridge) < Bridge::PORTS).unwrap_or_default()
+        let ports =
+            |bridge: &Bridge| self.ports.get(&(network.clone(), *bridge)).copied().unwrap_or_default();
+        Bridge::all().find(|bridge| ports(bridge) < Bridge::PORTS).unwrap_or_default().0
     }
 
     /// Leaves that had endpoints and have none.
     pub(crate) fn spare_leaves(&self) -> BTreeSet<(NetworkId, Bridge)> {
-        let spare =
-            self.ports.iter().filter(|((_, bridge), ports)| Bridge(*bridge) != Bridge::ROOT && **ports == 0);
-        spare.map(|((network, bridge), _)| (network.clone(), Bridge(*bridge))).collect()
+        let spare = self.ports.iter().filter(|((_, bridge), ports)| *bridge != Bridge::ROOT && **ports == 0);
+        spare.map(|(leaf, _)| leaf.clone()).collect()
     }
 
     /// Forgets a leaf that has no endpoint.
-    pub(crate) fn forget_leaf(&mut self, (network, bridge): (NetworkId, Bridge)) {
-        let place = (network, bridge.0);
-        if self.ports.get(&place) == Some(&0) {
-            self.ports.remove(&place);
+    pub(crate) fn forget_leaf(&mut self, leaf: &(NetworkId, Bridge)) {
+        if self.ports.get(leaf) == Some(&0) {
+            self.ports.remove(leaf);
         }
     }
 

@@ -107,9 +107,7 @@ impl Books {
         slots.retain(|id, _| routers.contains(id));
         let shortcut = self.shortcut.unwrap_or_default();
         let spare = self.spare.iter().map(|(network, bridge)| (network.clone(), Bridge(*bridge))).collect();
-        let local =
-            local_with(&self.host, self.candidates.first(), slots, shortcut, &self.records, port_is_there);
-        Local { spare, ..local }
+        local_with(&self.host, self.candidates.first(), slots, shortcut, &self.records, spare, port_is_there)
     }
 }
 

@@ -193,9 +193,8 @@ fn what_is_deleted_of_a_leaf_is_back_within_a_second() {
     crowd(&lab, "h1", plan::Bridge::PORTS);
     let scene = Scene::new(lab, "managed");
     let port = format!("p-{}", scene.near.attached.endpoint.id.short());
-    let words = router_words("managed", &["ip", "-br", "link", "show", "master", "leaf1"]);
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    assert!(says(&scene.lab, "h1", &words).contains(&port));
+    let in_router_of = |words: &[&str]| crate::support::in_router(&scene.lab, "h1", "managed", words);
+    assert!(in_router_of(&["ip", "-br", "link", "show", "master", "leaf1"]).contains(&port));
     scene.all_comes_back(&[
         in_router("the leaf", "ip link del leaf1"),
         in_router("the leaf, set down", "ip link set leaf1 down"),
@@ -211,7 +210,5 @@ fn what_is_deleted_of_a_leaf_is_back_within_a_second() {
     scene.lab.check("h1", &["ip", "netns", "del", "droveway-managed"]).unwrap();
     until(LIMIT, "the router is back", || scene.flows() && scene.kernel() == scene.before);
     let forwards = ["cat", "/proc/sys/net/ipv4/conf/leaf1/forwarding", "/proc/sys/net/ipv4/ip_forward"];
-    let forwards = router_words("managed", &forwards);
-    let forwards: Vec<&str> = forwards.iter().map(String::as_str).collect();
-    assert_eq!(says(&scene.lab, "h1", &forwards), "0\n1\n");
+    assert_eq!(in_router_of(&forwards), "0\n1\n");
 }
