@@ -188,7 +188,7 @@ fn make_bridge(home: &mut Namespace, name: &Ifname, want: &Link, learning: bool)
         [LinkAttribute::Group(GROUP)]
             .into_iter()
             .chain(want.mac.map(address))
-            .chain(sizes(None, want.gso_max_size))
+            .chain(sizes(None, want.gso_max_size, None))
             .chain([kind(InfoKind::Bridge, InfoData::Bridge(info))]),
     );
     // The MTU is set on what is made: only then does the bridge keep it, whatever its ports have.
@@ -219,7 +219,7 @@ fn make_vxlan(
         [LinkAttribute::NetNsFd(home), LinkAttribute::Group(GROUP)]
             .into_iter()
             .chain(want.mac.map(address))
-            .chain(sizes(want.mtu, want.gso_max_size))
+            .chain(sizes(want.mtu, want.gso_max_size, want.gso_ipv4_max_size))
             .chain([kind(InfoKind::Vxlan, InfoData::Vxlan(info))]),
     );
     let attempted = format!("make device {name} of {}", At(&site.home.place));
@@ -260,14 +260,14 @@ fn make_pair(home: &mut Namespace, name: &Ifname, want: &Link, end: &End<'_>, ns
         [LinkAttribute::NetNsFd(ns)]
             .into_iter()
             .chain(end.mac.map(address))
-            .chain(sizes(Some(end.mtu), end.gso_max_size)),
+            .chain(sizes(Some(end.mtu), end.gso_max_size, None)),
     );
     let make = named(
         name,
         [LinkAttribute::Group(GROUP)]
             .into_iter()
             .chain(want.mac.map(address))
-            .chain(sizes(want.mtu, want.gso_max_size))
+            .chain(sizes(want.mtu, want.gso_max_size, want.gso_ipv4_max_size))
             .chain([kind(InfoKind::Veth, InfoData::Veth(InfoVeth::Peer(far)))]),
     );
     settle(home, name, make, &made(want))
@@ -282,10 +282,9 @@ fn made(want: &Link) -> Link {
 fn settle(home: &mut Namespace, name: &Ifname, make: LinkMessage, rest: &Link) -> Result<(), Error> {
     let master = master(home, rest)?;
     let attempted = format!("make device {name} of {}", At(&home.place));
-    let mut answers = home
-        .route
-        .requests(vec![creation(make), no_link_local(name), assignment(name, rest, master)])
-        .into_iter();
+    let mut requests = vec![creation(make), no_link_local(name), assignment(name, rest, master)];
+    requests.extend(widen(master, rest));
+    let mut answers = home.route.requests(requests).into_iter();
     answers
         .next()
         .unwrap_or(Err(Errno::EIO.into()))
@@ -306,6 +305,7 @@ fn adjust(
     have: Option<&Link>,
 ) -> Result<(), Error> {
     let mut change = want.clone();
+    let longer = have.is_none_or(|have| want.gso_ipv4_max_size != have.gso_ipv4_max_size);
     if let Some(have) = have {
         change.mac = change.mac.filter(|mac| Some(*mac) != have.mac);
         change.mtu = change.mtu.filter(|mtu| Some(*mtu) != have.mtu);
@@ -319,7 +319,7 @@ fn adjust(
             .request(alter)
             .map_err(|refusal| refusal.to_error(format!("set up device {name} of {}", At(&home.place))))?;
     }
-    if change.gso_max_size.is_some() {
+    if change.gso_max_size.is_some() || (longer && change.gso_ipv4_max_size.is_some()) {
         // The one change that the kernel tells nobody of. Events from before it would hide it again.
         home.drain(shown)?;
         let link = get_link(&mut home.route, name)
@@ -333,8 +333,9 @@ fn adjust(
 
 fn set(home: &mut Namespace, name: &Ifname, change: &Link) -> Result<(), Error> {
     let master = master(home, change)?;
-    let mut answers =
-        home.route.requests(vec![no_link_local(name), assignment(name, change, master)]).into_iter();
+    let mut requests = vec![no_link_local(name), assignment(name, change, master)];
+    requests.extend(widen(master, change));
+    let mut answers = home.route.requests(requests).into_iter();
     match answers.nth(1) {
         Some(Err(refusal)) => Err(refusal.to_error(format!("set up device {name} of {}", At(&home.place)))),
         Some(Ok(_)) | None => Ok(()),
@@ -346,17 +347,27 @@ fn master(home: &mut Namespace, want: &Link) -> Result<u32, Error> {
 }
 
 fn assignment(name: &Ifname, change: &Link, master: u32) -> Request<RouteNetlinkMessage> {
-    let values = change.mac.map(address).into_iter().chain(sizes(change.mtu, change.gso_max_size));
+    let sizes = sizes(change.mtu, change.gso_max_size, change.gso_ipv4_max_size);
+    let values = change.mac.map(address).into_iter().chain(sizes);
     let message = named(name, values.chain([LinkAttribute::Controller(master)]));
     request(SetLink(set_up(message, change.up)), 0)
 }
 
 /// IPv4 has a limit of its own since Linux 6.3; older kernels pass over its attribute.
-fn sizes(mtu: Option<u32>, gso_max_size: Option<u32>) -> impl Iterator<Item = LinkAttribute> {
+fn sizes(mtu: Option<u32>, gso: Option<u32>, ipv4: Option<u32>) -> impl Iterator<Item = LinkAttribute> {
     let mtu = mtu.map(LinkAttribute::Mtu);
-    let both = gso_max_size.map(LinkAttribute::GsoMaxSize);
-    let ipv4 = gso_max_size.map(LinkAttribute::GsoIpv4MaxSize);
+    let both = gso.map(LinkAttribute::GsoMaxSize);
+    let ipv4 = ipv4.or(gso).map(LinkAttribute::GsoIpv4MaxSize);
     [mtu, both, ipv4].into_iter().flatten()
+}
+
+/// Has a bridge let through what its new port does, if there is one. The kernel takes no such limit for a bridge without
+/// ports, and forgets none with the last. An older one refuses nothing and cuts nothing: it has no such limit.
+fn widen(master: u32, port: &Link) -> Option<Request<RouteNetlinkMessage>> {
+    let size = port.gso_ipv4_max_size.filter(|_| master != 0)?;
+    let mut message = message([LinkAttribute::GsoIpv4MaxSize(size)]);
+    message.header.index = master;
+    Some(request(SetLink(message), 0))
 }
 
 /// Keeps the kernel from giving the device an IPv6 link-local address.

@@ -302,6 +302,7 @@ impl Mirror {
             mac: parsed.mac,
             mtu: parsed.mtu,
             gso_max_size: parsed.gso_max_size,
+            gso_ipv4_max_size: parsed.gso_ipv4_max_size,
             master: parsed.master.map(|index| self.name(index)),
             up,
             peer: None,

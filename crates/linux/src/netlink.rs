@@ -31,6 +31,8 @@ use crate::error::Error;
 /// What one read takes at most. The kernel fills dumps up to this size.
 const BUFFER: usize = 64 << 10;
 /// How many bytes of events may wait to be read before the kernel drops them and says so.
+/// `IFLA_GSO_IPV4_MAX_SIZE`, which libc does not know for every system.
+const IFLA_GSO_IPV4_MAX_SIZE: u16 = 63;
 const EVENT_BUFFER: usize = 16 << 20;
 /// How often an interrupted dump is asked for again.
 const DUMP_ATTEMPTS: usize = 16;
@@ -64,7 +66,7 @@ impl Protocol for RouteNetlinkMessage {
 /// A device's message has some sixty attributes, most of them about what others do with devices. Those that nobody here
 /// asks for cost nothing, and may be of any shape.
 fn link(payload: &[u8]) -> Result<LinkMessage, DecodeError> {
-    const NEEDED: [u16; 8] = [
+    const NEEDED: [u16; 9] = [
         libc::IFLA_IFNAME,
         libc::IFLA_ADDRESS,
         libc::IFLA_MTU,
@@ -73,6 +75,7 @@ fn link(payload: &[u8]) -> Result<LinkMessage, DecodeError> {
         libc::IFLA_LINKINFO,
         libc::IFLA_IFALIAS,
         libc::IFLA_GSO_MAX_SIZE,
+        IFLA_GSO_IPV4_MAX_SIZE,
     ];
     let mut message = LinkMessage::default();
     message.header = LinkHeader::parse(payload)?;

@@ -40,6 +40,7 @@ pub(crate) struct ParsedLink {
     pub(crate) mac: Option<Mac>,
     pub(crate) mtu: Option<u32>,
     pub(crate) gso_max_size: Option<u32>,
+    pub(crate) gso_ipv4_max_size: Option<u32>,
     pub(crate) master: Option<u32>,
     pub(crate) flags: LinkFlags,
 }
@@ -61,6 +62,7 @@ pub(crate) fn link(message: &LinkMessage) -> Option<Parsed> {
         mac: None,
         mtu: None,
         gso_max_size: None,
+        gso_ipv4_max_size: None,
         master: None,
         flags,
     };
@@ -70,6 +72,7 @@ pub(crate) fn link(message: &LinkMessage) -> Option<Parsed> {
             LinkAttribute::Address(bytes) => parsed.mac = mac(bytes),
             LinkAttribute::Mtu(mtu) => parsed.mtu = Some(*mtu),
             LinkAttribute::GsoMaxSize(size) => parsed.gso_max_size = Some(*size),
+            LinkAttribute::GsoIpv4MaxSize(size) => parsed.gso_ipv4_max_size = Some(*size),
             LinkAttribute::Controller(index) => parsed.master = Some(*index).filter(|index| *index != 0),
             LinkAttribute::LinkInfo(info) if !flags.contains(LinkFlags::Loopback) => {
                 parsed.kind = link_kind(info);

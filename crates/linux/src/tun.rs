@@ -12,6 +12,7 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use netlink_packet_route::link::LinkAttribute;
 use nix::errno::Errno;
 use nix::libc;
 
@@ -37,6 +38,7 @@ const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 pub struct Queue {
     file: File,
     offloads: Offloads,
+    long: bool,
 }
 
 /// What the kernel may leave to the reader of a queue.
@@ -57,25 +59,33 @@ impl Queue {
     /// Fails if there is no such device, or it is not one that stays.
     pub fn open(netns: &Netns, name: &str) -> Result<Self, Error> {
         let attempted = || format!("open a queue of device {name}");
-        let file = netns.run(|| {
+        let (file, long) = netns.run(|| {
             let file = attach(name)?;
             // With its first queue the device has a carrier, but sends only once the kernel has taken note of that, which
             // it does by and by, or before it answers.
             let told = get_link(&mut Requests::open()?, &Ifname::new(name));
-            told.map_err(|refusal| refusal.to_error(attempted()))?;
-            Ok::<_, Error>(file)
+            let told = told.map_err(|refusal| refusal.to_error(attempted()))?;
+            let is_limit = |it: &LinkAttribute| matches!(it, LinkAttribute::GsoIpv4MaxSize(_));
+            let long = told.is_some_and(|device| device.attributes.iter().any(is_limit));
+            Ok::<_, Error>((file, long))
         })??;
         if flags(&file).map_err(|errno| Error::errno(attempted(), errno))? & libc::IFF_PERSIST == 0 {
             // Attaching has just made it. It goes with the file.
             return Err(Error::kernel(attempted(), Errno::ENODEV, None));
         }
         let offloads = offload(&file).map_err(|errno| Error::errno(attempted(), errno))?;
-        Ok(Self { file, offloads })
+        Ok(Self { file, offloads, long })
     }
 
     /// What the kernel leaves to this side.
     pub fn offloads(&self) -> Offloads {
         self.offloads
+    }
+
+    /// Whether the kernel takes TCP superpackets of IPv4 that are longer than their header can say, with a length of 0 there
+    /// (since Linux 6.3, which is told by a limit that devices have for them).
+    pub fn takes_long(&self) -> bool {
+        self.long
     }
 
     /// Leaves no more to this side than that. It belongs to the device: all its queues are told the same.

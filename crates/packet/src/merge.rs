@@ -4,7 +4,12 @@
 //! payload is gathered from where the segments lie. The kernel trusts what it is given, so a segment joins only
 //! after its checksum was verified, and only where cutting the result again would yield the same segments: next
 //! sequence number, same acknowledgement, window, options, TOS, TTL, "don't fragment", no longer than the first.
-//! PSH or a short segment closes; all else goes alone.
+//! A short segment closes; all else goes alone. PSH does not close, as it does in GRO: what follows in the same batch is
+//! already here, and whoever reads gets both (RFC 9293 §3.9.1 lets successive pushes be one). The last segment has it then.
+//!
+//! Where the kernel takes it ([`Offloads::long`]), TCP over IPv4 becomes longer than an IP header can say, up to
+//! [`LONG_MAX`]; the header then says zero (Linux's "BIG TCP", since 6.3). What the kernel does with a superpacket costs about
+//! the same whatever its length, and so does its acknowledgement.
 //!
 //! Packets are pushed as ranges of one arena, the receive buffer. [`Merger::finish`] writes the headers of the
 //! superpackets in place and gives, for each, a virtio header and the ranges to gather with one `writev`.
@@ -24,6 +29,8 @@ use crate::{
 
 /// Segments in a UDP superpacket: Linux's own `UDP_GRO_CNT_MAX`, which every version takes back.
 const UDP_SEGMENTS_MAX: u16 = 64;
+/// Bytes of the longest superpacket. Devices must let it through, with an Ethernet header before it.
+pub const LONG_MAX: usize = 256_000;
 /// Segments in a TCP superpacket: ranges must fit into one `writev` with the virtio header (`UIO_MAXIOV` is 1024).
 const TCP_SEGMENTS_MAX: u16 = 512;
 /// Slots in the table of open flows.
@@ -39,11 +46,21 @@ pub struct Offloads {
     pub tcp: bool,
     /// UDP superpackets (`GSO_UDP_L4`, Linux 6.2 and later).
     pub udp: bool,
+    /// TCP superpackets of IPv4 that are longer than 65,535 bytes (Linux 6.3 and later).
+    pub long: bool,
 }
 
 impl Offloads {
     /// All of them.
-    pub const ALL: Self = Self { tcp: true, udp: true };
+    pub const ALL: Self = Self { tcp: true, udp: true, long: true };
+
+    /// Bytes of the longest superpacket of a kind.
+    fn longest(self, kind: Kind, version: Version) -> usize {
+        match (kind, version) {
+            (Kind::Tcp, Version::V4) if self.long => LONG_MAX,
+            (Kind::Tcp, Version::V4 | Version::V6) | (Kind::Udp, _) => usize::from(u16::MAX),
+        }
+    }
 }
 
 /// A part of the arena, and the part that follows it in the same superpacket.
@@ -80,7 +97,7 @@ struct Group {
     sequence: u32,
     /// The first segment's checksum has been verified.
     verified: bool,
-    /// The last segment carries PSH.
+    /// One of the segments carries PSH.
     push: bool,
     /// The first segment carries CWR.
     reduced: bool,
@@ -175,7 +192,7 @@ impl Merger {
             self.slots[slot] = 0;
         }
         let index = self.add(candidate, hash);
-        if candidate.kind.is_some() && candidate.flags & tcp::flags::PSH == 0 {
+        if candidate.kind.is_some() {
             self.open(hash, index);
         }
         Ok(())
@@ -249,7 +266,7 @@ impl Merger {
             segments: 1,
             sequence: candidate.sequence.wrapping_add(size as u32),
             verified: false,
-            push: false,
+            push: candidate.flags & tcp::flags::PSH != 0,
             reduced: candidate.flags & tcp::flags::CWR != 0,
         });
         self.groups.len() - 1
@@ -268,7 +285,7 @@ impl Merger {
         let payload = usize::from(group.payload);
         if candidate.payload != payload
             || size > usize::from(group.size)
-            || total > usize::from(u16::MAX)
+            || total > self.offloads.longest(kind, group.version)
             || group.segments == segments_max
         {
             return false;
@@ -302,15 +319,14 @@ impl Merger {
             next: NO_PIECE,
         });
         self.pieces[group.last_piece as usize].next = piece;
-        let push = candidate.flags & tcp::flags::PSH != 0;
         let group = &mut self.groups[index];
         group.last_piece = piece;
         group.verified = true;
         group.total = total as u32;
         group.segments += 1;
         group.sequence = group.sequence.wrapping_add(size as u32);
-        group.push = push;
-        if push || size < usize::from(group.size) {
+        group.push |= candidate.flags & tcp::flags::PSH != 0;
+        if size < usize::from(group.size) {
             self.close(index);
         }
         true
@@ -475,7 +491,8 @@ fn write_headers(packet: &mut [u8], group: &Group) {
     let total = group.total as usize;
     match group.version {
         Version::V4 => {
-            field::put16(packet, 2, total as u16);
+            // Longer than it can say: zero, and the kernel goes by what it was given.
+            field::put16(packet, 2, u16::try_from(total).unwrap_or(0));
             field::put16(packet, 10, 0);
             let sum = Sum::default().bytes(&packet[..ipv4::HEADER_LEN]).checksum();
             field::put16(packet, 10, sum);

@@ -256,15 +256,28 @@ fn a_merged_packet_has_the_header_that_the_kernel_gave_for_it() {
 }
 
 #[test]
-fn push_and_a_short_segment_close_and_what_follows_begins_anew() {
+fn a_short_segment_closes_and_what_follows_begins_anew() {
     let mut first = Flow::tcp(10, &[1; 25]).segments();
     let mut second = Flow { sequence: 1025, ident: 103, ..Flow::tcp(10, &[2; 20]) }.segments();
     first.append(&mut second);
-    assert_eq!(merged_counts(&first), [3, 2], "a short segment closes");
+    assert_eq!(merged_counts(&first), [3, 2]);
+}
 
-    let mut first = Flow { flags: flags::ACK | flags::PSH, ..Flow::tcp(10, &[1; 20]) }.segments();
-    first.extend(Flow { sequence: 1020, ident: 102, ..Flow::tcp(10, &[2; 20]) }.segments());
-    assert_eq!(merged_counts(&first), [2, 2], "PSH closes");
+#[test]
+fn pushes_that_follow_each_other_become_one_at_the_end() {
+    let pushed = Flow { flags: flags::ACK | flags::PSH, ..Flow::tcp(10, &[1; 20]) };
+    let mut packets = pushed.segments();
+    packets.extend(Flow { sequence: 1020, ident: 102, ..Flow::tcp(10, &[2; 20]) }.segments());
+    let (_, out) = merge_and_cut(&packets);
+    assert_eq!(out.len(), 1);
+    let seen: Vec<bool> =
+        out[0].packets.iter().map(|segment| view(segment).flags() & flags::PSH != 0).collect();
+    assert_eq!(seen, [false, false, false, true]);
+    assert_merge_is_undone(&packets);
+
+    let last = [packets[2].clone(), packets[3].clone()];
+    let none = merge_and_cut(&last).1[0].packets.iter().all(|segment| view(segment).flags() & flags::PSH == 0);
+    assert!(none, "where nobody pushed, nobody does");
 }
 
 #[test]
@@ -328,7 +341,7 @@ fn a_datagram_whose_length_lies_goes_alone_and_is_not_overtaken() {
 #[test]
 fn what_the_device_refused_is_not_merged() {
     for (offloads, tcp, udp) in
-        [(Offloads { tcp: false, udp: true }, 2, 1), (Offloads { tcp: true, udp: false }, 1, 2)]
+        [(Offloads { tcp: false, ..Offloads::ALL }, 2, 1), (Offloads { udp: false, ..Offloads::ALL }, 1, 2)]
     {
         for (is_udp, expected) in [(false, tcp), (true, udp)] {
             let mut merger = Merger::new(8, Offloads::ALL);
@@ -359,14 +372,60 @@ fn a_full_batch_refuses_and_works_again_after_it_was_taken() {
 }
 
 #[test]
-fn a_superpacket_never_grows_beyond_what_its_length_field_holds() {
-    let mut segments = Vec::new();
-    for part in 0..3u32 {
-        let sequence = 1000 + part * 40_000;
-        segments.extend(Flow { sequence, ..Flow::tcp(1000, &vec![5; 40_000]) }.segments());
+fn superpackets_grow_beyond_their_length_field_only_where_the_kernel_takes_that() {
+    let part = |number: u32, v6: bool| {
+        let sequence = 1000 + number * 40_000;
+        Flow { v6, sequence, ..Flow::tcp(1000, &vec![5; 40_000]) }.segments()
+    };
+    let stream: Vec<_> = (0..7).flat_map(|number| part(number, false)).collect();
+    assert_eq!(merged_counts(&stream), [255, 25], "280,000 bytes, in superpackets of 256,000 at most");
+    assert_merge_is_undone(&stream);
+    let stream: Vec<_> = (0..3).flat_map(|number| part(number, true)).collect();
+    assert_eq!(merged_counts(&stream), [65, 55], "of IPv6 the kernel wants an option for it");
+
+    let short = Offloads { long: false, ..Offloads::ALL };
+    let mut merger = Merger::new(128, short);
+    let segments: Vec<_> = (0..3).flat_map(|number| part(number, false)).collect();
+    let mut arena = segments.concat();
+    let length = segments[0].len();
+    for start in (0..arena.len()).step_by(length) {
+        merger.push(&arena, start..start + length).unwrap();
     }
-    assert_eq!(merged_counts(&segments), [65, 55]);
-    assert_merge_is_undone(&segments);
+    let counts: Vec<_> = merger.finish(&mut arena).packets().map(|merged| merged.segments()).collect();
+    assert_eq!(counts, [65, 55]);
+}
+
+#[test]
+fn a_superpacket_beyond_its_length_field_has_the_header_that_the_kernel_makes_for_one() {
+    let mut arena: Vec<u8> = Vec::new();
+    let mut merger = Merger::new(128, Offloads::ALL);
+    let parts = [(1000, 40_000), (41_000, 40_000), (81_000, 500)];
+    let segments = parts
+        .iter()
+        .flat_map(|(sequence, length)| {
+            Flow { sequence: *sequence, ..Flow::tcp(1000, &vec![5; *length]) }.segments()
+        })
+        .collect::<Vec<_>>();
+    let mut ranges = Vec::new();
+    for segment in &segments {
+        ranges.push(arena.len()..arena.len() + segment.len());
+        arena.extend(segment);
+    }
+    for range in ranges {
+        merger.push(&arena, range).unwrap();
+    }
+    let batch = merger.finish(&mut arena);
+    let merged: Vec<_> = batch.packets().collect();
+    assert_eq!(merged.len(), 1);
+    let bytes: Vec<u8> = merged[0].pieces().flat_map(|piece| arena[piece].to_vec()).collect();
+    assert_eq!(bytes.len(), 52 + 80_500);
+    assert_eq!(bytes[2..4], [0, 0], "the length: zero");
+    assert_eq!(packet::checksum::checksum(&bytes[..20]), 0, "the IP header's checksum holds");
+    // `__tcp_v4_send_check`: the pseudo-header has the whole length, in 32 bits.
+    let pseudo = ip::pseudo_sum(&bytes, ip::Version::V4, protocol::TCP, bytes.len() - 20).fold();
+    assert_eq!(bytes[36..38], pseudo.to_be_bytes());
+    let header = merged[0].header();
+    assert_eq!((header.gso, header.gso_size, header.hdr_len), (vnet::Gso::Tcp4, 1000, 52));
 }
 
 fn flow() -> impl Strategy<Value = Flow> {

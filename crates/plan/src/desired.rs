@@ -29,6 +29,9 @@ pub const ROUTER_PREFIX: &str = "droveway-";
 /// same on both ends of each veth pair, on the bridge and on the overlay device, so that none cuts up what the next would
 /// take whole, and none hands on more than the overlay can take.
 const GSO_MAX_SIZE: u32 = 65_536;
+/// The same for IPv4, of the ports by which endpoints get theirs: the packet path puts together more than fits an IP header's
+/// length. Containers send no more than [`GSO_MAX_SIZE`], for that is all a TUN device takes.
+pub const GSO_IPV4_MAX_SIZE: u32 = 262_144;
 
 /// What this host is and has, apart from what the server knows.
 #[derive(Debug, Clone)]
@@ -276,6 +279,7 @@ impl<'a> Router<'a> {
             mac: None,
             mtu: Some(self.mtu),
             gso_max_size: Some(GSO_MAX_SIZE),
+            gso_ipv4_max_size: None,
             master: None,
             up: true,
             peer: Some(peer),
@@ -324,6 +328,7 @@ impl<'a> Router<'a> {
             mac: None,
             mtu: Some(self.mtu),
             gso_max_size: Some(GSO_MAX_SIZE),
+            gso_ipv4_max_size: None,
             master: None,
             up: true,
             peer: None,
@@ -403,6 +408,7 @@ fn leaf_objects(catalog: &Catalog, local: &Local, network: &NetworkId, bridge: B
         mac: None,
         mtu: Some(mtu),
         gso_max_size: Some(GSO_MAX_SIZE),
+        gso_ipv4_max_size: Some(GSO_IPV4_MAX_SIZE),
         master: Some(master),
         up: true,
         peer,
@@ -460,6 +466,7 @@ fn attachment_objects(
         mac: None,
         mtu: Some(mtu),
         gso_max_size: Some(GSO_MAX_SIZE),
+        gso_ipv4_max_size: Some(GSO_IPV4_MAX_SIZE),
         master: Some(attachment.bridge.name()),
         up: true,
         peer: Some(peer),
@@ -522,6 +529,7 @@ fn host_objects(catalog: &Catalog, local: &Local, state: &mut State) {
             mac: None,
             mtu: Some(network_mtu(catalog, local, network)),
             gso_max_size: Some(GSO_MAX_SIZE),
+            gso_ipv4_max_size: None,
             master: None,
             up: true,
             peer: None,
@@ -575,6 +583,7 @@ impl Drawing<'_> {
             mac: Some(mac),
             mtu: Some(mtu),
             gso_max_size: Some(GSO_MAX_SIZE),
+            gso_ipv4_max_size: None,
             master: None,
             up: true,
             peer: None,

@@ -131,6 +131,9 @@ pub struct Link {
     pub mtu: Option<u32>,
     /// The longest packet that is handed to it to be cut into segments, bytes (`gso_max_size`).
     pub gso_max_size: Option<u32>,
+    /// The same for IPv4 where that is another (`gso_ipv4_max_size`, since Linux 6.3: a kernel that shows none has none). A
+    /// bridge gets that of its ports: the kernel refuses it to one without.
+    pub gso_ipv4_max_size: Option<u32>,
     /// The bridge it is a port of; `None` means of none.
     pub master: Option<Ifname>,
     /// Whether it is up.
@@ -414,6 +417,10 @@ impl Link {
         kind && self.mac.is_none_or(|mac| have.mac == Some(mac))
             && self.mtu.is_none_or(|mtu| have.mtu == Some(mtu))
             && self.gso_max_size.is_none_or(|size| have.gso_max_size == Some(size))
+            && self
+                .gso_ipv4_max_size
+                .zip(have.gso_ipv4_max_size)
+                .is_none_or(|(want, have)| want == have)
             && self.master == have.master
             && self.up == have.up
     }

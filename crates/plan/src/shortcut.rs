@@ -75,7 +75,13 @@ headers:
     r9 = be16 r9
     r2 = *(u32 *)(r6 + 0)       ; len
     r2 -= {ethernet}
-    if r2 != r9 goto stack      ; cut short, padded, or too long to say so
+    if r2 == r9 goto whole
+    if r9 != 0 goto stack       ; cut short or padded
+    r2 = *(u8 *)(r7 + 9)        ; too long to say so: then it is TCP
+    if r2 != 6 goto stack
+    r2 = *(u32 *)(r6 + 176)     ; gso_size
+    if r2 == 0 goto stack
+whole:
     r2 = *(u16 *)(r7 + 6)
     r2 = be16 r2
     r2 &= 0x3fff

@@ -236,7 +236,7 @@ impl Dataplane {
         if queues.is_empty() {
             return;
         }
-        let queue = Arc::new(Device { index: device, queues });
+        let queue = Arc::new(Device { index: device, queues, short: AtomicBool::new(false) });
         self.change(|state| {
             let mut state = state.clone();
             state.devices.insert(device, queue);
@@ -254,9 +254,10 @@ impl Dataplane {
         });
     }
 
-    /// Which peer an inner destination belongs to, by the longest prefix. Replaces all routes of the device.
-    pub fn set_routes(&self, device: DeviceIndex, routes: Vec<(IpNet, PeerIndex)>) {
-        let routes = Arc::new(Routes::new(routes));
+    /// Which peer an inner destination belongs to, by the longest prefix. Replaces all routes of the device. `onward`: what one
+    /// peer sends may leave by the device again, to another; then it is put together no longer than the device takes.
+    pub fn set_routes(&self, device: DeviceIndex, routes: Vec<(IpNet, PeerIndex)>, onward: bool) {
+        let routes = Arc::new(Routes::new(routes, onward));
         self.change(|state| {
             let mut state = state.clone();
             state.routes.insert(device, routes);
@@ -394,7 +395,12 @@ impl Dataplane {
         let sockets = || self.shared.ports.iter().flat_map(state::Ports::sockets);
         let state = self.shared.state.load();
         let offloads = || state.devices.values().flat_map(|it| &it.queues).map(tun::Queue::offloads);
+        let long = |it: &Arc<Device>| it.takes_long();
         let all = [
+            (
+                !state.devices.values().all(long),
+                "TCP superpackets of more than 64 KB (Linux 6.3): what is received passes the device in shorter ones",
+            ),
             (offloads().any(|it| !it.tso), "TUN segmentation: every segment passes the device alone"),
             (offloads().any(|it| !it.uso), "TUN segmentation of UDP: every datagram passes the device alone"),
             (sockets().any(|it| !it.gso()), "UDP segmentation: every datagram is sent alone"),

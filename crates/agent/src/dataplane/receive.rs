@@ -10,6 +10,7 @@ use std::time::Instant;
 use esp::{Entry, Opened, SaTable};
 use linux::tun;
 use linux::udp::{self, Received};
+use nix::errno::Errno;
 use packet::ecn::{self, Ecn};
 use packet::encap::{self, Kind};
 use packet::merge::{Merged, Merger, Offloads};
@@ -101,7 +102,7 @@ impl Receiver {
             received: Vec::with_capacity(messages),
             inner: Inner {
                 worker,
-                merger: Merger::new(BATCH, Offloads { tcp: false, udp: false }),
+                merger: Merger::new(BATCH, Offloads { tcp: false, udp: false, long: false }),
                 ike: PerSource::new(IKE_EACH),
                 strangers: OfAll::new(IKE_STRANGERS),
                 unknown: PerSource::new(1),
@@ -222,7 +223,12 @@ impl Inner {
             if merging.is_none() {
                 let offloads = device.queues[self.queue_of(device)].offloads();
                 let merge = !shared.tuning.no_merge;
-                self.merger.set_offloads(Offloads { tcp: merge && offloads.tso, udp: merge && offloads.uso });
+                let onward = state.routes.get(&device.index).is_some_and(|routes| routes.onward());
+                self.merger.set_offloads(Offloads {
+                    tcp: merge && offloads.tso,
+                    udp: merge && offloads.uso,
+                    long: !shared.tuning.no_long && !onward && device.takes_long(),
+                });
                 merging = Some(device);
             }
             let inner = range.start + inner.start..range.start + inner.end;
@@ -282,6 +288,11 @@ impl Inner {
             match written {
                 Ok(true) => {}
                 Ok(false) => shared.drops.receive.add(Reason::DeviceFull, merged.segments()),
+                Err(error) if merged.len() > usize::from(u16::MAX) && is_no_memory(&error) => {
+                    // Memory is in small pieces. TCP sends again what was in this one.
+                    device.short.store(true, Ordering::Relaxed);
+                    shared.drops.receive.add(Reason::DeviceRefused, merged.segments());
+                }
                 Err(_) => shared.drops.receive.add(Reason::DeviceRefused, merged.segments()),
             }
         }
@@ -291,6 +302,10 @@ impl Inner {
 /// Whether a message of IKE is a first request that brings no cookie.
 fn begins(message: &[u8]) -> bool {
     message.get(RESPONDER_SPI) == Some(&[0; 8]) && message.get(NEXT_PAYLOAD) != Some(&NOTIFY)
+}
+
+fn is_no_memory(error: &std::io::Error) -> bool {
+    matches!(Errno::from_raw(error.raw_os_error().unwrap_or_default()), Errno::ENOBUFS | Errno::ENOMEM)
 }
 
 fn write_one<const N: usize>(queue: &tun::Queue, merged: &Merged<'_>, bytes: &[u8]) -> std::io::Result<bool> {

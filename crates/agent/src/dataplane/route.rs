@@ -11,6 +11,7 @@ use crate::dataplane::PeerIndex;
 pub(super) struct Routes {
     v4: Box<[Range]>,
     v6: Box<[Range]>,
+    onward: bool,
 }
 
 /// From `first` to `last`, both included.
@@ -22,7 +23,7 @@ struct Range {
 }
 
 impl Routes {
-    pub fn new(routes: impl IntoIterator<Item = (IpNet, PeerIndex)>) -> Self {
+    pub fn new(routes: impl IntoIterator<Item = (IpNet, PeerIndex)>, onward: bool) -> Self {
         let (mut v4, mut v6) = (Vec::new(), Vec::new());
         for (net, peer) in routes {
             match net {
@@ -36,7 +37,12 @@ impl Routes {
                 }
             }
         }
-        Self { v4: flatten(v4), v6: flatten(v6) }
+        Self { v4: flatten(v4), v6: flatten(v6), onward }
+    }
+
+    /// Whether what comes from a peer may leave by the device again, to another.
+    pub fn onward(&self) -> bool {
+        self.onward
     }
 
     /// The peer for the destination of an IP packet.
@@ -135,7 +141,7 @@ mod tests {
             ("fd00::/64", 4),
             ("fd00::7/128", 5),
         ];
-        let routes = Routes::new(routes.map(|(net, peer)| (net.parse().unwrap(), PeerIndex(peer))));
+        let routes = Routes::new(routes.map(|(net, peer)| (net.parse().unwrap(), PeerIndex(peer))), false);
         assert_eq!(found(&routes, "10.42.64.7"), Some(3));
         assert_eq!(found(&routes, "10.42.64.8"), Some(2));
         assert_eq!(found(&routes, "10.42.64.64"), Some(1));
@@ -162,7 +168,7 @@ mod tests {
                     (net, PeerIndex(peer))
                 })
                 .collect();
-            let routes = Routes::new(nets.iter().map(|(net, peer)| (IpNet::V4(*net), *peer)));
+            let routes = Routes::new(nets.iter().map(|(net, peer)| (IpNet::V4(*net), *peer)), false);
             let edges = nets.iter().flat_map(|(net, _)| {
                 let (first, last) = (u32::from(net.network()), u32::from(net.broadcast()));
                 [first, first.wrapping_sub(1), last, last.wrapping_add(1)]

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use esp::{Published, SaTable};
 use linux::{tun, udp};
@@ -57,6 +58,15 @@ pub(super) struct Device {
     pub index: DeviceIndex,
     /// Of each worker its own, by number.
     pub queues: Vec<tun::Queue>,
+    /// The kernel had no memory for a superpacket of more than 64 KB: it gets none any more.
+    pub short: AtomicBool,
+}
+
+impl Device {
+    /// Whether superpackets of more than 64 KB may be written.
+    pub fn takes_long(&self) -> bool {
+        self.queues.iter().all(tun::Queue::takes_long) && !self.short.load(Ordering::Relaxed)
+    }
 }
 
 /// How a peer is reached.

@@ -29,6 +29,8 @@ pub struct Tuning {
     pub no_gro: bool,
     /// Each packet is written to its device on its own.
     pub no_merge: bool,
+    /// Nothing longer than 64 KB is written to devices.
+    pub no_long: bool,
 }
 
 /// The default of `flush`, and the most: buffers are made for it. More gains nothing, less costs system calls.
@@ -53,12 +55,13 @@ impl Default for Tuning {
             spin: 16,
             flush: FLUSH_MAX,
             turn: 8,
-            receive: 4,
+            receive: 8,
             no_tso: false,
             no_uso: false,
             no_gso: false,
             no_gro: false,
             no_merge: false,
+            no_long: false,
         }
     }
 }
@@ -78,7 +81,7 @@ impl Tuning {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} is no setting of the packet path; there are workers=1 to {WORKERS_MAX}, spin=N, flush=BYTES (to {FLUSH_MAX}), turn=N, \
-     receive=1 to {RECEIVE_MAX}, no-tso, no-uso, no-gso, no-gro, no-merge"
+     receive=1 to {RECEIVE_MAX}, no-tso, no-uso, no-gso, no-gro, no-merge, no-long"
 )]
 pub struct NoSuchSetting(String);
 
@@ -104,6 +107,7 @@ impl FromStr for Tuning {
                 ("no-gso", "") => tuning.no_gso = true,
                 ("no-gro", "") => tuning.no_gro = true,
                 ("no-merge", "") => tuning.no_merge = true,
+                ("no-long", "") => tuning.no_long = true,
                 _ => return Err(wrong()),
             }
         }

@@ -1,6 +1,6 @@
 //! The TUN devices of this host's routers, opened for the packet path as the view shows them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use ipnet::IpNet;
@@ -23,6 +23,7 @@ struct Device {
     index: DeviceIndex,
     opened: Option<Opened>,
     routes: Vec<(IpNet, PeerIndex)>,
+    onward: bool,
     /// It could not be opened, and that was logged.
     told: bool,
 }
@@ -41,7 +42,7 @@ impl Devices {
         let next = &mut self.next;
         let device = self.all.entry(network.clone()).or_insert_with(|| {
             *next += 1;
-            Device { index: DeviceIndex(*next), opened: None, routes: Vec::new(), told: false }
+            Device { index: DeviceIndex(*next), opened: None, routes: Vec::new(), onward: false, told: false }
         });
         device.index
     }
@@ -62,6 +63,7 @@ impl Devices {
             if device.opened.is_some() && device.opened.as_ref() != wanted.get(network) {
                 device.opened = None;
                 device.routes.clear();
+                device.onward = false;
                 dataplane.remove_device(device.index);
             }
         }
@@ -92,17 +94,21 @@ impl Devices {
         all
     }
 
-    /// Sets which peer each destination goes to; only for devices that are open.
+    /// Sets which peer each destination goes to, and which networks hand on from one peer to another; only for devices that are
+    /// open.
     pub(super) fn route(
         &mut self,
         routes: &BTreeMap<NetworkId, Vec<(IpNet, PeerIndex)>>,
+        onward: &BTreeSet<NetworkId>,
         dataplane: &Dataplane,
     ) {
         for (network, device) in self.all.iter_mut().filter(|(_, device)| device.opened.is_some()) {
             let routes = routes.get(network).map(Vec::as_slice).unwrap_or_default();
-            if device.routes != routes {
+            let onward = onward.contains(network);
+            if device.routes != routes || device.onward != onward {
                 device.routes = routes.to_vec();
-                dataplane.set_routes(device.index, routes.to_vec());
+                device.onward = onward;
+                dataplane.set_routes(device.index, routes.to_vec(), onward);
             }
         }
     }

@@ -28,7 +28,7 @@ impl Engine {
             self.follow_addresses(now);
         }
         self.devices_open = self.devices.apply(&self.view, &self.dataplane);
-        self.devices.route(&self.routes, &self.dataplane);
+        self.devices.route(&self.routes, &self.gateways(), &self.dataplane);
     }
 
     fn apply_tunnels(&mut self, now: Instant) {
@@ -195,6 +195,12 @@ impl Engine {
             }
         }
         routes
+    }
+
+    /// The networks that foreign peers are joined to here: what they send goes on to other hosts, and back.
+    fn gateways(&self) -> BTreeSet<NetworkId> {
+        let foreign = self.peers.iter().filter(|(far, _)| matches!(far, Far::Peer(_)));
+        foreign.flat_map(|(_, peer)| peer.slots.keys().cloned()).collect()
     }
 
     /// Looks again which of our addresses lead to the peers: paths to try, and paths in use.

@@ -186,7 +186,7 @@ impl Host {
         let queues = (0..self.path.workers()).map(|_| tun::Queue::open(&self.router, "tun0").unwrap());
         self.path.add_device(DEVICE, queues.collect());
         let routes = nets(3 - self.side).into_iter().map(|net| (net, PEER));
-        self.path.set_routes(DEVICE, routes.collect());
+        self.path.set_routes(DEVICE, routes.collect(), false);
     }
 
     /// As if there were so many other peers, each with an address, a policy and an association each way.
@@ -203,7 +203,7 @@ impl Host {
             self.path.set_outbound(peer, (DEVICE, 0), sealing(spi, &key), way("192.0.2.11", "192.0.2.12"));
             routes.push((net(n), peer));
         }
-        self.path.set_routes(DEVICE, routes);
+        self.path.set_routes(DEVICE, routes, false);
     }
 
     /// Runs a shell command in the router.

@@ -75,6 +75,7 @@ fn a_source_or_destination_that_is_not_the_peers_is_dropped_and_counted() {
         a.path.set_routes(
             DEVICE,
             vec![("10.42.3.0/24".parse().unwrap(), PEER), ("10.42.2.0/24".parse().unwrap(), PEER)],
+            false,
         );
         a.sh("! ping -c 2 -i 0.2 -W 1 10.42.3.1");
         assert_eq!(b.dropped("inner_destination"), 2);

@@ -23,6 +23,8 @@ use plan::{Key, Object, Place, Scope, State, diff};
 
 /// Another than the kernel's own, to see that it is set.
 const GSO: u32 = 60_000;
+/// What endpoints' ports let through of IPv4.
+pub(crate) const GSO_IPV4: u32 = 200_000;
 
 /// Runs `test` in fresh namespaces, with an empty directory for those that it makes. `name` is the test's own name.
 pub(crate) fn run(name: &str, test: impl FnOnce(&Path) + Send + 'static) {
@@ -94,7 +96,7 @@ pub(crate) fn ip(text: &str) -> IpAddr {
 fn link(kind: LinkKind, last: u8, master: Option<&str>) -> Object {
     let master = master.map(name);
     let (mac, mtu, gso_max_size) = (Some(mac(last)), Some(1450), Some(GSO));
-    Object::Link(Link { kind, mac, mtu, gso_max_size, master, up: true, peer: None })
+    Object::Link(Link { kind, mac, mtu, gso_max_size, gso_ipv4_max_size: None, master, up: true, peer: None })
 }
 
 fn table(family: Family, digest: &str) -> Object {
@@ -134,6 +136,7 @@ pub(crate) fn desired() -> State {
         mac: Some(mac(2)),
         mtu: Some(1500),
         gso_max_size: Some(GSO),
+        gso_ipv4_max_size: None,
         master: None,
         up: true,
         peer: Some(Peer::Host {
@@ -149,6 +152,7 @@ pub(crate) fn desired() -> State {
         mac: Some(mac(3)),
         mtu: Some(1500),
         gso_max_size: Some(GSO),
+        gso_ipv4_max_size: None,
         master: None,
         up: true,
         peer: None,
@@ -265,6 +269,7 @@ pub(crate) fn endpoint(netns: PathBuf, device: &str, host: u8) -> ((Place, Key),
         mac: None,
         mtu: Some(1450),
         gso_max_size: Some(GSO),
+        gso_ipv4_max_size: Some(GSO_IPV4),
         master: Some(name("br0")),
         up: true,
         peer: Some(Peer::Container(Box::new(end))),

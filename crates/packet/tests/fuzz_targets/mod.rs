@@ -4,7 +4,7 @@
 #![allow(dead_code, missing_docs, clippy::missing_panics_doc, clippy::unwrap_used)]
 
 use packet::{
-    Malformed, ecn, encap, esp, icmp,
+    Malformed, checksum, ecn, encap, esp, icmp,
     ip::{self, Version},
     ipv4, ipv6,
     merge::{Merger, Offloads},
@@ -134,7 +134,11 @@ pub fn merge_and_cut(packets: &[Vec<u8>]) -> (Vec<Vec<u8>>, Vec<Out>) {
     for merged in batch.packets() {
         let bytes: Vec<u8> = merged.pieces().flat_map(|piece| arena[piece].to_vec()).collect();
         assert_eq!(bytes.len(), merged.len());
-        assert_eq!(ip::locate(&bytes).map(|layout| layout.end), Ok::<_, Malformed>(bytes.len()));
+        if bytes.len() > usize::from(u16::MAX) {
+            assert_eq!(bytes[2..4], [0, 0], "longer than its header can say");
+        } else {
+            assert_eq!(ip::locate(&bytes).map(|layout| layout.end), Ok::<_, Malformed>(bytes.len()));
+        }
         let packets = split(&merged.header(), &bytes, usize::MAX);
         assert_eq!(packets.len(), merged.segments());
         out.push(Out { merged: merged.segments(), packets });
@@ -179,9 +183,25 @@ fn flow(packet: &[u8]) -> Vec<u8> {
     key
 }
 
-/// Takes out what may differ: an identification that means nothing, and the two forms of a zero checksum.
+/// Takes out what may differ: an identification that means nothing, PSH, which the last segment gets for all, and the two
+/// forms of a zero checksum.
 fn normalize(packet: &mut [u8]) {
     let layout = ip::locate(packet).unwrap();
+    if layout.protocol == protocol::TCP
+        && !layout.fragment
+        && let transport = &mut packet[layout.transport..layout.end]
+        && tcp::Segment::new_checked(&*transport).is_ok()
+    {
+        let word = |bytes: &[u8], at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
+        let before = word(transport, tcp::FLAGS_AT - 1);
+        transport[tcp::FLAGS_AT] &= !tcp::flags::PSH;
+        let sum = checksum::adjust(
+            word(transport, tcp::CHECKSUM_AT),
+            before,
+            word(transport, tcp::FLAGS_AT - 1),
+        );
+        transport[tcp::CHECKSUM_AT..tcp::CHECKSUM_AT + 2].copy_from_slice(&sum.to_be_bytes());
+    }
     if layout.version == Version::V4 {
         if packet[6] & 0x40 != 0 {
             packet[4..6].fill(0);
