@@ -205,7 +205,11 @@ impl Dataplane {
     }
 
     fn spawn(&mut self, name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-        let thread = crate::vital::spawn(name, run);
+        let thread = crate::vital::spawn(name, || {
+            // So that a nap of microseconds is one (`watch`). Refused, naps are longer.
+            let _ = nix::sys::prctl::set_timerslack(1);
+            run();
+        });
         self.threads.push(thread.map_err(|error| Error::Kernel { attempted: "start a thread", error })?);
         Ok(())
     }

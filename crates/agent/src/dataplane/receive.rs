@@ -140,7 +140,8 @@ impl Receiver {
                 }
                 // After the packets came: what was published before they were sent is known now.
                 inner.take_in(shared, states.get(), tables.get(), source.ike, received, arena);
-                Work::Done
+                let datagrams = received.iter().map(|it| it.len.div_ceil(it.stride.max(1))).sum();
+                Work::Done(datagrams, received.iter().map(|it| it.len).sum())
             });
             // Who sleeps keeps no key that was removed.
             tables.get();

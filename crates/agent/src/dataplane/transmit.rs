@@ -157,11 +157,12 @@ fn serve(
     let device = &watched.device;
     let queue = &device.queues[watched.worker];
     let routes = state.routes.get(&device.index);
-    let mut work = Work::Dry;
+    let (mut packets, mut total) = (0, 0);
+    let work = |packets, total| if packets == 0 { Work::Dry } else { Work::Done(packets, total) };
     for _ in 0..shared.tuning.turn {
         let bytes = match queue.read(input) {
             Ok(Some(length)) => &input[..length],
-            Ok(None) => return work,
+            Ok(None) => return work(packets, total),
             Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
                 Errno::EINTR => continue,
                 // The device is gone; control will find out from the kernel.
@@ -173,7 +174,8 @@ fn serve(
                 }
             },
         };
-        work = Work::Done;
+        packets += 1;
+        total += bytes.len();
         let peer = routes.zip(bytes.get(vnet::LEN..)).and_then(|(routes, packet)| routes.find(packet));
         let Some(peer) = peer else {
             shared.drops.transmit.add(Reason::NoRoute, 1);
@@ -184,7 +186,7 @@ fn serve(
             hold(shared, state, early, key, bytes);
         }
     }
-    work
+    work(packets, total)
 }
 
 /// Keeps a packet that there is no security association for.

@@ -4,6 +4,10 @@
 //! without asking; when all are dry, the thread yields and tries again a few times before it sleeps (measured: half the
 //! latency and a fifth more throughput for less CPU than it costs to wake up; a hundred tries are worse than none). One that
 //! was woken after a long sleep does not: what comes now and then, such as the pings of idle peers, comes alone.
+//!
+//! A flood of small packets would wake the thread for each: that costs whoever sends them more than the packet does, and each
+//! goes on alone. A thread that is woken again and again for little takes naps, from which nobody wakes it, for as long as
+//! each nap brings several packets: what network cards call interrupt moderation.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -19,6 +23,13 @@ use crate::dataplane::Error;
 const DRY: u32 = 64;
 /// Rounds with work after which epoll is asked for sources that are not active.
 const ASK_EVERY: u32 = 16;
+/// Woken after less than this, with less than so many bytes to show for it, so many times in a row: from then on, naps. They
+/// last so long, and end when one brings fewer packets than that.
+const HASTE: Duration = Duration::from_micros(20);
+const HASTE_BYTES: usize = 16 << 10;
+const HASTES: u32 = 8;
+const NAP: Duration = Duration::from_micros(50);
+const NAP_WORTH: usize = 4;
 /// A sleep that was longer is no pause between two packets that belong together.
 const PAUSE: Duration = Duration::from_micros(500);
 const EVENTS: usize = 64;
@@ -38,8 +49,8 @@ impl Waker {
 /// What came of a visit to a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Work {
-    /// Something was there; maybe there is more.
-    Done,
+    /// So many packets and bytes were there; maybe there are more.
+    Done(usize, usize),
     /// Nothing is there.
     Dry,
     /// Nothing will ever be there again: the source is no longer watched.
@@ -59,6 +70,11 @@ pub(super) struct Watch<T> {
     spin: u32,
     /// The last sleep was short: it is worth trying again.
     busy: bool,
+    /// Packets and bytes since the last rest.
+    packets: usize,
+    bytes: usize,
+    /// Times in a row that it was woken soon and for little.
+    hastes: u32,
 }
 
 struct Source<T> {
@@ -88,6 +104,9 @@ impl<T: AsFd> Watch<T> {
             idle: 0,
             spin,
             busy: true,
+            packets: 0,
+            bytes: 0,
+            hastes: 0,
         })
     }
 
@@ -128,9 +147,11 @@ impl<T: AsFd> Watch<T> {
         let (mut worked, mut gone) = (false, false);
         for source in self.sources.iter_mut().filter(|source| source.active) {
             match visit(&source.value) {
-                Work::Done => {
+                Work::Done(packets, bytes) => {
                     source.dry = 0;
                     worked = true;
+                    self.packets += packets;
+                    self.bytes += bytes;
                 }
                 Work::Dry => {
                     source.dry += 1;
@@ -161,11 +182,18 @@ impl<T: AsFd> Watch<T> {
             if self.rounds.is_multiple_of(ASK_EVERY) {
                 self.ask(EpollTimeout::ZERO);
             }
-        } else if self.busy && self.idle < self.spin {
+            return;
+        }
+        if self.hastes >= HASTES && self.nap() {
+            return;
+        }
+        if self.busy && self.idle < self.spin {
             self.idle += 1;
             std::thread::yield_now();
         } else {
             self.idle = 0;
+            let little = std::mem::take(&mut self.bytes) < HASTE_BYTES;
+            self.packets = 0;
             for source in &mut self.sources {
                 source.active = false;
             }
@@ -174,8 +202,23 @@ impl<T: AsFd> Watch<T> {
             });
             let slept = Instant::now();
             self.ask(timeout);
-            self.busy = slept.elapsed() < PAUSE;
+            let slept = slept.elapsed();
+            self.busy = slept < PAUSE;
+            self.hastes = if little && slept < HASTE { self.hastes + 1 } else { 0 };
         }
+    }
+
+    /// Sleeps for a moment, unless the last such sleep was not worth it.
+    fn nap(&mut self) -> bool {
+        let (packets, bytes) = (std::mem::take(&mut self.packets), std::mem::take(&mut self.bytes));
+        let first = self.hastes == HASTES;
+        if !first && (packets < NAP_WORTH || bytes >= HASTE_BYTES) {
+            self.hastes = 0;
+            return false;
+        }
+        self.hastes = HASTES + 1;
+        std::thread::sleep(NAP);
+        true
     }
 
     fn ask(&mut self, timeout: EpollTimeout) {
