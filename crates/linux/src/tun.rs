@@ -18,6 +18,7 @@ use nix::libc;
 
 use plan::object::Ifname;
 
+use crate::bpf::steer;
 use crate::error::Error;
 use crate::namespace::get_link;
 use crate::netlink::Requests;
@@ -32,6 +33,45 @@ const CLONE_DEVICE: &str = "/dev/net/tun";
 const FLAGS: libc::c_int = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
 const TSO: libc::c_uint = libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | libc::TUN_F_TSO_ECN;
 const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+
+/// All queues of a TUN device: each worker has its own.
+#[derive(Debug)]
+pub struct Queues {
+    /// What flows that send much wait in; where nobody steers, all flows.
+    pub bulk: Vec<Queue>,
+    /// What flows that send little wait in; none where nobody steers.
+    pub sparse: Vec<Queue>,
+    /// Why nobody steers.
+    pub unsteered: Option<Error>,
+}
+
+impl Queues {
+    /// Attaches to the device of that name with queues for so many workers, as [`Queue::open`], and has the kernel tell flows
+    /// that send little from those that send much, where it does.
+    pub fn open(netns: &Netns, name: &str, workers: u32) -> Result<Self, Error> {
+        let open = |_| Queue::open(netns, name);
+        let bulk = (0..workers).map(open).collect::<Result<Vec<_>, _>>()?;
+        let mut queues = Self { bulk, sparse: Vec::new(), unsteered: None };
+        let Some(first) = queues.bulk.first() else { return Ok(queues) };
+        // The kernel counts queues in the order in which they are opened.
+        let sparse = (0..workers).map(open).collect::<Result<Vec<_>, _>>()?;
+        match steer::steer(first.as_fd(), workers) {
+            Ok(()) => queues.sparse = sparse,
+            Err(error) => queues.unsteered = Some(error),
+        }
+        Ok(queues)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Queue> {
+        self.bulk.iter().chain(&self.sparse)
+    }
+
+    /// [`Queue::restrict`] of all.
+    pub fn restrict(&mut self, to: Offloads) -> Result<(), Error> {
+        self.bulk.iter_mut().chain(&mut self.sparse).try_for_each(|queue| queue.restrict(to))
+    }
+}
 
 /// One queue of a TUN device. It does not block.
 #[derive(Debug)]

@@ -226,19 +226,19 @@ impl Dataplane {
         self.change(|state| State { expected, ..state.clone() });
     }
 
-    /// Moves packets of this device from now on, by one queue for each worker. A flow stays with one of them: the kernel
-    /// chooses by its hash.
-    pub fn add_device(&self, device: DeviceIndex, mut queues: Vec<tun::Queue>) {
-        for queue in &mut queues {
-            let offloads = self.shared.tuning.offloads(queue.offloads());
-            if offloads != queue.offloads()
-                && let Err(error) = queue.restrict(offloads)
-            {
-                tracing::warn!("a TUN device goes on with all offloads: {error}");
-            }
+    /// Moves packets of this device from now on, by queues of each worker. A flow stays with one of them: the kernel chooses
+    /// by its hash.
+    pub fn add_device(&self, device: DeviceIndex, mut queues: tun::Queues) {
+        let Some(offered) = queues.bulk.first().map(tun::Queue::offloads) else { return };
+        let offloads = self.shared.tuning.offloads(offered);
+        if offloads != offered
+            && let Err(error) = queues.restrict(offloads)
+        {
+            tracing::warn!("a TUN device goes on with all offloads: {error}");
         }
-        if queues.is_empty() {
-            return;
+        if self.shared.tuning.no_sparse {
+            // The kernel has what was theirs wait with the rest.
+            queues.sparse.clear();
         }
         let queue = Arc::new(Device { index: device, queues, short: AtomicBool::new(false) });
         self.change(|state| {
@@ -398,9 +398,13 @@ impl Dataplane {
     pub fn refused(&self) -> Vec<&'static str> {
         let sockets = || self.shared.ports.iter().flat_map(state::Ports::sockets);
         let state = self.shared.state.load();
-        let offloads = || state.devices.values().flat_map(|it| &it.queues).map(tun::Queue::offloads);
+        let offloads = || state.devices.values().flat_map(|it| it.queues.iter()).map(tun::Queue::offloads);
         let long = |it: &Arc<Device>| it.takes_long();
         let all = [
+            (
+                state.devices.values().any(|it| it.queues.sparse.is_empty()),
+                "steering of TUN devices: flows that send little wait behind those that send much",
+            ),
             (
                 !state.devices.values().all(long),
                 "TCP superpackets of more than 64 KB (Linux 6.3): what is received passes the device in shorter ones",

@@ -222,7 +222,7 @@ impl Inner {
                 merging = None;
             }
             if merging.is_none() {
-                let offloads = device.queues[self.queue_of(device)].offloads();
+                let offloads = device.queues.bulk[self.queue_of(device)].offloads();
                 let merge = !shared.tuning.no_merge;
                 let onward = state.routes.get(&device.index).is_some_and(|routes| routes.onward());
                 self.merger.set_offloads(Offloads {
@@ -271,14 +271,14 @@ impl Inner {
         }
     }
 
-    /// This worker's queue of a device: its answers come back by the same (`tun_automq_select_queue`).
+    /// This worker's queue of a device. Where nobody steers, answers come back by the same (`tun_automq_select_queue`).
     fn queue_of(&self, device: &Device) -> usize {
-        self.worker % device.queues.len()
+        self.worker % device.queues.bulk.len()
     }
 
     /// Writes what was merged, all of it in `bytes`.
     fn write(&mut self, shared: &Shared, device: &Device, bytes: &mut [u8]) {
-        let queue = &device.queues[self.queue_of(device)];
+        let queue = &device.queues.bulk[self.queue_of(device)];
         let batch = self.merger.finish(bytes);
         for merged in batch.packets() {
             let written = if merged.segments() < PIECES {

@@ -57,7 +57,7 @@ pub(super) struct State {
 pub(super) struct Device {
     pub index: DeviceIndex,
     /// Of each worker its own, by number.
-    pub queues: Vec<tun::Queue>,
+    pub queues: tun::Queues,
     /// The kernel had no memory for a superpacket of more than 64 KB: it gets none any more.
     pub short: AtomicBool,
 }
@@ -65,7 +65,7 @@ pub(super) struct Device {
 impl Device {
     /// Whether superpackets of more than 64 KB may be written.
     pub fn takes_long(&self) -> bool {
-        self.queues.iter().all(tun::Queue::takes_long) && !self.short.load(Ordering::Relaxed)
+        self.queues.bulk.iter().all(tun::Queue::takes_long) && !self.short.load(Ordering::Relaxed)
     }
 }
 
@@ -181,17 +181,29 @@ impl Ports {
 pub(super) struct Watched {
     pub device: Arc<Device>,
     pub worker: usize,
+    /// The queue of flows that send little.
+    pub sparse: bool,
 }
 
 impl Watched {
-    /// `None` for a device with fewer queues than workers.
-    pub fn new(device: &Arc<Device>, worker: usize) -> Option<Self> {
-        (worker < device.queues.len()).then(|| Self { device: Arc::clone(device), worker })
+    /// The queues of a worker, in the order in which they are to be read. None of a device with fewer queues than workers.
+    pub fn of(device: &Arc<Device>, worker: usize) -> impl Iterator<Item = Self> {
+        let both = [(true, &device.queues.sparse), (false, &device.queues.bulk)];
+        both.into_iter()
+            .filter(move |(_, queues)| worker < queues.len())
+            .map(move |(sparse, _)| Self { device: Arc::clone(device), worker, sparse })
+    }
+
+    /// Packets that wait for this worker.
+    #[inline]
+    pub fn queue(&self) -> &tun::Queue {
+        let queues = if self.sparse { &self.device.queues.sparse } else { &self.device.queues.bulk };
+        &queues[self.worker]
     }
 }
 
 impl AsFd for Watched {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.device.queues[self.worker].as_fd()
+        self.queue().as_fd()
     }
 }

@@ -110,11 +110,13 @@ impl Transmitter {
         };
         self.watch.retain(|watched| is_current(&watched.device));
         for device in state.devices.values() {
-            if !self.watch.values().any(|watched| Arc::ptr_eq(&watched.device, device))
-                && let Some(watched) = Watched::new(device, self.worker)
-                && let Err(error) = self.watch.add(watched)
-            {
-                tracing::error!(%error, "a TUN device is left alone: none of its packets is sent");
+            if self.watch.values().any(|watched| Arc::ptr_eq(&watched.device, device)) {
+                continue;
+            }
+            for watched in Watched::of(device, self.worker) {
+                if let Err(error) = self.watch.add(watched) {
+                    tracing::error!(%error, "a queue of a TUN device is left alone: none of its packets is sent");
+                }
             }
         }
         let ready: Vec<_> = self.early.keys().filter(|key| state.way(*key, self.worker).is_some()).collect();
@@ -155,7 +157,7 @@ fn serve(
     early: &mut Early,
 ) -> Work {
     let device = &watched.device;
-    let queue = &device.queues[watched.worker];
+    let queue = watched.queue();
     let routes = state.routes.get(&device.index);
     let (mut packets, mut total) = (0, 0);
     let work = |packets, total| if packets == 0 { Work::Dry } else { Work::Done(packets, total) };
@@ -341,6 +343,6 @@ fn tell_too_big(state: &State, out: &Outgoing<'_>, segment: &[u8]) {
     if let Some((length, device)) = told {
         let header = vnet::Repr::default().emit();
         // As good as lost on the way: the sender tries again and is told again.
-        let _ = device.queues[0].write(&[IoSlice::new(&header), IoSlice::new(&message[..length])]);
+        let _ = device.queues.bulk[0].write(&[IoSlice::new(&header), IoSlice::new(&message[..length])]);
     }
 }

@@ -31,6 +31,8 @@ pub struct Tuning {
     pub no_merge: bool,
     /// Nothing longer than 64 KB is written to devices.
     pub no_long: bool,
+    /// All flows wait in one queue of each worker.
+    pub no_sparse: bool,
 }
 
 /// The default of `flush`, and the most: buffers are made for it. More gains nothing, less costs system calls.
@@ -62,6 +64,7 @@ impl Default for Tuning {
             no_gro: false,
             no_merge: false,
             no_long: false,
+            no_sparse: false,
         }
     }
 }
@@ -81,7 +84,7 @@ impl Tuning {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{0:?} is no setting of the packet path; there are workers=1 to {WORKERS_MAX}, spin=N, flush=BYTES (to {FLUSH_MAX}), turn=N, \
-     receive=1 to {RECEIVE_MAX}, no-tso, no-uso, no-gso, no-gro, no-merge, no-long"
+     receive=1 to {RECEIVE_MAX}, no-tso, no-uso, no-gso, no-gro, no-merge, no-long, no-sparse"
 )]
 pub struct NoSuchSetting(String);
 
@@ -108,6 +111,7 @@ impl FromStr for Tuning {
                 ("no-gro", "") => tuning.no_gro = true,
                 ("no-merge", "") => tuning.no_merge = true,
                 ("no-long", "") => tuning.no_long = true,
+                ("no-sparse", "") => tuning.no_sparse = true,
                 _ => return Err(wrong()),
             }
         }

@@ -21,14 +21,15 @@ use crate::dataplane::Error;
 
 /// Empty reads after which a source is left to epoll while others are active.
 const DRY: u32 = 64;
-/// Rounds with work after which epoll is asked for sources that are not active.
+/// Rounds with work, or bytes of it, after which epoll is asked for sources that are not active.
 const ASK_EVERY: u32 = 16;
+const ASK_EVERY_BYTES: usize = 128 << 10;
 /// Woken after less than this, with less than so many bytes to show for it, so many times in a row: from then on, naps. They
 /// last so long, and end when one brings fewer packets than that.
 const HASTE: Duration = Duration::from_micros(20);
 const HASTE_BYTES: usize = 16 << 10;
 const HASTES: u32 = 8;
-const NAP: Duration = Duration::from_micros(50);
+const NAP: Duration = Duration::from_micros(100);
 const NAP_WORTH: usize = 4;
 /// A sleep that was longer is no pause between two packets that belong together.
 const PAUSE: Duration = Duration::from_micros(500);
@@ -65,6 +66,8 @@ pub(super) struct Watch<T> {
     events: [EpollEvent; EVENTS],
     next_token: u64,
     rounds: u32,
+    /// Bytes since epoll was asked.
+    unasked: usize,
     idle: u32,
     /// Tries after the last success before the thread sleeps.
     spin: u32,
@@ -101,6 +104,7 @@ impl<T: AsFd> Watch<T> {
             events: [EpollEvent::empty(); EVENTS],
             next_token: 0,
             rounds: 0,
+            unasked: 0,
             idle: 0,
             spin,
             busy: true,
@@ -152,6 +156,7 @@ impl<T: AsFd> Watch<T> {
                     worked = true;
                     self.packets += packets;
                     self.bytes += bytes;
+                    self.unasked += bytes;
                 }
                 Work::Dry => {
                     source.dry += 1;
@@ -179,7 +184,8 @@ impl<T: AsFd> Watch<T> {
         if worked {
             self.idle = 0;
             self.rounds += 1;
-            if self.rounds.is_multiple_of(ASK_EVERY) {
+            if self.rounds >= ASK_EVERY || self.unasked >= ASK_EVERY_BYTES {
+                (self.rounds, self.unasked) = (0, 0);
                 self.ask(EpollTimeout::ZERO);
             }
             return;

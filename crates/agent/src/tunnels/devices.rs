@@ -5,7 +5,7 @@ use std::path::Path;
 
 use ipnet::IpNet;
 use linux::netns::Netns;
-use linux::tun::Queue;
+use linux::tun::Queues;
 use model::NetworkId;
 
 use crate::NETNS_DIR;
@@ -75,6 +75,9 @@ impl Devices {
             };
             match queues(&opened.netns, dataplane.workers()) {
                 Ok(queues) => {
+                    if let Some(why) = &queues.unsteered {
+                        tracing::info!("flows that send little wait behind those that send much: {why}");
+                    }
                     dataplane.add_device(index, queues);
                     device.opened = Some(opened);
                     device.told = false;
@@ -114,7 +117,7 @@ impl Devices {
     }
 }
 
-fn queues(netns: &str, count: usize) -> Result<Vec<Queue>, linux::Error> {
+fn queues(netns: &str, workers: usize) -> Result<Queues, linux::Error> {
     let netns = Netns::open(&Path::new(NETNS_DIR).join(netns))?;
-    (0..count).map(|_| Queue::open(&netns, plan::TUN)).collect()
+    Queues::open(&netns, plan::TUN, u32::try_from(workers).unwrap_or(u32::MAX))
 }

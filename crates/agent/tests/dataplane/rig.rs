@@ -183,8 +183,8 @@ impl Host {
 
     /// Gives the device to the path.
     pub fn add_device(&self) {
-        let queues = (0..self.path.workers()).map(|_| tun::Queue::open(&self.router, "tun0").unwrap());
-        self.path.add_device(DEVICE, queues.collect());
+        let workers = u32::try_from(self.path.workers()).unwrap();
+        self.path.add_device(DEVICE, tun::Queues::open(&self.router, "tun0", workers).unwrap());
         let routes = nets(3 - self.side).into_iter().map(|net| (net, PEER));
         self.path.set_routes(DEVICE, routes.collect(), false);
     }

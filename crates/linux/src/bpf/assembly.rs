@@ -1,7 +1,7 @@
 //! eBPF's assembly, as LLVM and the kernel's verifier write it, made into instructions (RFC 9669).
 //!
-//! What our programs need of it: 64-bit arithmetic, comparisons of 64 (`r1`) and 32 bits (`w1`), loads and stores, labels, and
-//! calls of the kernel's helpers by name. A comment begins with `;`.
+//! What our programs need of it: 64-bit arithmetic, comparisons of 64 (`r1`) and 32 bits (`w1`), loads and stores, labels,
+//! calls of the kernel's helpers by name, and maps (`r1 = map(NAME)`). A comment begins with `;`.
 
 use std::collections::BTreeMap;
 
@@ -16,23 +16,32 @@ const FROM_REGISTER: u8 = 0x08;
 const TO_BIG_ENDIAN: u8 = 0xdc;
 const CALL: u8 = 0x85;
 const EXIT: u8 = 0x95;
+/// A load of 64 bits, which takes two instructions; from this register it is a map's descriptor.
+const LOAD_WIDE: u8 = 0x18;
+const MAP: u8 = 1;
 
 const SIZES: [(&str, u8); 4] = [("u32", 0x00), ("u16", 0x08), ("u8", 0x10), ("u64", 0x18)];
 /// Longer ones first: one may begin with another.
-const ARITHMETIC: [(&str, u8); 7] = [
+const ARITHMETIC: [(&str, u8); 10] = [
     (" <<= ", 0x60),
     (" >>= ", 0x70),
     (" += ", 0x00),
     (" -= ", 0x10),
     (" |= ", 0x40),
     (" &= ", 0x50),
+    (" ^= ", 0xa0),
+    (" *= ", 0x20),
+    (" %= ", 0x90),
     (" = ", 0xb0),
 ];
 const COMPARISONS: [(&str, u8); 6] =
     [(" == ", 0x10), (" != ", 0x50), (" >= ", 0x30), (" <= ", 0xb0), (" > ", 0x20), (" < ", 0xa0)];
 /// Helpers by their number (`include/uapi/linux/bpf.h`).
-const HELPERS: [(&str, i32); 5] = [
+const HELPERS: [(&str, i32); 8] = [
+    ("map_lookup_elem", 1),
+    ("ktime_get_ns", 5),
     ("redirect", 23),
+    ("skb_load_bytes", 26),
     ("skb_pull_data", 39),
     ("skb_change_head", 43),
     ("fib_lookup", 69),
@@ -49,7 +58,7 @@ struct Instruction<'a> {
     jump: Option<&'a str>,
 }
 
-/// Makes a text into instructions. `index` says which index the device of a name has.
+/// Makes a text into instructions. `index` says which index the device of a name has, or which descriptor the map.
 pub(super) fn assemble(text: &str, mut index: impl FnMut(&str) -> Option<u32>) -> Result<Vec<u64>, String> {
     let mut labels = BTreeMap::new();
     let mut instructions = Vec::new();
@@ -61,7 +70,10 @@ pub(super) fn assemble(text: &str, mut index: impl FnMut(&str) -> Option<u32>) -
             }
         } else if !line.is_empty() {
             let read = instruction(line, &mut index);
-            instructions.push(read.ok_or_else(|| format!("line {number} is no instruction: {line}"))?);
+            let read = read.ok_or_else(|| format!("line {number} is no instruction: {line}"))?;
+            let rest = (read.code == LOAD_WIDE).then(|| plain(0));
+            instructions.push(read);
+            instructions.extend(rest);
         }
     }
     instructions
@@ -125,6 +137,10 @@ fn instruction<'a>(line: &'a str, index: &mut impl FnMut(&str) -> Option<u32>) -
     if right.starts_with('*') {
         let (size, from, offset) = memory(right)?;
         return (operation == 0xb0).then_some(Instruction { to, from, offset, ..plain(LDX | MEM | size) });
+    }
+    if let Some(name) = right.strip_prefix("map(").and_then(|rest| rest.strip_suffix(')')) {
+        let value = i32::try_from(index(name)?).ok().filter(|_| operation == 0xb0)?;
+        return Some(Instruction { to, from: MAP, value, ..plain(LOAD_WIDE) });
     }
     if let Some((bits, of)) = right.strip_prefix("be").and_then(|rest| rest.split_once(' ')) {
         let value = bits.parse().ok().filter(|bits| [16, 32, 64].contains(bits))?;
@@ -205,6 +221,10 @@ mod tests {
             ("r2 = *(u32 *)(r10 - 56)", [0x61, 0xa2, 0xc8, 0xff, 0, 0, 0, 0]),
             ("*(u64 *)(r10 - 8) = r2", [0x7b, 0x2a, 0xf8, 0xff, 0, 0, 0, 0]),
             ("*(u16 *)(r7 + 10) = r2", [0x6b, 0x27, 10, 0, 0, 0, 0, 0]),
+            ("r2 ^= r3", [0xaf, 0x32, 0, 0, 0, 0, 0, 0]),
+            ("r2 *= 5", [0x27, 0x02, 0, 0, 5, 0, 0, 0]),
+            ("r2 %= 3", [0x97, 0x02, 0, 0, 3, 0, 0, 0]),
+            ("r1 = map(br0)", [0x18, 0x11, 0, 0, 7, 0, 0, 0]),
             ("r1 = index(br0)", [0xb7, 0x01, 0, 0, 7, 0, 0, 0]),
             ("call fib_lookup", [0x85, 0, 0, 0, 69, 0, 0, 0]),
             ("exit", [0x95, 0, 0, 0, 0, 0, 0, 0]),
@@ -225,7 +245,8 @@ mod tests {
             "if r2 != 3232235520 goto a\na:",
             "r1 = index(tun0)",
             "call something",
-            "r1 ^= r2",
+            "r1 /= r2",
+            "r1 += map(br0)",
             "r1 = be16 r2",
             "r2 += *(u8 *)(r7 + 9)",
             "*(u24 *)(r7 + 9) = r1",
@@ -234,6 +255,8 @@ mod tests {
             let said = one(wrong).unwrap_err();
             assert!(said.starts_with("line 1 is no instruction"), "{wrong}: {said}");
         }
+        let wide = assemble("goto a\nr1 = map(br0)\na:\nexit", |_| Some(7)).unwrap();
+        assert_eq!((wide.len(), wide[0]), (4, 0x02_0005), "a map takes two, and jumps count them");
         assert_eq!(one("goto a").unwrap_err(), "there is no label a");
         assert!(one("a:\na:\nexit").unwrap_err().contains("twice"));
     }

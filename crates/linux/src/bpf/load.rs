@@ -1,4 +1,4 @@
-//! A program loaded into the kernel (`bpf(2)`, `BPF_PROG_LOAD`).
+//! Programs and maps made in the kernel (`bpf(2)`, `BPF_PROG_LOAD`, `BPF_MAP_CREATE`).
 
 use std::ffi::CStr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -11,8 +11,18 @@ use crate::error::Error;
 /// What the kernel must hear before it lends `bpf_fib_lookup`: these programs' text may be had under either licence.
 const LICENCE: &CStr = c"Dual MIT/GPL";
 const NAME: &[u8; 16] = b"droveway\0\0\0\0\0\0\0\0";
+const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_PROG_TYPE_SCHED_CLS: u32 = 3;
+const BPF_MAP_TYPE_ARRAY: u32 = 2;
+
+/// What a program is for, which is what it may do (`enum bpf_prog_type`).
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
+    /// `BPF_PROG_TYPE_SOCKET_FILTER`: looks at packets.
+    Look = 1,
+    /// `BPF_PROG_TYPE_SCHED_CLS`: changes them, and says where they go.
+    Classify = 3,
+}
 /// The most that is read of what the verifier says, bytes.
 const WORDS: u32 = 256 << 10;
 
@@ -31,7 +41,16 @@ struct Attributes {
     name: [u8; 16],
 }
 
-/// A program that the kernel took.
+/// The part of `union bpf_attr` that `BPF_MAP_CREATE` has always known.
+#[repr(C)]
+struct MapAttributes {
+    kind: u32,
+    key: u32,
+    value: u32,
+    entries: u32,
+}
+
+/// A program that the kernel took, or a map that it made.
 pub(super) struct Loaded(OwnedFd);
 
 impl Loaded {
@@ -41,13 +60,25 @@ impl Loaded {
     }
 }
 
+/// Makes an array of so many values of so many bytes, all zero.
+pub(super) fn array(entries: u32, value: u32) -> Result<Loaded, Error> {
+    let attributes = MapAttributes { kind: BPF_MAP_TYPE_ARRAY, key: 4, value, entries };
+    // SAFETY: the attributes are as long as is said and outlive the call; the descriptor is owned by nobody else.
+    let made = unsafe {
+        let size = size_of::<MapAttributes>();
+        let fd = libc::syscall(libc::SYS_bpf, BPF_MAP_CREATE, &raw const attributes, size);
+        Errno::result(fd).map(|fd| OwnedFd::from_raw_fd(fd as RawFd))
+    };
+    made.map(Loaded).map_err(|errno| refused("make a map", errno))
+}
+
 /// Loads a program of whole instructions (`struct bpf_insn`).
-pub(super) fn load(instructions: &[u64]) -> Result<Loaded, Error> {
-    match call(instructions, &mut []) {
+pub(super) fn load(kind: Kind, instructions: &[u64]) -> Result<Loaded, Error> {
+    match call(kind, instructions, &mut []) {
         Ok(loaded) => Ok(loaded),
         Err(errno @ (Errno::EACCES | Errno::EINVAL)) => {
             let mut log = vec![0; WORDS as usize];
-            let words = match call(instructions, &mut log) {
+            let words = match call(kind, instructions, &mut log) {
                 Ok(loaded) => return Ok(loaded),
                 Err(_) => CStr::from_bytes_until_nul(&log).map(CStr::to_string_lossy).unwrap_or_default(),
             };
@@ -56,16 +87,23 @@ pub(super) fn load(instructions: &[u64]) -> Result<Loaded, Error> {
             let said = last.into_iter().rev().map(str::trim).collect::<Vec<_>>().join("; ");
             Err(Error::kernel("load a program", errno, Some(said)))
         }
-        Err(errno @ Errno::EPERM) => Err(Error::errno("load a program", errno).with_remedy(
-            "only root of the machine may, with CAP_BPF and CAP_NET_ADMIN, not that of a user namespace",
-        )),
-        Err(errno) => Err(Error::errno("load a program", errno)),
+        Err(errno) => Err(refused("load a program", errno)),
     }
 }
 
-fn call(instructions: &[u64], log: &mut [u8]) -> Result<Loaded, Errno> {
+fn refused(attempted: &str, errno: Errno) -> Error {
+    let error = Error::errno(attempted.to_owned(), errno);
+    match errno {
+        Errno::EPERM => error.with_remedy(
+            "only root of the machine may, with CAP_BPF and CAP_NET_ADMIN, not that of a user namespace",
+        ),
+        _ => error,
+    }
+}
+
+fn call(kind: Kind, instructions: &[u64], log: &mut [u8]) -> Result<Loaded, Errno> {
     let attributes = Attributes {
-        kind: BPF_PROG_TYPE_SCHED_CLS,
+        kind: kind as u32,
         instructions: u32::try_from(instructions.len()).map_err(|_| Errno::E2BIG)?,
         code: instructions.as_ptr() as u64,
         licence: LICENCE.as_ptr() as u64,

@@ -1,4 +1,4 @@
-//! Programs at the ingress of a router's devices (`bpf(2)`, `tc-bpf(8)`).
+//! Programs at the ingress of a router's devices (`bpf(2)`, `tc-bpf(8)`), and at the queues of TUN devices ([`steer`]).
 //!
 //! A program is the one filter for IPv4 of its device's `clsact` queueing discipline, in direct-action mode. The filter holds
 //! it: it works on when we are gone. Its name says which text it was made of, and for which devices.
@@ -8,6 +8,7 @@
 
 mod assembly;
 mod load;
+pub(crate) mod steer;
 
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::RouteNetlinkMessage::{
@@ -52,7 +53,7 @@ pub(crate) fn attach(home: &mut Namespace, device: &Ifname, program: &Program) -
     named.sort_unstable();
     named.dedup();
     let name = format!("{}{}", program.digest, named.concat());
-    let loaded = load::load(&instructions)?;
+    let loaded = load::load(load::Kind::Classify, &instructions)?;
     detach(home, device)?;
 
     let mut qdisc = message(at, TcHandle::CLSACT, TcHandle { major: TcHandle::CLSACT.major, minor: 0 });
