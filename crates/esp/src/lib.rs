@@ -7,7 +7,7 @@
 //! Invariant: an outbound sequence number, and with it a nonce, is never used twice (RFC 4106 §3.1).
 //! Invariant: the replay window is asked before authentication and moved only after it (RFC 4303 §3.4.3).
 //! Invariant: no inner packet is given out whose source and destination the policy does not allow.
-//! Invariant: workers never wait for control: [`Published`] lets them go on with what they have.
+//! Invariant: workers never wait for control, and miss nothing that it published ([`Published`]).
 
 mod counters;
 mod inbound;

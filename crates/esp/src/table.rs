@@ -3,10 +3,7 @@
 use std::{
     collections::HashMap,
     hash::{BuildHasherDefault, Hasher},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use crate::{Inbound, InnerPolicy};
@@ -14,79 +11,85 @@ use crate::{Inbound, InnerPolicy};
 /// A value that control replaces and workers read without waiting.
 ///
 /// Each worker has a [`Reader`] with an `Arc` of its own, so that reading writes to no shared cache line: it is one
-/// load of a number that changes only with the value. A reader that meets control in the middle of the swap goes on
-/// with the old value and looks again at its next packet.
+/// load of a word that changes only with the value. No reader can miss a change because somebody else is in the middle of
+/// something, which one that goes to sleep then would not find out: each version says itself which one came after it.
 #[derive(Debug)]
 pub struct Published<T> {
-    generation: AtomicU64,
-    /// Held for the moments of a swap or a clone, by readers only if nobody else has it.
-    current: Mutex<Arc<T>>,
-    /// Held by control while it makes a new value of the old.
-    writer: Mutex<()>,
+    /// For control alone.
+    latest: Mutex<Arc<Version<T>>>,
+}
+
+#[derive(Debug)]
+struct Version<T> {
+    value: Arc<T>,
+    next: OnceLock<Arc<Version<T>>>,
+}
+
+impl<T> Version<T> {
+    fn new(value: T) -> Arc<Self> {
+        Arc::new(Self { value: Arc::new(value), next: OnceLock::new() })
+    }
 }
 
 impl<T> Published<T> {
     /// Begins with this value.
     pub fn new(value: T) -> Self {
-        Self { generation: AtomicU64::new(0), current: Mutex::new(Arc::new(value)), writer: Mutex::new(()) }
+        Self { latest: Mutex::new(Version::new(value)) }
     }
 
     /// The value of now. For control; workers have a [`Reader`].
     pub fn load(&self) -> Arc<T> {
-        Arc::clone(&self.current.lock().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.latest().value)
     }
 
-    /// Makes a new value of the old one and puts it in its place. Concurrent updates follow one another.
+    /// Makes a new value of the old one and puts it in its place. Concurrent updates follow one another; `make` has to leave
+    /// this value alone.
     pub fn update(&self, make: impl FnOnce(&T) -> T) {
-        let _writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = Arc::new(make(&self.load()));
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let old = std::mem::replace(&mut *current, next);
-        self.generation.fetch_add(1, Ordering::Release);
-        drop(current);
-        // Freed, if nobody reads it any more, with no lock that a reader could meet.
+        let mut latest = self.latest();
+        let next = Version::new(make(&latest.value));
+        // Control has the lock, and what is the latest has no next one.
+        let _ = latest.next.set(Arc::clone(&next));
+        let old = std::mem::replace(&mut *latest, next);
+        drop(latest);
+        // Freed, if nobody reads it any more, with no lock that others wait for.
         drop(old);
     }
 
     /// A worker's view.
-    pub fn reader(self: &Arc<Self>) -> Reader<T> {
-        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        Reader {
-            seen: self.generation.load(Ordering::Acquire),
-            value: Arc::clone(&current),
-            source: Arc::clone(self),
-        }
+    pub fn reader(&self) -> Reader<T> {
+        Reader { version: Arc::clone(&self.latest()) }
+    }
+
+    fn latest(&self) -> MutexGuard<'_, Arc<Version<T>>> {
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// A worker's view of a [`Published`] value.
 ///
-/// It keeps what it read alive: a worker that is about to sleep should be woken after a change, and call
-/// [`Reader::get`], so that the keys of removed SAs are zeroed. (Until then [`Inbound::stop`] and
+/// It keeps what it read alive, and all that came after it: a worker that is about to sleep should be woken after a change,
+/// and call [`Reader::get`], so that the keys of removed SAs are zeroed. (Until then [`Inbound::stop`] and
 /// [`crate::Outbound::stop`] see to it that they are of no use.)
 #[derive(Debug)]
 pub struct Reader<T> {
-    source: Arc<Published<T>>,
-    seen: u64,
-    value: Arc<T>,
+    version: Arc<Version<T>>,
 }
 
 impl<T> Reader<T> {
-    /// The newest value that can be had without waiting.
+    /// The newest value: at least the one of each [`Published::update`] that came back before this was called.
     #[inline]
     pub fn get(&mut self) -> &Arc<T> {
-        if self.source.generation.load(Ordering::Acquire) != self.seen {
-            self.renew();
+        while let Some(next) = self.version.next.get() {
+            self.version = Arc::clone(next);
         }
-        &self.value
+        &self.version.value
     }
+}
 
-    #[cold]
-    fn renew(&mut self) {
-        if let Ok(current) = self.source.current.try_lock() {
-            self.seen = self.source.generation.load(Ordering::Acquire);
-            self.value = Arc::clone(&current);
-        }
+impl<T> Drop for Reader<T> {
+    fn drop(&mut self) {
+        // Versions go one by one, and not each inside the one before it, however many there are.
+        self.get();
     }
 }
 
@@ -221,13 +224,17 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_does_not_wait_for_a_writer_that_holds_the_lock() {
-        let published = Arc::new(Published::new(1));
+    fn a_reader_neither_waits_for_control_nor_misses_what_it_published_before() {
+        let published = Published::new(1);
         let mut reader = published.reader();
         published.update(|_| 2);
-        let held = published.current.lock().unwrap();
-        assert_eq!(**reader.get(), 1, "goes on with what it has");
+        let held = published.latest();
+        assert_eq!(**reader.get(), 2, "whoever has the lock");
         drop(held);
-        assert_eq!(**reader.get(), 2);
+        published.update(|_| {
+            assert_eq!(**reader.get(), 2, "the next one is being made");
+            3
+        });
+        assert_eq!(**reader.get(), 3);
     }
 }

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 
 use esp::{Inbound, InnerPolicy, KeyMaterial, Limits, Outbound, Published, Sequence, Spi, Suite};
 use packet::{esp::HEAD_ROOM, ipv4};
@@ -54,4 +54,42 @@ fn values_never_go_backwards_under_many_updates_from_many_threads() {
         }
     });
     assert_eq!(*published.load(), 2000);
+}
+
+#[test]
+fn what_was_published_is_what_every_reader_gets_next_whoever_else_reads_or_looks() {
+    const ROUNDS: u64 = 20_000;
+    let published = Arc::new(Published::new(0u64));
+    // Both readers are let go at once after each update, as workers are that are woken.
+    let (begin, end) = (Barrier::new(3), Barrier::new(3));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut reader = published.reader();
+                let mut missed = 0;
+                for round in 1..=ROUNDS {
+                    begin.wait();
+                    missed += u64::from(**reader.get() != round);
+                    end.wait();
+                }
+                assert_eq!(missed, 0, "of {ROUNDS}");
+            });
+        }
+        for _ in 0..ROUNDS {
+            published.update(|n| n + 1);
+            begin.wait();
+            // Control looks too.
+            drop(published.load());
+            end.wait();
+        }
+    });
+}
+
+#[test]
+fn a_reader_that_slept_through_a_million_versions_lets_go_of_them_one_by_one() {
+    let published = Arc::new(Published::new(0u64));
+    let (mut slow, dropped) = (published.reader(), published.reader());
+    (0..1_000_000).for_each(|_| published.update(|n| n + 1));
+    drop(dropped);
+    assert_eq!(**slow.get(), 1_000_000);
 }

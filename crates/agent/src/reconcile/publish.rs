@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use model::Revision;
+use nix::time::ClockId;
 use plan::object::Ifname;
 use plan::{Key, Place};
 
@@ -14,7 +15,9 @@ use crate::chores::Chores;
 use crate::view::{Router, View};
 
 /// How often a busy reconciler tells others what it knows, and the most of its time that this may take: what is told
-/// grows with the network, and an attachment that comes meanwhile waits.
+/// grows with the network, and an attachment that comes meanwhile waits. Its time is what its thread had of a processor: on a
+/// machine where others have them, what takes half a millisecond ends half a second later, and tunnels, names and the server
+/// would hear of a change ten seconds after it.
 pub(super) const EVERY: Duration = Duration::from_millis(20);
 const SHARE: u32 = 20;
 
@@ -26,6 +29,7 @@ impl Reconciler {
         }
         self.unpublished = false;
         self.last_published = Instant::now();
+        let worked = worked();
         self.rested = self.book.rested_in().map(|ms| Instant::now() + Duration::from_millis(ms + 1));
         let view = self.view();
         let chores = Chores::of(
@@ -36,7 +40,7 @@ impl Reconciler {
         );
         self.published.send_replace(Arc::new(view));
         self.chores.send_replace(Arc::new(chores));
-        self.publish_pause = EVERY.max(self.last_published.elapsed() * SHARE);
+        self.publish_pause = pause_after(self::worked().saturating_sub(worked));
     }
 
     fn view(&self) -> View {
@@ -65,5 +69,32 @@ impl Reconciler {
         let troubles = self.troubles.iter().chain(&self.refused).cloned().chain(book.troubles()).collect();
         let (tunnels, moves) = (self.tunnels.clone(), self.moves);
         View { routers, tunnels, troubles, moves, ..View::from_book(book) }
+    }
+}
+
+/// Until it is told again, after telling it took so much work.
+fn pause_after(work: Duration) -> Duration {
+    EVERY.max(work * SHARE)
+}
+
+/// How much work the calling thread has done so far.
+fn worked() -> Duration {
+    // A kernel that does not count it leaves the pause at its least.
+    ClockId::CLOCK_THREAD_CPUTIME_ID.now().map(Duration::from).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_long_is_told_less_often_and_time_without_a_processor_does_not_count() {
+        assert_eq!(pause_after(Duration::from_micros(400)), EVERY);
+        assert_eq!(pause_after(Duration::from_millis(30)), Duration::from_millis(600));
+        let before = worked();
+        std::thread::park_timeout(Duration::from_millis(200));
+        let after = worked();
+        assert!(after < before + Duration::from_millis(100), "{before:?} {after:?}");
+        assert!(worked() > after, "but work does");
     }
 }

@@ -162,6 +162,14 @@ impl Field {
     }
 }
 
+impl Drop for Field {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the agent on h1:\n{}", self.log());
+        }
+    }
+}
+
 /// Asserts what makes traffic proved: charon's own counters moved, and on the underlay were ESP packets of its SPIs.
 #[track_caller]
 fn proved(before: &IkeSa, after: &IkeSa, seen: &Report, pings: u64) {
