@@ -28,9 +28,9 @@ use crate::tun;
 /// The device group of all that is made, so that it can be removed at once ("dw").
 const GROUP: u32 = 0x6477;
 
-/// How many packets, of up to 64 KB, wait in a queue of a TUN device for the agent. More adds delay under load, and no
+/// How many packets, of up to 64 KB, wait in a queue of a TUN device for the agent. More adds delay under load, and little
 /// speed.
-const TUN_QUEUE: u32 = 64;
+const TUN_QUEUE: u32 = 32;
 
 /// Where a device is made, and from where its other half is reached.
 pub(crate) struct Site<'a> {

@@ -173,6 +173,33 @@ fn a_size_changed_without_an_event_is_seen_by_a_resync_and_healed() {
 }
 
 #[test]
+fn a_bridge_lets_through_what_its_ports_do_also_when_it_was_made_anew() {
+    sandbox::run("a_bridge_lets_through_what_its_ports_do_also_when_it_was_made_anew", |dir| {
+        underlay();
+        let mut kernel = Kernel::open(dir).unwrap();
+        let mut desired = desired();
+        converge(&mut kernel, &desired);
+        let (_ns, path) = container(dir, "c70");
+        let (key, object) = endpoint(path, "e70", 70);
+        kernel.apply(&Step::Add(key.0.clone(), key.1.clone(), object.clone())).unwrap();
+        desired.insert(key, object);
+        for _ in 0..2 {
+            let observed = Kernel::open(dir).unwrap().observe(&desired).unwrap().clone();
+            let shown = |device: &str| match &observed[&(router(), Key::Link(name(device)))] {
+                Object::Link(link) => link.gso_ipv4_max_size,
+                other => panic!("{other:?}"),
+            };
+            // Before Linux 6.3 there is no such limit.
+            let expected = shown("e70").map(|_| sandbox::GSO_IPV4);
+            assert_eq!((shown("e70"), shown("br0")), (expected, expected));
+            in_router(&kernel, "ip link del br0");
+            await_drift(&mut kernel, &desired);
+            converge(&mut kernel, &desired);
+        }
+    });
+}
+
+#[test]
 fn elements_taken_or_slipped_into_a_set_are_seen() {
     sandbox::run("elements_taken_or_slipped_into_a_set_are_seen", |dir| {
         underlay();

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use linux::Kernel;
 use linux::netns::Netns;
-use linux::tun::{self, Queue};
+use linux::tun::{self, Queue, Queues};
 use linux::udp::{Family, Path, Received, Send, Socket, path_mtu};
 use nix::errno::Errno;
 use nix::libc;
@@ -65,7 +65,7 @@ fn a_tun_device_is_made_of_a_diff_and_is_what_was_asked_for() {
         assert_eq!(*kernel.observe(&desired).unwrap(), observed, "what events told is what a dump tells");
         let shown = in_router(&kernel, "ip -d link show tun0; ip addr show tun0");
         for expected in
-            ["persist on", "multi_queue", "vnet_hdr on", "qlen 64", "mtu 1400", "gso_max_size 60000"]
+            ["persist on", "multi_queue", "vnet_hdr on", "qlen 32", "mtu 1400", "gso_max_size 60000"]
         {
             assert!(shown.contains(expected), "{expected}: {shown}");
         }
@@ -102,6 +102,78 @@ fn whatever_is_done_to_a_tun_device_is_seen_and_healed() {
             kernel.resync().unwrap();
             assert_eq!(*kernel.observe(&desired).unwrap(), observed, "{command}: events and dump agree");
             drop(queue(&kernel));
+        }
+    });
+}
+
+#[test]
+fn who_sends_little_does_not_wait_behind_who_sends_much_and_keeps_its_order() {
+    sandbox::run("who_sends_little_does_not_wait_behind_who_sends_much_and_keeps_its_order", |dir| {
+        let mut kernel = Kernel::open(dir).unwrap();
+        converge(&mut kernel, &with_tun());
+        let ns = kernel.router_netns(&network()).unwrap();
+        let queues = Queues::open(ns, "tun0", 2).unwrap();
+        if let Some(why) = &queues.unsteered {
+            assert!(queues.sparse.is_empty(), "{why}");
+            assert!(why.to_string().contains("user namespace"), "only for want of privileges: {why}");
+            return;
+        }
+        let open = || ns.run(|| Socket::bind(Family::V4, 0).unwrap()).unwrap();
+        let (much, little) = (open(), open());
+        let path = Path { local: any(Family::V4, 0), remote: "10.42.65.3:7".parse().unwrap() };
+        let send = |socket: &Socket, number: u8| {
+            let bytes = [number; 1000];
+            assert_eq!(sent(socket, &[Send { path, bytes: &bytes, segment: 1000, tos: 0 }]), Ok(1));
+        };
+        // Where the next packet waits, sparse queues first: whether in one of those, which worker's, and its number.
+        let next = || {
+            let mut buffer = [0; 2048];
+            [(true, &queues.sparse), (false, &queues.bulk)].into_iter().find_map(|(sparse, queues)| {
+                queues.iter().enumerate().find_map(|(worker, queue)| {
+                    let length = queue.read(&mut buffer).unwrap()?;
+                    Some((sparse, worker, buffer[length - 1]))
+                })
+            })
+        };
+        // One flow fills its bucket, and is with the same worker all along.
+        let mut seen = Vec::new();
+        for number in 0..100 {
+            send(&much, number);
+            seen.push(next().expect("a packet"));
+        }
+        assert!(next().is_none());
+        assert_eq!(seen.iter().map(|it| it.2).collect::<Vec<_>>(), (0..100).collect::<Vec<_>>());
+        assert!(seen.iter().all(|it| it.1 == seen[0].1), "{seen:?}");
+        let turned = seen.iter().position(|it| !it.0).expect("it becomes bulk");
+        assert!((25..60).contains(&turned) && seen[turned..].iter().all(|it| !it.0), "{seen:?}");
+        // Beside it, another does not wait.
+        for number in 100..105 {
+            send(&much, number);
+        }
+        send(&little, 200);
+        let order: Vec<_> = std::iter::from_fn(next).map(|(sparse, _, number)| (sparse, number)).collect();
+        let bulk = (100..105).map(|number| (false, number));
+        assert_eq!(order, std::iter::once((true, 200)).chain(bulk).collect::<Vec<_>>());
+        // What was sent while it was sparse comes before what is bulk, also where nobody read in between.
+        let third = open();
+        let mut all = Vec::new();
+        for number in 0..40 {
+            send(&third, number);
+            if number % 20 == 19 && number < 20 {
+                all.extend(std::iter::from_fn(next).map(|it| it.2));
+            }
+        }
+        all.extend(std::iter::from_fn(next).map(|it| it.2));
+        assert_eq!(all, (0..40).collect::<Vec<_>>());
+        // After a pause it is sparse again: time is what is waited for.
+        let until = Instant::now() + Duration::from_secs(10);
+        loop {
+            std::thread::sleep(Duration::from_millis(100));
+            send(&much, 1);
+            if next().expect("a packet").0 {
+                break;
+            }
+            assert!(Instant::now() < until, "it stays bulk");
         }
     });
 }

@@ -40,19 +40,22 @@ struct Wanted {
 }
 
 /// Each technique off, on its own: what it is worth here.
-const ABLATION: [&str; 13] = [
+const ABLATION: [&str; 16] = [
     "",
     "no-tso",
     "no-uso",
     "no-gso",
     "no-gro",
     "no-merge",
+    "no-long",
+    "no-sparse",
     "no-tso,no-gso,no-gro,no-merge",
     "spin=0",
     "spin=100",
     "flush=65536",
     "turn=1",
     "receive=1",
+    "receive=4",
     "receive=16",
 ];
 
@@ -64,7 +67,7 @@ impl Wanted {
             measure: String::new(),
             vxlan: true,
             // As the agent makes its devices.
-            queue: 64,
+            queue: 32,
             peers: None,
             tunings: Vec::new(),
         };

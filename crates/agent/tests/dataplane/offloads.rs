@@ -17,7 +17,7 @@ use crate::traffic::is_whole;
 const TOGETHER: u32 = 40;
 
 /// All that can be refused of three, and what has no partner.
-const REFUSED: [&str; 11] = [
+const REFUSED: [&str; 13] = [
     "",
     "no-tso",
     "no-gso",
@@ -28,6 +28,8 @@ const REFUSED: [&str; 11] = [
     "no-tso,no-gso,no-gro",
     "no-uso",
     "no-merge",
+    "no-long",
+    "no-sparse",
     "workers=3,no-uso",
 ];
 
@@ -35,7 +37,7 @@ const REFUSED: [&str; 11] = [
 fn slower(refused: &str) -> usize {
     let each = |word| match word {
         "no-tso" => 2,
-        "no-uso" | "no-gso" | "no-gro" => 1,
+        "no-uso" | "no-gso" | "no-gro" | "no-sparse" => 1,
         _ => 0,
     };
     refused.split(',').map(each).sum()
@@ -63,7 +65,11 @@ fn whatever_is_refused_everything_arrives_whole_and_in_order() {
     sandbox::run("offloads::whatever_is_refused_everything_arrives_whole_and_in_order", |dir| {
         each(dir, |pair, refused| {
             let Pair { a, b } = pair;
-            assert_eq!(a.path.refused().len(), slower(refused), "{refused}: {:?}", a.path.refused());
+            let seen: Vec<_> = a.path.refused();
+            // Only root of the machine may load the program that steers, and old kernels know no long superpackets.
+            let by_kernel = |line: &&&str| line.starts_with("steering") || line.contains("Linux 6.3");
+            let allowed = if refused == "no-sparse" { 0 } else { seen.iter().filter(by_kernel).count() };
+            assert_eq!(seen.len() - allowed, slower(refused), "{refused}: {seen:?}");
             is_whole(a, b, "10.42.2.1", bytes(refused));
             is_whole(b, a, "fd42:1::1", bytes(refused) / 2);
             let numbers = datagrams(a, b, 50);

@@ -87,6 +87,35 @@ fn a_tcp_stream_arrives_bit_for_bit_in_both_directions_and_families() {
 }
 
 #[test]
+fn a_stream_is_given_to_the_kernel_in_more_than_64_kb_at_once_only_where_it_takes_that_and_goes_no_further() {
+    sandbox::run(
+        "traffic::a_stream_is_given_to_the_kernel_in_more_than_64_kb_at_once_only_where_it_takes_that_and_goes_no_further",
+        |dir| {
+            let Pair { a, b } = pair(dir);
+            b.sh("nft 'add table ip seen; add chain ip seen in { type filter hook input priority 0; }; \
+                  add rule ip seen in meta length > 65535 counter'");
+            let long = || !b.sh("nft list table ip seen").contains("packets 0 ");
+            let carry = || is_whole(&a, &b, "10.42.2.1", 20_000_000);
+            if b.path.refused().iter().any(|line| line.contains("Linux 6.3")) {
+                carry();
+                assert!(!long());
+                return;
+            }
+            eventually("a long superpacket", || {
+                carry();
+                long()
+            });
+            // What may leave by the device again is no longer than the device takes.
+            b.path.set_routes(DEVICE, vec![("10.42.1.0/24".parse().unwrap(), PEER)], true);
+            b.sh("nft flush table ip seen; nft add rule ip seen in meta length \\> 65535 counter");
+            carry();
+            carry();
+            assert!(!long());
+        },
+    );
+}
+
+#[test]
 fn a_stream_arrives_whole_beside_a_thousand_other_peers_that_come_meanwhile() {
     sandbox::run(
         "traffic::a_stream_arrives_whole_beside_a_thousand_other_peers_that_come_meanwhile",

@@ -80,7 +80,7 @@ fn pair(dir: &Path, suite: Suite) -> Result<Pair, String> {
     for host in [&mut pair.a, &mut pair.b] {
         host.suite = suite;
         // As the agent makes its devices.
-        host.sh("ip link set tun0 txqueuelen 64");
+        host.sh("ip link set tun0 txqueuelen 32");
     }
     pair.connect();
     Ok(pair)
