@@ -257,10 +257,11 @@ struct End<'a> {
 fn make_pair(home: &mut Namespace, name: &Ifname, want: &Link, end: &End<'_>, ns: i32) -> Result<(), Error> {
     let far = named(
         end.name,
-        [LinkAttribute::NetNsFd(ns)]
-            .into_iter()
-            .chain(end.mac.map(address))
-            .chain(sizes(Some(end.mtu), end.gso_max_size, None)),
+        [LinkAttribute::NetNsFd(ns)].into_iter().chain(end.mac.map(address)).chain(sizes(
+            Some(end.mtu),
+            end.gso_max_size,
+            None,
+        )),
     );
     let make = named(
         name,

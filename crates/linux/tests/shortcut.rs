@@ -254,6 +254,35 @@ fn a_superpacket_stays_whole_if_its_segments_fit_and_is_refused_if_not() {
 }
 
 #[test]
+fn a_superpacket_that_is_longer_than_its_header_can_say_goes_past_the_stack_whole() {
+    run("a_superpacket_that_is_longer_than_its_header_can_say_goes_past_the_stack_whole", |dir| {
+        let scene = Scene::made(dir);
+        if !scene.queue.takes_long() {
+            return;
+        }
+        scene.count_inside("tcp flags ack meta length > 65535");
+        let before = scene.by_stack();
+        // No `segment` is so long: the rest is put behind one, and the length is taken out.
+        let mut long = segment(ELSEWHERE, ACK, 1000);
+        long.resize(long.len() + 150_000, 7);
+        let long = changed(long, |packet| packet[2..4].fill(0));
+        bring_super(&scene.queue, &long, 1000);
+        scene.await_hits(1);
+        assert_eq!(scene.by_stack(), before);
+        // Of anything else the length must be true.
+        let lying = changed(segment(ELSEWHERE, ACK, 100), |packet| packet[2..4].fill(0));
+        bring(&scene.queue, &lying);
+        bring(
+            &scene.queue,
+            &changed(datagram(ELSEWHERE, CONTAINER, "no length"), |packet| packet[2..4].fill(0)),
+        );
+        bring(&scene.queue, &datagram(ELSEWHERE, CONTAINER, "welcome"));
+        assert_eq!(heard(&scene.socket).1, "welcome");
+        scene.await_hits(1);
+    });
+}
+
+#[test]
 fn what_cannot_be_handed_on_is_answered_for_by_the_stack() {
     run("what_cannot_be_handed_on_is_answered_for_by_the_stack", |dir| {
         let scene = Scene::made(dir);

@@ -27,7 +27,16 @@ use sandbox::{
 fn with_tun() -> State {
     let link = |kind| {
         let (mtu, gso_max_size) = (Some(1400), Some(60_000));
-        Object::Link(Link { kind, mac: None, mtu, gso_max_size, gso_ipv4_max_size: None, master: None, up: true, peer: None })
+        Object::Link(Link {
+            kind,
+            mac: None,
+            mtu,
+            gso_max_size,
+            gso_ipv4_max_size: None,
+            master: None,
+            up: true,
+            peer: None,
+        })
     };
     let route = |kind, dev: Option<&str>, src: Option<&str>| {
         Object::Route(Route { kind, via: None, dev: dev.map(name), src: src.map(ip), metric: 0 })

@@ -276,7 +276,8 @@ fn pushes_that_follow_each_other_become_one_at_the_end() {
     assert_merge_is_undone(&packets);
 
     let last = [packets[2].clone(), packets[3].clone()];
-    let none = merge_and_cut(&last).1[0].packets.iter().all(|segment| view(segment).flags() & flags::PSH == 0);
+    let none =
+        merge_and_cut(&last).1[0].packets.iter().all(|segment| view(segment).flags() & flags::PSH == 0);
     assert!(none, "where nobody pushed, nobody does");
 }
 

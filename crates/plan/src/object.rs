@@ -417,10 +417,7 @@ impl Link {
         kind && self.mac.is_none_or(|mac| have.mac == Some(mac))
             && self.mtu.is_none_or(|mtu| have.mtu == Some(mtu))
             && self.gso_max_size.is_none_or(|size| have.gso_max_size == Some(size))
-            && self
-                .gso_ipv4_max_size
-                .zip(have.gso_ipv4_max_size)
-                .is_none_or(|(want, have)| want == have)
+            && self.gso_ipv4_max_size.zip(have.gso_ipv4_max_size).is_none_or(|(want, have)| want == have)
             && self.master == have.master
             && self.up == have.up
     }

@@ -189,9 +189,11 @@ impl Watched {
     /// The queues of a worker, in the order in which they are to be read. None of a device with fewer queues than workers.
     pub fn of(device: &Arc<Device>, worker: usize) -> impl Iterator<Item = Self> {
         let both = [(true, &device.queues.sparse), (false, &device.queues.bulk)];
-        both.into_iter()
-            .filter(move |(_, queues)| worker < queues.len())
-            .map(move |(sparse, _)| Self { device: Arc::clone(device), worker, sparse })
+        both.into_iter().filter(move |(_, queues)| worker < queues.len()).map(move |(sparse, _)| Self {
+            device: Arc::clone(device),
+            worker,
+            sparse,
+        })
     }
 
     /// Packets that wait for this worker.

@@ -195,11 +195,8 @@ fn normalize(packet: &mut [u8]) {
         let word = |bytes: &[u8], at: usize| u16::from_be_bytes([bytes[at], bytes[at + 1]]);
         let before = word(transport, tcp::FLAGS_AT - 1);
         transport[tcp::FLAGS_AT] &= !tcp::flags::PSH;
-        let sum = checksum::adjust(
-            word(transport, tcp::CHECKSUM_AT),
-            before,
-            word(transport, tcp::FLAGS_AT - 1),
-        );
+        let sum =
+            checksum::adjust(word(transport, tcp::CHECKSUM_AT), before, word(transport, tcp::FLAGS_AT - 1));
         transport[tcp::CHECKSUM_AT..tcp::CHECKSUM_AT + 2].copy_from_slice(&sum.to_be_bytes());
     }
     if layout.version == Version::V4 {
