@@ -27,7 +27,7 @@ const FULL: u32 = 32 << 10;
 const PAUSE: u32 = 20_000_000;
 
 /// `TUNSETSTEERINGEBPF`, which libc does not know: `_IOR('T', 224, int)`.
-const SET_STEERING: libc::c_ulong = 2 << 30 | 4 << 16 | 0x54 << 8 | 224;
+const SET_STEERING: libc::c_ulong = 0x8004_54e0;
 
 /// Steers flows over the queues of a device that were opened in this order: one for the bulk of each worker, one for the sparse
 /// of each. It belongs to the device, and lasts.
