@@ -60,6 +60,8 @@ pub struct Split<'a> {
     count: usize,
     /// The sum over the pseudo-header but for its length.
     pseudo: Sum,
+    /// The sum over the IPv4 header but for length, identification and checksum.
+    header: Sum,
 }
 
 impl<'a> Split<'a> {
@@ -110,6 +112,12 @@ impl<'a> Split<'a> {
             index: 0,
             count: total.div_ceil(size).max(1),
             pseudo: ip::pseudo_sum(packet, version, protocol, 0),
+            header: match version {
+                Version::V4 => {
+                    Sum::default().bytes(&packet[..2]).bytes(&packet[6..10]).bytes(&packet[12..ip_header])
+                }
+                Version::V6 => Sum::default(),
+            },
         })
     }
 
@@ -135,6 +143,7 @@ impl<'a> Split<'a> {
             index: 0,
             count: 1,
             pseudo: Sum::default(),
+            header: Sum::default(),
         })
     }
 
@@ -200,13 +209,10 @@ impl<'a> Split<'a> {
         let length = segment.len();
         match self.version {
             Version::V4 => {
-                let header = usize::from(segment[0] & 0x0f) * 4;
                 field::put16(segment, 2, length as u16);
                 let ident = field::be16(segment, 4).wrapping_add(self.index as u16);
                 field::put16(segment, 4, ident);
-                field::put16(segment, 10, 0);
-                let sum = Sum::default().bytes(&segment[..header]).checksum();
-                field::put16(segment, 10, sum);
+                field::put16(segment, 10, self.header.u16(length as u16).u16(ident).checksum());
             }
             Version::V6 => field::put16(segment, 4, (length - ipv6::HEADER_LEN) as u16),
         }

@@ -224,6 +224,8 @@ impl<T: AsFd> Watch<T> {
         }
         self.hastes = HASTES + 1;
         std::thread::sleep(NAP);
+        // What came meanwhile elsewhere does not wait for longer.
+        self.ask(EpollTimeout::ZERO);
         true
     }
 
