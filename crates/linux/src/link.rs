@@ -312,6 +312,10 @@ fn adjust(
         change.mtu = change.mtu.filter(|mtu| Some(*mtu) != have.mtu);
         change.gso_max_size = change.gso_max_size.filter(|size| Some(*size) != have.gso_max_size);
     }
+    if matches!(want.kind, LinkKind::Bridge { .. }) && change.gso_max_size.is_some() {
+        // With the one the kernel sets the other.
+        change.gso_ipv4_max_size = widest_port(home, shown, name);
+    }
     set(home, name, &change)?;
     if let LinkKind::Bridge { link_local_learning: on } = want.kind {
         let info = InfoData::Bridge(vec![link_local_learning(on)]);
@@ -369,6 +373,17 @@ fn widen(master: u32, port: &Link) -> Option<Request<RouteNetlinkMessage>> {
     let mut message = message([LinkAttribute::GsoIpv4MaxSize(size)]);
     message.header.index = master;
     Some(request(SetLink(message), 0))
+}
+
+/// What the ports of a bridge let through of IPv4 ([`widen`]).
+fn widest_port(home: &Namespace, shown: &Shown, bridge: &Ifname) -> Option<u32> {
+    let of = |((place, _), object): (&(plan::Place, Key), &Object)| match object {
+        Object::Link(link) if *place == home.place && link.master.as_ref() == Some(bridge) => {
+            link.gso_ipv4_max_size
+        }
+        _ => None,
+    };
+    shown.state.iter().filter_map(of).max()
 }
 
 /// Keeps the kernel from giving the device an IPv6 link-local address.

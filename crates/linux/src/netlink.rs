@@ -30,9 +30,9 @@ use crate::error::Error;
 
 /// What one read takes at most. The kernel fills dumps up to this size.
 const BUFFER: usize = 64 << 10;
-/// How many bytes of events may wait to be read before the kernel drops them and says so.
 /// `IFLA_GSO_IPV4_MAX_SIZE`, which libc does not know for every system.
 const IFLA_GSO_IPV4_MAX_SIZE: u16 = 63;
+/// How many bytes of events may wait to be read before the kernel drops them and says so.
 const EVENT_BUFFER: usize = 16 << 20;
 /// How often an interrupted dump is asked for again.
 const DUMP_ATTEMPTS: usize = 16;

@@ -57,7 +57,10 @@ impl Queues {
         let sparse = (0..workers).map(open).collect::<Result<Vec<_>, _>>()?;
         match steer::steer(first.as_fd(), workers) {
             Ok(()) => queues.sparse = sparse,
-            Err(error) => queues.unsteered = Some(error),
+            Err(error) => {
+                steer::leave(first.as_fd());
+                queues.unsteered = Some(error);
+            }
         }
         Ok(queues)
     }
@@ -122,8 +125,8 @@ impl Queue {
         self.offloads
     }
 
-    /// Whether the kernel takes TCP superpackets of IPv4 that are longer than their header can say, with a length of 0 there
-    /// (since Linux 6.3, which is told by a limit that devices have for them).
+    /// Whether the kernel knows TCP superpackets of IPv4 that are longer than their header can say, with a length of 0 there
+    /// (since Linux 6.3, which is told by a limit that devices have for them). Before 6.6 a device still refuses them.
     pub fn takes_long(&self) -> bool {
         self.long
     }

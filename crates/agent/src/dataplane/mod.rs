@@ -24,9 +24,9 @@ mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::SystemTime;
 
@@ -248,14 +248,16 @@ impl Dataplane {
         });
     }
 
-    /// Closes the device's queue and forgets its routes. Its security associations are for the caller to remove.
-    pub fn remove_device(&self, device: DeviceIndex) {
+    /// Closes the device's queues and forgets its routes. Its security associations are for the caller to remove.
+    pub fn remove_device(&self, device: DeviceIndex) -> Closing {
+        let queues = self.shared.state.load().devices.get(&device).map_or_else(Weak::new, Arc::downgrade);
         self.change(|state| {
             let mut state = state.clone();
             state.devices.remove(&device);
             state.routes.remove(&device);
             state
         });
+        Closing(queues)
     }
 
     /// Which peer an inner destination belongs to, by the longest prefix. Replaces all routes of the device. `onward`: what one
@@ -407,7 +409,7 @@ impl Dataplane {
             ),
             (
                 !state.devices.values().all(long),
-                "TCP superpackets of more than 64 KB (Linux 6.3): what is received passes the device in shorter ones",
+                "TCP superpackets of more than 64 KB (Linux 6.6, and memory in large pieces): what is received passes the device in shorter ones",
             ),
             (offloads().any(|it| !it.tso), "TUN segmentation: every segment passes the device alone"),
             (offloads().any(|it| !it.uso), "TUN segmentation of UDP: every datagram passes the device alone"),
@@ -448,6 +450,18 @@ impl Dataplane {
     /// Threads that sleep take in the change, and let go of keys that it removed.
     fn wake(&self) {
         self.wakers.iter().for_each(Waker::wake);
+    }
+}
+
+/// Queues of a device on their way to be closed: threads let go of them when they have seen the change.
+#[derive(Default)]
+pub struct Closing(Weak<Device>);
+
+impl Closing {
+    /// Whether they are closed. The kernel counts queues of a device in the order in which they were opened, so none is opened
+    /// before.
+    pub fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
     }
 }
 

@@ -289,12 +289,13 @@ impl Inner {
             match written {
                 Ok(true) => {}
                 Ok(false) => shared.drops.receive.add(Reason::DeviceFull, merged.segments()),
-                Err(error) if merged.len() > usize::from(u16::MAX) && is_no_memory(&error) => {
-                    // Memory is in small pieces. TCP sends again what was in this one.
-                    device.short.store(true, Ordering::Relaxed);
+                Err(error) => {
+                    if merged.len() > usize::from(u16::MAX) && !is_gone(&error) {
+                        // Memory is in small pieces, or the kernel is older than 6.6. TCP sends again what was in this one.
+                        device.short.store(true, Ordering::Relaxed);
+                    }
                     shared.drops.receive.add(Reason::DeviceRefused, merged.segments());
                 }
-                Err(_) => shared.drops.receive.add(Reason::DeviceRefused, merged.segments()),
             }
         }
     }
@@ -305,8 +306,10 @@ fn begins(message: &[u8]) -> bool {
     message.get(RESPONDER_SPI) == Some(&[0; 8]) && message.get(NEXT_PAYLOAD) != Some(&NOTIFY)
 }
 
-fn is_no_memory(error: &std::io::Error) -> bool {
-    matches!(Errno::from_raw(error.raw_os_error().unwrap_or_default()), Errno::ENOBUFS | Errno::ENOMEM)
+/// Whether the device is down or removed, whatever is written to it.
+fn is_gone(error: &std::io::Error) -> bool {
+    let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+    matches!(errno, Errno::EIO | Errno::EBADFD | Errno::EBADF | Errno::ENODEV)
 }
 
 fn write_one<const N: usize>(queue: &tun::Queue, merged: &Merged<'_>, bytes: &[u8]) -> std::io::Result<bool> {

@@ -202,6 +202,12 @@ impl Watched {
         let queues = if self.sparse { &self.device.queues.sparse } else { &self.device.queues.bulk };
         &queues[self.worker]
     }
+
+    /// What goes before each packet of this queue.
+    #[inline]
+    pub fn ahead(&self) -> Option<&tun::Queue> {
+        self.device.queues.sparse.get(self.worker).filter(|_| !self.sparse)
+    }
 }
 
 impl AsFd for Watched {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use linux::udp;
+use linux::{tun, udp};
 use nix::errno::Errno;
 use packet::ecn::{self, Dscp};
 use packet::esp::HEAD_ROOM;
@@ -22,6 +22,8 @@ use crate::dataplane::{DeviceIndex, Direction, Error, PeerIndex, Signal};
 
 /// The underlay sees the class of inner packets (RFC 4301 §5.1.2.1).
 const DSCP: Dscp = Dscp::Copy;
+/// Packets of the sparse that go before one of the bulk: more than a queue holds.
+const AHEAD_MAX: usize = 64;
 const INPUT: usize = vnet::LEN + 65_536;
 /// How often packets that wait are looked at for their age.
 const EXPIRE_EVERY: Duration = Duration::from_secs(1);
@@ -32,7 +34,8 @@ pub(super) struct Transmitter {
     worker: usize,
     stop: Arc<AtomicBool>,
     watch: Watch<Watched>,
-    input: Box<[u8]>,
+    /// For a packet, and for one that goes before it.
+    input: [Box<[u8]>; 2],
     sender: Sender,
     early: Early,
     expired: Instant,
@@ -63,7 +66,7 @@ impl Transmitter {
             worker,
             stop,
             watch: Watch::new(shared.tuning.spin)?,
-            input: vec![0; INPUT].into(),
+            input: [vec![0; INPUT].into(), vec![0; INPUT].into()],
             sender: Sender {
                 output: Output::new(shared.tuning.flush, worker),
                 scratch: vec![0; 2 * INPUT].into(),
@@ -147,48 +150,87 @@ impl Transmitter {
     }
 }
 
-/// Reads a device for as long as it is its turn.
+/// Reads a queue for as long as it is its turn. What waits in that of the sparse goes before each packet of the bulk: of the
+/// same flow it was sent before it.
 fn serve(
     shared: &Shared,
     state: &State,
     watched: &Watched,
-    input: &mut [u8],
+    [input, ahead]: &mut [Box<[u8]>; 2],
     sender: &mut Sender,
     early: &mut Early,
 ) -> Work {
-    let device = &watched.device;
-    let queue = watched.queue();
-    let routes = state.routes.get(&device.index);
+    let mut onward = |bytes: &[u8]| forward(shared, state, watched.device.index, bytes, sender, early);
     let (mut packets, mut total) = (0, 0);
-    let work = |packets, total| if packets == 0 { Work::Dry } else { Work::Done(packets, total) };
     for _ in 0..shared.tuning.turn {
-        let bytes = match queue.read(input) {
-            Ok(Some(length)) => &input[..length],
-            Ok(None) => return work(packets, total),
-            Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
-                Errno::EINTR => continue,
-                // The device is gone; control will find out from the kernel.
-                Errno::EBADFD | Errno::EBADF | Errno::EIO | Errno::ENODEV => return Work::Gone,
-                // A packet that the kernel could not hand out.
-                _ => {
-                    shared.drops.transmit.add(Reason::DeviceRefused, 1);
-                    continue;
-                }
-            },
+        let length = match take(shared, watched.queue(), input) {
+            Taken::Packet(length) => length,
+            Taken::Nothing if packets == 0 => return Work::Dry,
+            Taken::Nothing => break,
+            Taken::Lost => continue,
+            Taken::Gone => return Work::Gone,
         };
-        packets += 1;
-        total += bytes.len();
-        let peer = routes.zip(bytes.get(vnet::LEN..)).and_then(|(routes, packet)| routes.find(packet));
-        let Some(peer) = peer else {
-            shared.drops.transmit.add(Reason::NoRoute, 1);
-            continue;
-        };
-        let key = (peer, device.index);
-        if sender.send_read(shared, state, key, bytes).is_err() {
-            hold(shared, state, early, key, bytes);
+        if let Some(queue) = watched.ahead() {
+            for _ in 0..AHEAD_MAX {
+                let Taken::Packet(length) = take(shared, queue, ahead) else { break };
+                onward(&ahead[..length]);
+                packets += 1;
+                total += length;
+            }
         }
+        onward(&input[..length]);
+        packets += 1;
+        total += length;
     }
-    work(packets, total)
+    if packets == 0 { Work::Dry } else { Work::Done(packets, total) }
+}
+
+/// What came of reading a queue.
+enum Taken {
+    Packet(usize),
+    Nothing,
+    /// A packet that the kernel could not hand out.
+    Lost,
+    /// The device is gone; control will find out from the kernel.
+    Gone,
+}
+
+#[inline]
+fn take(shared: &Shared, queue: &tun::Queue, input: &mut [u8]) -> Taken {
+    match queue.read(input) {
+        Ok(Some(length)) => Taken::Packet(length),
+        Ok(None) => Taken::Nothing,
+        Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
+            Errno::EINTR => Taken::Lost,
+            Errno::EBADFD | Errno::EBADF | Errno::EIO | Errno::ENODEV => Taken::Gone,
+            _ => {
+                shared.drops.transmit.add(Reason::DeviceRefused, 1);
+                Taken::Lost
+            }
+        },
+    }
+}
+
+/// Sends what was read from a device to where it goes, or keeps it for a while.
+#[inline]
+fn forward(
+    shared: &Shared,
+    state: &State,
+    device: DeviceIndex,
+    bytes: &[u8],
+    sender: &mut Sender,
+    early: &mut Early,
+) {
+    let routes = state.routes.get(&device);
+    let peer = routes.zip(bytes.get(vnet::LEN..)).and_then(|(routes, packet)| routes.find(packet));
+    let Some(peer) = peer else {
+        shared.drops.transmit.add(Reason::NoRoute, 1);
+        return;
+    };
+    let key = (peer, device);
+    if sender.send_read(shared, state, key, bytes).is_err() {
+        hold(shared, state, early, key, bytes);
+    }
 }
 
 /// Keeps a packet that there is no security association for.

@@ -25,12 +25,12 @@ const DRY: u32 = 64;
 const ASK_EVERY: u32 = 16;
 const ASK_EVERY_BYTES: usize = 128 << 10;
 /// Woken after less than this, with less than so many bytes to show for it, so many times in a row: from then on, naps. They
-/// last so long, and end when one brings fewer packets than that.
+/// last so long, and end when one brings fewer packets than that; or so many that the queue may have been full.
 const HASTE: Duration = Duration::from_micros(20);
 const HASTE_BYTES: usize = 16 << 10;
 const HASTES: u32 = 8;
 const NAP: Duration = Duration::from_micros(100);
-const NAP_WORTH: usize = 4;
+const NAP_WORTH: std::ops::Range<usize> = 4..24;
 /// A sleep that was longer is no pause between two packets that belong together.
 const PAUSE: Duration = Duration::from_micros(500);
 const EVENTS: usize = 64;
@@ -218,7 +218,7 @@ impl<T: AsFd> Watch<T> {
     fn nap(&mut self) -> bool {
         let (packets, bytes) = (std::mem::take(&mut self.packets), std::mem::take(&mut self.bytes));
         let first = self.hastes == HASTES;
-        if !first && (packets < NAP_WORTH || bytes >= HASTE_BYTES) {
+        if !first && (!NAP_WORTH.contains(&packets) || bytes >= HASTE_BYTES) {
             self.hastes = 0;
             return false;
         }

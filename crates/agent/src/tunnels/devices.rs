@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use linux::netns::Netns;
@@ -9,8 +10,11 @@ use linux::tun::Queues;
 use model::NetworkId;
 
 use crate::NETNS_DIR;
-use crate::dataplane::{Dataplane, DeviceIndex, PeerIndex};
+use crate::dataplane::{Closing, Dataplane, DeviceIndex, PeerIndex};
 use crate::view::View;
+
+/// The packet path's threads let go of a device's queues in much less than this; if not, it is tried again later.
+const CLOSE_WAIT: Duration = Duration::from_millis(20);
 
 /// Devices by network. A network keeps its number.
 #[derive(Default)]
@@ -22,6 +26,8 @@ pub(super) struct Devices {
 struct Device {
     index: DeviceIndex,
     opened: Option<Opened>,
+    /// What was open before.
+    closing: Closing,
     routes: Vec<(IpNet, PeerIndex)>,
     onward: bool,
     /// It could not be opened, and that was logged.
@@ -42,7 +48,14 @@ impl Devices {
         let next = &mut self.next;
         let device = self.all.entry(network.clone()).or_insert_with(|| {
             *next += 1;
-            Device { index: DeviceIndex(*next), opened: None, routes: Vec::new(), onward: false, told: false }
+            Device {
+                index: DeviceIndex(*next),
+                opened: None,
+                closing: Closing::default(),
+                routes: Vec::new(),
+                onward: false,
+                told: false,
+            }
         });
         device.index
     }
@@ -64,7 +77,7 @@ impl Devices {
                 device.opened = None;
                 device.routes.clear();
                 device.onward = false;
-                dataplane.remove_device(device.index);
+                device.closing = dataplane.remove_device(device.index);
             }
         }
         let mut all = true;
@@ -73,6 +86,14 @@ impl Devices {
             let Some(device) = self.all.get_mut(network).filter(|device| device.opened.is_none()) else {
                 continue;
             };
+            let until = Instant::now() + CLOSE_WAIT;
+            while !device.closing.is_over() && Instant::now() < until {
+                std::thread::yield_now();
+            }
+            if !device.closing.is_over() {
+                all = false;
+                continue;
+            }
             match queues(&opened.netns, dataplane.workers()) {
                 Ok(queues) => {
                     if let Some(why) = &queues.unsteered {

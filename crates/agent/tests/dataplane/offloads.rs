@@ -67,7 +67,7 @@ fn whatever_is_refused_everything_arrives_whole_and_in_order() {
             let Pair { a, b } = pair;
             let seen: Vec<_> = a.path.refused();
             // Only root of the machine may load the program that steers, and old kernels know no long superpackets.
-            let by_kernel = |line: &&&str| line.starts_with("steering") || line.contains("Linux 6.3");
+            let by_kernel = |line: &&&str| line.starts_with("steering") || line.contains("Linux 6.6");
             let allowed = if refused == "no-sparse" { 0 } else { seen.iter().filter(by_kernel).count() };
             assert_eq!(seen.len() - allowed, slower(refused), "{refused}: {seen:?}");
             is_whole(a, b, "10.42.2.1", bytes(refused));

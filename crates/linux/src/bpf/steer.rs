@@ -4,9 +4,9 @@
 //! queue for either, and reads that of the sparse first. What a flow has sent lately is a bucket that leaks a megabyte a
 //! second. A flow that fills it is bulk, until it was empty and the flow paused.
 //!
-//! Invariant: packets of one flow keep their order. The queue of the sparse is read first, so none overtakes where a flow
-//! becomes bulk; and one that is sparse again has paused for longer than anything waits.
-//! Invariant: a flow stays with one worker.
+//! Invariant: packets of one flow keep their order where a reader, having read one of the bulk, sends what waits in the queue
+//! of the sparse before it; and one that is sparse again has paused for longer than what comes before it waits.
+//! Invariant: a flow stays with one worker. Fragments, which have no ports, are a flow of their own for each two addresses.
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -18,13 +18,13 @@ use super::load::{self, Kind};
 use crate::error::Error;
 
 /// Buckets: flows that share one are taken for one.
-const BUCKETS: u32 = 2048;
+const BUCKETS: u32 = 512;
 /// `u64` nanoseconds when it was last filled, `u32` bytes in it, `u32` whether it is bulk.
 const BUCKET: u32 = 16;
 /// Bytes that fill a bucket. A byte leaks each 1,024 ns.
 const FULL: u32 = 32 << 10;
 /// Nanoseconds that a flow must pause before it is sparse again.
-const PAUSE: u32 = 20_000_000;
+const PAUSE: u32 = 100_000_000;
 
 /// `TUNSETSTEERINGEBPF`, which libc does not know: `_IOR('T', 224, int)`.
 const SET_STEERING: libc::c_ulong = 0x8004_54e0;
@@ -37,14 +37,21 @@ pub(crate) fn steer(queue: BorrowedFd<'_>, workers: u32) -> Result<(), Error> {
     let instructions = assemble(&text(workers), |name| (name == "flows").then(|| flows.number()))
         .map_err(|why| Error::words(attempted, format!("the program's text is wrong: {why}")))?;
     let program = load::load(Kind::Look, &instructions)?;
-    let descriptor = program.number().cast_signed();
-    // SAFETY: the kernel reads one int, which outlives the call, and keeps the program.
-    Errno::result(unsafe { libc::ioctl(queue.as_raw_fd(), SET_STEERING, &raw const descriptor) })
-        .map(drop)
-        .map_err(|errno| Error::errno(attempted, errno))
+    set(queue, program.number().cast_signed()).map_err(|errno| Error::errno(attempted, errno))
 }
 
-/// `r6` is the packet, from its IP header on; `r7` the flow's hash, the same both ways; `r8` its bucket; `r9` the queue.
+/// Steers no longer: the kernel spreads flows over queues by itself, also where a former owner's program was left.
+pub(crate) fn leave(queue: BorrowedFd<'_>) {
+    // Refused by who never had one.
+    let _ = set(queue, -1);
+}
+
+fn set(queue: BorrowedFd<'_>, program: libc::c_int) -> Result<(), Errno> {
+    // SAFETY: the kernel reads one int, which outlives the call, and keeps the program.
+    Errno::result(unsafe { libc::ioctl(queue.as_raw_fd(), SET_STEERING, &raw const program) }).map(drop)
+}
+
+/// `r6` is the packet, from its IP header on; `r7` the flow's hash; `r8` its bucket; `r9` the queue.
 fn text(workers: u32) -> String {
     format!(
         r"    r6 = r1
@@ -60,13 +67,36 @@ fn text(workers: u32) -> String {
     r1 = *(u8 *)(r10 - 24)
     r1 >>= 4
     if r1 == 4 goto ipv4
-    r7 = *(u64 *)(r10 - 16)     ; IPv6: who sends it
-    r1 = *(u64 *)(r10 - 8)
+
+    r7 = *(u8 *)(r10 - 18)      ; next header
+    r1 = r6
+    r2 = 8
+    r3 = r10
+    r3 += -64
+    r4 = 36                     ; addresses, and ports where no other header comes before
+    call skb_load_bytes
+    if r0 != 0 goto hashed
+    r2 = r7
+    r1 = *(u64 *)(r10 - 64)
     r7 ^= r1
-    goto hashed
+    r7 *= 0x61c88647
+    r1 = *(u64 *)(r10 - 56)
+    r7 ^= r1
+    r7 *= 0x61c88647
+    r1 = *(u64 *)(r10 - 48)
+    r7 ^= r1
+    r7 *= 0x61c88647
+    r1 = *(u64 *)(r10 - 40)
+    r7 ^= r1
+    if r2 == 6 goto ports6
+    if r2 != 17 goto hashed
+ports6:
+    r1 = *(u32 *)(r10 - 32)
+    goto ported
 ipv4:
-    r7 = *(u32 *)(r10 - 12)
-    r1 = *(u32 *)(r10 - 8)
+    r7 = *(u32 *)(r10 - 12)     ; from
+    r7 <<= 32
+    r1 = *(u32 *)(r10 - 8)      ; to
     r7 ^= r1
     r2 = *(u8 *)(r10 - 15)      ; protocol
     r7 += r2
@@ -79,19 +109,16 @@ ports:
     r1 = be16 r1
     r1 &= 0x3fff
     if r1 != 0 goto hashed      ; a fragment
-    r1 = *(u16 *)(r10 - 4)
-    r2 = *(u16 *)(r10 - 2)
-    r1 ^= r2
-    r1 <<= 32
+    r1 = *(u32 *)(r10 - 4)
+ported:
+    r7 *= 0x61c88647
     r7 ^= r1
 hashed:
-    r1 = 0x61c88647
-    r7 *= r1
+    r7 *= 0x61c88647
     r1 = r7
     r1 >>= 32
     r7 ^= r1
-    r1 = 0x61c88647
-    r7 *= r1
+    r7 *= 0x61c88647
     r7 >>= 20
     r7 &= 0x7fffffff
 
@@ -107,6 +134,9 @@ hashed:
     call ktime_get_ns
     r2 = r0
     r1 = *(u64 *)(r8 + 0)
+    if r2 >= r1 goto later
+    r2 = r1                     ; another processor was here since we looked at the clock
+later:
     r2 -= r1                    ; since the last packet
     *(u64 *)(r8 + 0) = r0
     r3 = *(u32 *)(r8 + 8)       ; bytes
@@ -120,19 +150,20 @@ empty:
     r3 = 0
     if r2 < {pause} goto fill
     r4 = 0
+    *(u32 *)(r8 + 12) = r4
 fill:
     r1 = *(u32 *)(r6 + 0)       ; len
     r3 += r1
     if r3 <= {full} goto filled
     r3 = {full}
     r4 = 1
+    *(u32 *)(r8 + 12) = r4
 filled:
     *(u32 *)(r8 + 8) = r3
-    *(u32 *)(r8 + 12) = r4
     if r4 != 0 goto worker
     r9 = {workers}              ; the queues of the sparse come after
 worker:
-    r7 >>= 11                   ; not the bits of the bucket
+    r7 >>= 9                    ; not the bits of the bucket
     r7 %= {workers}
     r9 += r7
     r0 = r9
