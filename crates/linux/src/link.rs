@@ -73,10 +73,14 @@ pub(crate) fn add(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &
                 found |=
                     remove(&mut site.host().route, name).map_err(|refusal| refusal.to_error(attempted()))?;
             }
-            if found { make(site, shown, name, want) } else { Err(error) }
+            if !found {
+                return Err(error);
+            }
+            make(site, shown, name, want)?;
         }
-        outcome => outcome,
+        outcome => outcome?,
     }
+    widen(site.home, shown, want)
 }
 
 /// Makes a device from another.
@@ -139,6 +143,7 @@ fn make(site: &mut Site<'_>, shown: &mut Shown, name: &Ifname, want: &Link) -> R
             let joined = set(site.home, peer, &rest).and_then(|()| {
                 [name, peer].into_iter().try_for_each(|end| container::wait_for_port(site.home, shown, end))
             });
+            let joined = joined.and_then(|()| widen(site.home, shown, &rest));
             if joined.is_err() {
                 drop(remove(&mut site.home.route, name));
             }
@@ -283,9 +288,10 @@ fn made(want: &Link) -> Link {
 fn settle(home: &mut Namespace, name: &Ifname, make: LinkMessage, rest: &Link) -> Result<(), Error> {
     let master = master(home, rest)?;
     let attempted = format!("make device {name} of {}", At(&home.place));
-    let mut requests = vec![creation(make), no_link_local(name), assignment(name, rest, master)];
-    requests.extend(widen(master, rest));
-    let mut answers = home.route.requests(requests).into_iter();
+    let mut answers = home
+        .route
+        .requests(vec![creation(make), no_link_local(name), assignment(name, rest, master)])
+        .into_iter();
     answers
         .next()
         .unwrap_or(Err(Errno::EIO.into()))
@@ -325,22 +331,15 @@ fn adjust(
             .map_err(|refusal| refusal.to_error(format!("set up device {name} of {}", At(&home.place))))?;
     }
     if change.gso_max_size.is_some() || (longer && change.gso_ipv4_max_size.is_some()) {
-        // The one change that the kernel tells nobody of. Events from before it would hide it again.
-        home.drain(shown)?;
-        let link = get_link(&mut home.route, name)
-            .map_err(|refusal| refusal.to_error(format!("read device {name} of {}", At(&home.place))))?;
-        if let Some(link) = link {
-            home.mirror.take(shown, NewLink(link), false);
-        }
+        look_again(home, shown, name)?;
     }
-    Ok(())
+    widen(home, shown, want)
 }
 
 fn set(home: &mut Namespace, name: &Ifname, change: &Link) -> Result<(), Error> {
     let master = master(home, change)?;
-    let mut requests = vec![no_link_local(name), assignment(name, change, master)];
-    requests.extend(widen(master, change));
-    let mut answers = home.route.requests(requests).into_iter();
+    let mut answers =
+        home.route.requests(vec![no_link_local(name), assignment(name, change, master)]).into_iter();
     match answers.nth(1) {
         Some(Err(refusal)) => Err(refusal.to_error(format!("set up device {name} of {}", At(&home.place)))),
         Some(Ok(_)) | None => Ok(()),
@@ -366,13 +365,33 @@ fn sizes(mtu: Option<u32>, gso: Option<u32>, ipv4: Option<u32>) -> impl Iterator
     [mtu, both, ipv4].into_iter().flatten()
 }
 
-/// Has a bridge let through what its new port does, if there is one. The kernel takes no such limit for a bridge without
-/// ports, and forgets none with the last. An older one refuses nothing and cuts nothing: it has no such limit.
-fn widen(master: u32, port: &Link) -> Option<Request<RouteNetlinkMessage>> {
-    let size = port.gso_ipv4_max_size.filter(|_| master != 0)?;
+/// Has the bridge of a port let through what the port does. The kernel takes no such limit for a bridge without ports, and
+/// forgets none with the last. An older one cuts nothing: it has no such limit.
+fn widen(home: &mut Namespace, shown: &mut Shown, port: &Link) -> Result<(), Error> {
+    let (Some(bridge), Some(size)) = (&port.master, port.gso_ipv4_max_size) else { return Ok(()) };
+    let has = match shown.state.get(&(home.place.clone(), Key::Link(bridge.clone()))) {
+        Some(Object::Link(link)) => link.gso_ipv4_max_size,
+        Some(_) | None => None,
+    };
+    if has == Some(size) {
+        return Ok(());
+    }
     let mut message = message([LinkAttribute::GsoIpv4MaxSize(size)]);
-    message.header.index = master;
-    Some(request(SetLink(message), 0))
+    message.header.index = home.index(bridge)?;
+    // Refused, long packets are cut for the bridge, as before.
+    let _ = home.route.request(request(SetLink(message), 0));
+    look_again(home, shown, bridge)
+}
+
+/// Reads a device whose change the kernel tells nobody of. Events from before it would hide it again.
+fn look_again(home: &mut Namespace, shown: &mut Shown, name: &Ifname) -> Result<(), Error> {
+    home.drain(shown)?;
+    let link = get_link(&mut home.route, name)
+        .map_err(|refusal| refusal.to_error(format!("read device {name} of {}", At(&home.place))))?;
+    if let Some(link) = link {
+        home.mirror.take(shown, NewLink(link), false);
+    }
+    Ok(())
 }
 
 /// What the ports of a bridge let through of IPv4 ([`widen`]).
