@@ -169,6 +169,12 @@ impl AsFd for Queue {
     }
 }
 
+/// Whether an error of a queue says that its device is down or removed, whatever is read or written.
+pub fn is_gone(error: &io::Error) -> bool {
+    let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+    matches!(errno, Errno::EIO | Errno::EBADFD | Errno::EBADF | Errno::ENODEV)
+}
+
 /// Makes a device that stays, down and without queues, in the namespace. `EEXIST` if the name is taken.
 pub(crate) fn make(netns: &Netns, name: &str) -> Result<(), Error> {
     let attempted = || format!("make TUN device {name}");

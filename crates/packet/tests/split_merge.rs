@@ -135,6 +135,17 @@ fn merged_counts(packets: &[Vec<u8>]) -> Vec<usize> {
     merge_and_cut(packets).1.iter().map(|out| out.merged).collect()
 }
 
+/// A merger that has taken these packets, and the arena that they lie in.
+fn pushed(packets: &[Vec<u8>], offloads: Offloads) -> (Merger, Vec<u8>) {
+    let (mut merger, arena) = (Merger::new(packets.len(), offloads), packets.concat());
+    let mut start = 0;
+    for packet in packets {
+        merger.push(&arena, start..start + packet.len()).unwrap();
+        start += packet.len();
+    }
+    (merger, arena)
+}
+
 /// Makes the TCP checksum of an IPv4 packet right after a change.
 fn reseal(packet: &mut [u8]) {
     packet[10..12].fill(0);
@@ -236,16 +247,7 @@ fn a_merged_packet_has_the_header_that_the_kernel_gave_for_it() {
         let flow = Flow { udp, v6, flags: flags::ACK | flags::CWR, ..Flow::tcp(100, &[9; 950]) };
         let (mut header, bytes) = flow.superpacket();
         header.ecn &= !udp;
-        let mut arena: Vec<u8> = Vec::new();
-        let mut merger = Merger::new(64, Offloads::ALL);
-        let mut ranges = Vec::new();
-        for segment in flow.segments() {
-            ranges.push(arena.len()..arena.len() + segment.len());
-            arena.extend(segment);
-        }
-        for range in ranges {
-            merger.push(&arena, range).unwrap();
-        }
+        let (mut merger, mut arena) = pushed(&flow.segments(), Offloads::ALL);
         let batch = merger.finish(&mut arena);
         let merged: Vec<_> = batch.packets().collect();
         assert_eq!(merged.len(), 1);
@@ -384,22 +386,14 @@ fn superpackets_grow_beyond_their_length_field_only_where_the_kernel_takes_that(
     let stream: Vec<_> = (0..3).flat_map(|number| part(number, true)).collect();
     assert_eq!(merged_counts(&stream), [65, 55], "of IPv6 the kernel wants an option for it");
 
-    let short = Offloads { long: false, ..Offloads::ALL };
-    let mut merger = Merger::new(128, short);
     let segments: Vec<_> = (0..3).flat_map(|number| part(number, false)).collect();
-    let mut arena = segments.concat();
-    let length = segments[0].len();
-    for start in (0..arena.len()).step_by(length) {
-        merger.push(&arena, start..start + length).unwrap();
-    }
+    let (mut merger, mut arena) = pushed(&segments, Offloads { long: false, ..Offloads::ALL });
     let counts: Vec<_> = merger.finish(&mut arena).packets().map(|merged| merged.segments()).collect();
     assert_eq!(counts, [65, 55]);
 }
 
 #[test]
 fn a_superpacket_beyond_its_length_field_has_the_header_that_the_kernel_makes_for_one() {
-    let mut arena: Vec<u8> = Vec::new();
-    let mut merger = Merger::new(128, Offloads::ALL);
     let parts = [(1000, 40_000), (41_000, 40_000), (81_000, 500)];
     let segments = parts
         .iter()
@@ -407,14 +401,7 @@ fn a_superpacket_beyond_its_length_field_has_the_header_that_the_kernel_makes_fo
             Flow { sequence: *sequence, ..Flow::tcp(1000, &vec![5; *length]) }.segments()
         })
         .collect::<Vec<_>>();
-    let mut ranges = Vec::new();
-    for segment in &segments {
-        ranges.push(arena.len()..arena.len() + segment.len());
-        arena.extend(segment);
-    }
-    for range in ranges {
-        merger.push(&arena, range).unwrap();
-    }
+    let (mut merger, mut arena) = pushed(&segments, Offloads::ALL);
     let batch = merger.finish(&mut arena);
     let merged: Vec<_> = batch.packets().collect();
     assert_eq!(merged.len(), 1);

@@ -10,7 +10,6 @@ use std::time::Instant;
 use esp::{Entry, Opened, SaTable};
 use linux::tun;
 use linux::udp::{self, Received};
-use nix::errno::Errno;
 use packet::ecn::{self, Ecn};
 use packet::encap::{self, Kind};
 use packet::merge::{Merged, Merger, Offloads};
@@ -290,7 +289,7 @@ impl Inner {
                 Ok(true) => {}
                 Ok(false) => shared.drops.receive.add(Reason::DeviceFull, merged.segments()),
                 Err(error) => {
-                    if merged.len() > usize::from(u16::MAX) && !is_gone(&error) {
+                    if merged.len() > usize::from(u16::MAX) && !tun::is_gone(&error) {
                         // Memory is in small pieces, or the kernel is older than 6.6. TCP sends again what was in this one.
                         device.short.store(true, Ordering::Relaxed);
                     }
@@ -304,12 +303,6 @@ impl Inner {
 /// Whether a message of IKE is a first request that brings no cookie.
 fn begins(message: &[u8]) -> bool {
     message.get(RESPONDER_SPI) == Some(&[0; 8]) && message.get(NEXT_PAYLOAD) != Some(&NOTIFY)
-}
-
-/// Whether the device is down or removed, whatever is written to it.
-fn is_gone(error: &std::io::Error) -> bool {
-    let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
-    matches!(errno, Errno::EIO | Errno::EBADFD | Errno::EBADF | Errno::ENODEV)
 }
 
 fn write_one<const N: usize>(queue: &tun::Queue, merged: &Merged<'_>, bytes: &[u8]) -> std::io::Result<bool> {

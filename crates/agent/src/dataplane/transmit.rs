@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use linux::{tun, udp};
-use nix::errno::Errno;
 use packet::ecn::{self, Dscp};
 use packet::esp::HEAD_ROOM;
 use packet::split::Split;
@@ -200,14 +199,11 @@ fn take(shared: &Shared, queue: &tun::Queue, input: &mut [u8]) -> Taken {
     match queue.read(input) {
         Ok(Some(length)) => Taken::Packet(length),
         Ok(None) => Taken::Nothing,
-        Err(error) => match Errno::from_raw(error.raw_os_error().unwrap_or_default()) {
-            Errno::EINTR => Taken::Lost,
-            Errno::EBADFD | Errno::EBADF | Errno::EIO | Errno::ENODEV => Taken::Gone,
-            _ => {
-                shared.drops.transmit.add(Reason::DeviceRefused, 1);
-                Taken::Lost
-            }
-        },
+        Err(error) if tun::is_gone(&error) => Taken::Gone,
+        Err(_) => {
+            shared.drops.transmit.add(Reason::DeviceRefused, 1);
+            Taken::Lost
+        }
     }
 }
 

@@ -15,6 +15,9 @@ const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_MAP_TYPE_ARRAY: u32 = 2;
 
+/// The most that is read of what the verifier says, bytes.
+const WORDS: u32 = 256 << 10;
+
 /// What a program is for, which is what it may do (`enum bpf_prog_type`).
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Kind {
@@ -23,8 +26,6 @@ pub(super) enum Kind {
     /// `BPF_PROG_TYPE_SCHED_CLS`: changes them, and says where they go.
     Classify = 3,
 }
-/// The most that is read of what the verifier says, bytes.
-const WORDS: u32 = 256 << 10;
 
 /// The part of `union bpf_attr` that `BPF_PROG_LOAD` has known since Linux 4.15.
 #[repr(C)]
